@@ -1,0 +1,150 @@
+"""SPADE as functions: validation, dtype policy, and the choice between the distinct-window and the dense path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spade_kernels import ops
+from spade_kernels.label_map import LabelMap
+from spade_kernels.normalization import Statistics
+
+Segmap = LabelMap | Tensor
+
+
+def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> Segmap:
+    """The condition as the layers take it: a LabelMap, or a float tensor (N, channels, H, W).
+
+    Args:
+        segmap: LabelMap; integer label map (N, H, W) or (N, 1, H, W) of ids below `channels`; or float (N, channels, H, W).
+        channels: condition channels of the receiving weights.
+        like: a tensor the condition must share batch size and device with.
+
+    Raises:
+        TypeError, ValueError: dtype, rank, channels, batch size, device or a label does not fit; the message says which.
+    """
+    if isinstance(segmap, Tensor) and not segmap.is_floating_point():
+        if segmap.dim() == 4 and segmap.shape[1] == 1:
+            segmap = segmap[:, 0]
+        segmap = LabelMap(segmap, channels)
+    if isinstance(segmap, LabelMap):
+        count, given = len(segmap), segmap.channels
+    elif isinstance(segmap, Tensor):
+        if segmap.dim() != 4:
+            raise ValueError(f"a dense segmap must have shape (N, {channels}, H, W), got {tuple(segmap.shape)}")
+        count, given = segmap.shape[:2]
+    else:
+        raise TypeError(f"segmap must be a LabelMap or a tensor, got {type(segmap).__name__}")
+    if given != channels:
+        raise ValueError(
+            f"segmap has {given} condition channels, the layer was built for {channels} (classes + edge plane)"
+        )
+    if like is not None and count != like.shape[0]:
+        raise ValueError(f"segmap holds {count} images, x holds {like.shape[0]}")
+    if like is not None and segmap.device != like.device:
+        raise ValueError(
+            f"segmap is on {segmap.device}, x on {like.device}; move it with segmap.to({str(like.device)!r})"
+        )
+    return segmap
+
+
+def spade(
+    x: Tensor,
+    segmap: Segmap,
+    stats: Statistics,
+    shared: tuple[Tensor, Tensor],
+    gamma: tuple[Tensor, Tensor],
+    beta: tuple[Tensor, Tensor],
+    slope: float = 1.0,
+) -> Tensor:
+    """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
+
+        y = leaky_relu(normalize(x) * (1 + gamma) + beta, slope)
+        gamma, beta = conv(relu(conv(resize(segmap))))
+
+    Args:
+        x: (N, C, h, w) float; computed in float32 (float64 for float64), returned in x's dtype, channels-last.
+        segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w).
+        stats: of x, from `normalization.statistics`.
+        shared: weight (hidden, channels, k, k) and bias (hidden,) of the first convolution.
+        gamma, beta: weight (C, hidden, k, k) and bias (C,).
+        slope: leaky ReLU folded in; 1 is none.
+
+    Returns:
+        (N, C, h, w). First derivatives exist for x, all weights and biases, and a float segmap.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor (N, C, h, w), got {x.dtype} of shape {tuple(x.shape)}")
+    if x.shape[1] != gamma[0].shape[0]:
+        raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {gamma[0].shape[0]}")
+    segmap = as_condition(segmap, shared[0].shape[1], like=x)
+    weight = torch.cat((gamma[0], beta[0]))
+    bias = torch.cat((gamma[1] + 1, beta[1]))
+    if isinstance(segmap, Tensor):
+        table = _dense_table(segmap, x, shared, weight, bias)
+        return ops.modulate(x, stats.mean, stats.rstd, table, slope=slope, stats_over=stats.stats_over)
+
+    kernel_size = shared[0].shape[-1]
+    index = segmap.window_index(x.shape[2:], kernel_size)
+    dtype = _table_dtype(x, shared[0])
+    taps = _taps(segmap, shared[0].to(dtype))
+    grad = torch.is_grad_enabled()
+    rows = index.modulation
+    code_uses, hidden_uses, row_pixels = (
+        (index.hidden.uses_by_tap, rows.uses, rows.row_pixels) if grad else ((None, None),) * 3
+    )
+    hidden = ops.hidden_rows(taps, shared[1].to(dtype), index.hidden.windows, *code_uses, True)
+    by_tap = weight.to(dtype).permute(2, 3, 1, 0).flatten(0, 1)
+    table = ops.modulation_table(hidden, by_tap, bias.to(dtype), rows.windows, *hidden_uses)
+    return ops.modulate(
+        x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *row_pixels, slope, stats.stats_over
+    )
+
+
+def conv2d(
+    segmap: Segmap,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """`F.conv2d` of the condition, resized (nearest) to `size` first; a label map needs no one-hot tensor for it.
+
+    Args:
+        segmap: LabelMap or float (N, channels, H, W).
+        weight: (out, channels, k, k); bias (out,) or None.
+
+    Returns:
+        (N, out, h', w'), channels-last for a label map. First derivatives exist for weight, bias and a float segmap.
+    """
+    if isinstance(segmap, Tensor):
+        planes = segmap if size is None else F.interpolate(segmap, size=tuple(size), mode="nearest")
+        return F.conv2d(planes, weight, bias, stride, padding)
+    if weight.shape[1] != segmap.channels:
+        raise ValueError(f"segmap has {segmap.channels} condition channels, the weight takes {weight.shape[1]}")
+    seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
+    uses = seen.uses_by_tap if torch.is_grad_enabled() else (None, None)
+    rows = ops.hidden_rows(_taps(segmap, weight), bias, seen.windows, *uses, False)
+    return F.embedding(seen.pixel_row, rows).permute(0, 3, 1, 2)
+
+
+def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:
+    """(k*k, codes, out): the convolution's response to each code at each tap."""
+    book = segmap.codebook(weight.dtype)
+    return book @ weight.permute(2, 3, 1, 0).flatten(0, 1)
+
+
+def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+
+
+def _dense_table(segmap: Tensor, x: Tensor, shared: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
+    padding = weight.shape[-1] // 2
+    planes = F.interpolate(segmap, size=x.shape[2:], mode="nearest").to(shared[0].dtype)
+    hidden = F.conv2d(planes, *shared, padding=padding).relu()
+    return F.conv2d(hidden, weight, bias, padding=padding).permute(0, 2, 3, 1).flatten(0, 2)

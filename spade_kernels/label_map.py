@@ -1,0 +1,302 @@
+"""LabelMap: a segmentation mask as integers, with the window indexes every SPADE layer shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from spade_kernels import ops
+
+Segments = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(eq=False)
+class Windows:
+    """The distinct k x k windows of a map of ids, and which of them every pixel sees.
+
+    Attributes:
+        windows: (rows, k*k) int64, the ids under each distinct window; 0 = outside the image.
+        pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
+        image_rows: (N + 1,) int64, image n owns rows image_rows[n] .. image_rows[n + 1] - 1.
+        num_ids: ids in use, 0 included.
+    """
+
+    windows: torch.Tensor
+    pixel_row: torch.Tensor
+    image_rows: torch.Tensor
+    num_ids: int
+
+    @classmethod
+    def of(
+        cls, ids: torch.Tensor, num_ids: int, size: Sequence[int], kernel_size: int, stride: int, padding: int
+    ) -> Windows:
+        """Windows of ids (N, H, W), all positive, after a nearest resize to `size`."""
+        return cls(*ops.window_index(ids, size, kernel_size, stride, padding), num_ids)
+
+    def __len__(self) -> int:
+        return self.windows.shape[0]
+
+    @cached_property
+    def uses_by_tap(self) -> Segments:
+        """Uses of each (tap, id) pair, grouped for a deterministic segment sum."""
+        return ops.group_by_tap(self.windows, self.num_ids)
+
+    @cached_property
+    def uses(self) -> Segments:
+        """Uses of each id at any tap."""
+        return ops.group_by_value(self.windows, self.num_ids)
+
+    @cached_property
+    def row_pixels(self) -> Segments:
+        """Pixels of each row."""
+        return ops.group_by_value(self.pixel_row, len(self))
+
+
+class WindowIndex(NamedTuple):
+    """The two convolutions of a SPADE layer over one resolution of a label map.
+
+    hidden: distinct windows of codes. modulation: distinct windows of hidden rows, counted from 1.
+    """
+
+    hidden: Windows
+    modulation: Windows
+
+
+class LabelMap:
+    """A batch of label maps, the form in which the networks take a segmentation mask.
+
+    It replaces the one-hot tensor: the condition vector of a pixel is the row of `codebook` that its code names.
+
+    Args:
+        labels: (N, H, W) integer tensor of class ids.
+        num_labels: number of classes; the condition has `num_labels` channels, one more with `edges`.
+        edges: optional (N, H, W) boolean tensor, the instance boundary plane (`instance_edges`).
+        ignore_index: a label value meaning "no class": an all-zero condition vector (plus the edge).
+
+    Raises:
+        TypeError: labels are not integers, edges not boolean.
+        ValueError: wrong rank or shape, an empty batch, or a label outside 0 .. num_labels - 1 (the message names
+            the value and the pixel).
+    """
+
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        num_labels: int,
+        edges: torch.Tensor | None = None,
+        ignore_index: int | None = None,
+    ):
+        _check_labels(labels, num_labels, ignore_index)
+        if edges is not None:
+            _check_edges(edges, labels)
+        classes = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, num_labels)
+        states = 1 if edges is None else 2
+        codes = classes.to(torch.int64) * states + 1
+        if edges is not None:
+            codes = codes + edges
+        self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
+        self.codes = codes
+        self._pooled_codebook: torch.Tensor | None = None
+        self._cache: dict[Any, Any] = {}
+
+    @property
+    def channels(self) -> int:
+        """Channels of the condition: num_labels, plus one with edges."""
+        return self.num_labels + (self.edges is not None)
+
+    @property
+    def num_codes(self) -> int:
+        """Rows of the codebook: code 0 (outside the image), then every (label, edge) pair and "no class"."""
+        if self._pooled_codebook is not None:
+            return self._pooled_codebook.shape[0]
+        return (self.num_labels + 1) * (1 if self.edges is None else 2) + 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, H, W)."""
+        return tuple(self.codes.shape)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def __repr__(self) -> str:
+        edges = ", edges" if self.edges is not None else ""
+        return f"LabelMap({tuple(self.codes.shape)}, num_labels={self.num_labels}{edges}, device={self.device})"
+
+    def codebook(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(num_codes, channels): the condition vector of every code; row 0, outside the image, is zero."""
+        if self._pooled_codebook is not None:
+            return self._pooled_codebook.to(dtype)
+        classes = torch.eye(self.num_labels + 1, self.num_labels, dtype=dtype, device=self.device)
+        if self.edges is not None:
+            off = F.pad(classes, (0, 1))
+            on = F.pad(classes, (0, 1), value=1.0)
+            classes = torch.stack((off, on), 1).flatten(0, 1)
+        return F.pad(classes, (0, 0, 1, 0))
+
+    def one_hot(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(N, channels, H, W): the dense condition, one plane per class and the edge plane last."""
+        return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
+
+    def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
+        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each request, and kept."""
+        key = ("codes", *map(int, size), kernel_size, stride, padding)
+        if key not in self._cache:
+            self._cache[key] = Windows.of(self.codes, self.num_codes, key[1:3], kernel_size, stride, padding)
+        return self._cache[key]
+
+    def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
+        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept."""
+        key = ("index", *map(int, size), kernel_size)
+        if key not in self._cache:
+            half = kernel_size // 2
+            hidden = self.windows(size, kernel_size, 1, half)
+            ids, num_ids = hidden.pixel_row + 1, len(hidden) + 1
+            self._cache[key] = WindowIndex(hidden, Windows.of(ids, num_ids, key[1:3], kernel_size, 1, half))
+        return self._cache[key]
+
+    def avg_pool(self) -> LabelMap:
+        """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
+
+        Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
+        discriminator's coarser scales need no one-hot planes either.
+        """
+        if "pooled" not in self._cache:
+            seen = self.windows(self.shape[1:], 3, 2, 1)
+            inside = (seen.windows > 0).sum(1, keepdim=True)
+            codebook = F.embedding_bag(seen.windows, self.codebook(), mode="sum") / inside
+            self._cache["pooled"] = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
+        return self._cache["pooled"]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
+        """The same label map on another device. Window indexes are built anew there."""
+
+        def move(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        return self._copy(move)
+
+    def pin_memory(self) -> LabelMap:
+        """A copy in page-locked memory."""
+        return self._copy(lambda t: None if t is None else t.pin_memory())
+
+    def __getitem__(self, images: slice) -> LabelMap:
+        """The label maps of some of the images."""
+        return self._copy(lambda t: None if t is None else t[images], batch_only=True)
+
+    @staticmethod
+    def cat(maps: Sequence[LabelMap]) -> LabelMap:
+        """One batch out of several; all must have the same size, classes and edges."""
+        first = maps[0]
+        if any(
+            (m.channels, m.num_codes, m.shape[1:]) != (first.channels, first.num_codes, first.shape[1:]) for m in maps
+        ):
+            raise ValueError(
+                "label maps of different size or number of classes cannot form one batch: " + repr(list(maps))
+            )
+        edges = None if first.edges is None else torch.cat([m.edges for m in maps if m.edges is not None])
+        whole = first._with_codes(torch.cat([m.codes for m in maps]), first._pooled_codebook)
+        whole.labels, whole.edges = torch.cat([m.labels for m in maps]), edges
+        return whole
+
+    @classmethod
+    def from_one_hot(cls, planes: torch.Tensor, edges: bool = True) -> LabelMap:
+        """Reads a one-hot tensor back.
+
+        Args:
+            planes: (N, C, H, W), exactly one 1 (or none: "no class") among the class planes of each pixel, else 0.
+            edges: the last plane is the 0/1 instance boundary.
+
+        Raises:
+            ValueError: a pixel is not one-hot; the message names it.
+        """
+        if planes.dim() != 4 or planes.shape[1] < 1 + edges:
+            raise ValueError(f"expected one-hot planes (N, C, H, W), got shape {tuple(planes.shape)}")
+        classes = planes[:, :-1] if edges else planes
+        binary = ((planes == 0) | (planes == 1)).all(1)
+        wrong = (~(binary & (classes.sum(1) <= 1))).nonzero()
+        if len(wrong):
+            n, y, x = wrong[0].tolist()
+            raise ValueError(
+                f"the condition is not one-hot at image {n}, pixel (x={x}, y={y}); pass it as a dense tensor"
+            )
+        num_labels = classes.shape[1]
+        labels = torch.where(classes.amax(1) > 0, classes.argmax(1), num_labels)
+        return cls(labels, num_labels, planes[:, -1] > 0 if edges else None, ignore_index=num_labels)
+
+    def _with_codes(self, codes: torch.Tensor, codebook: torch.Tensor | None) -> LabelMap:
+        other = object.__new__(LabelMap)
+        other.__dict__.update(self.__dict__, codes=codes, _pooled_codebook=codebook, _cache={})
+        return other
+
+    def _copy(self, change, batch_only: bool = False) -> LabelMap:
+        codebook = self._pooled_codebook if batch_only else change(self._pooled_codebook)
+        other = self._with_codes(change(self.codes), codebook)
+        other.labels, other.edges = change(self.labels), change(self.edges)
+        return other
+
+
+def instance_edges(instances: torch.Tensor) -> torch.Tensor:
+    """Instance boundaries: pixels whose id differs from one of their four neighbours (SPADE's extra condition plane).
+
+    Args:
+        instances: (N, H, W) or (H, W) integer instance ids.
+
+    Returns:
+        Boolean tensor of the same shape.
+    """
+    edges = torch.zeros_like(instances, dtype=torch.bool)
+    across = instances[..., :, 1:] != instances[..., :, :-1]
+    down = instances[..., 1:, :] != instances[..., :-1, :]
+    edges[..., :, 1:] |= across
+    edges[..., :, :-1] |= across
+    edges[..., 1:, :] |= down
+    edges[..., :-1, :] |= down
+    return edges
+
+
+def _is_integer(t: torch.Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def _check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None) -> None:
+    if not isinstance(labels, torch.Tensor) or not _is_integer(labels):
+        kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor, got {kind}; for one-hot planes use LabelMap.from_one_hot")
+    if labels.dim() != 3:
+        raise ValueError(f"labels must have shape (N, H, W), got {tuple(labels.shape)}")
+    if labels.numel() == 0:
+        raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    low, high = labels.min(), labels.max()
+    if low >= 0 and high < num_labels:
+        return
+    outside = (labels < 0) | (labels >= num_labels)
+    if ignore_index is not None:
+        outside &= labels != ignore_index
+    bad = outside.nonzero()
+    if len(bad):
+        n, y, x = bad[0].tolist()
+        raise ValueError(
+            f"label {labels[n, y, x].item()} at image {n}, pixel (x={x}, y={y}) is outside 0..{num_labels - 1} "
+            f"({len(bad)} such pixels); raise num_labels, or name the value with ignore_index"
+        )
+
+
+def _check_edges(edges: torch.Tensor, labels: torch.Tensor) -> None:
+    if edges.dtype != torch.bool:
+        raise TypeError(f"edges must be a boolean tensor, got {edges.dtype}; see instance_edges")
+    if edges.shape != labels.shape:
+        raise ValueError(f"edges have shape {tuple(edges.shape)}, labels {tuple(labels.shape)}; they must be the same")
+    if edges.device != labels.device:
+        raise ValueError(f"edges are on {edges.device}, labels on {labels.device}; move both to one device")

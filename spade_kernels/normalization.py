@@ -1,0 +1,118 @@
+"""Batch, synchronized batch and instance normalization as merge rules over `channel_stats`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spade_kernels import ops
+
+
+class Statistics(NamedTuple):
+    """What `ops.modulate` needs to know of a normalization.
+
+    mean, rstd: (N, C) or (1, C) in the accumulation dtype; stats_over: see `ops.modulate`.
+    """
+
+    mean: Tensor
+    rstd: Tensor
+    stats_over: str
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.SyncBatchNorm` on any device: batch norm whose training statistics are over all processes.
+
+    With one process it is plain batch norm. Same parameters, buffers and state_dict keys as `nn.BatchNorm2d`.
+    First derivatives exist for the input, weight and bias.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and _world_size() > 1):
+            return super().forward(input)
+        stats = statistics(self, input)
+        channels = input.shape[1]
+        scale = self.weight if self.affine else input.new_ones(channels)
+        shift = self.bias if self.affine else input.new_zeros(channels)
+        n, _, h, w = input.shape
+        every_pixel = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
+        uses = ops.group_by_value(every_pixel, 1)
+        image_rows = torch.ones(n + 1, dtype=torch.int64, device=input.device)
+        table = torch.cat((scale, shift)).unsqueeze(0)
+        return ops.modulate(input, stats.mean, stats.rstd, table, every_pixel, image_rows, *uses, 1.0, stats.stats_over)
+
+
+def statistics(norm: nn.Module, x: Tensor) -> Statistics:
+    """Mean and 1/std of x under a parameter-free norm module; updates its running statistics in training.
+
+    Args:
+        norm: nn.InstanceNorm2d, nn.BatchNorm2d or SyncBatchNorm2d. x: (N, C, h, w).
+
+    Raises:
+        ValueError: one value per channel in training, where a variance does not exist.
+    """
+    if isinstance(norm, nn.InstanceNorm2d):
+        return instance_statistics(x, norm.eps)
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
+    if norm.training or norm.running_mean is None:
+        return _batch_statistics(norm, x)
+    assert norm.running_var is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
+
+
+def instance_statistics(x: Tensor, eps: float) -> Statistics:
+    """Each image's own channel statistics (biased variance)."""
+    pixels = x.shape[2] * x.shape[3]
+    if pixels == 1:
+        raise ValueError(f"instance norm needs more than one pixel per channel, got x of shape {tuple(x.shape)}")
+    mean, m2 = ops.channel_stats(x.detach())
+    return Statistics(mean, (m2 / pixels + eps).rsqrt(), "image")
+
+
+def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Statistics:
+    mean, m2 = ops.channel_stats(x.detach())
+    pixels = x.shape[2] * x.shape[3]
+    stats_over = "world" if isinstance(norm, SyncBatchNorm2d) and _world_size() > 1 else "batch"
+    count = torch.full((), float(x.shape[0] * pixels), dtype=mean.dtype, device=mean.device)
+    total = mean.mean(0, keepdim=True) if len(mean) > 1 else mean
+    m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True)
+    if stats_over == "world":
+        total, m2, count = _merge_over_processes(total, m2, count)
+    elif x.shape[0] * pixels == 1:
+        raise ValueError(
+            f"batch norm in training needs more than one value per channel, got x of shape {tuple(x.shape)}"
+        )
+    _update_running(norm, total[0], m2[0], count)
+    return Statistics(total, (m2 / count + norm.eps).rsqrt(), stats_over)
+
+
+def _merge_over_processes(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
+    mine = torch.cat((mean[0], m2[0], count.view(1)))
+    gathered = mine.new_empty(_world_size(), len(mine))
+    dist.all_gather_into_tensor(gathered, mine)
+    channels = mean.shape[1]
+    means, m2s, counts = gathered.split((channels, channels, 1), 1)
+    whole = counts.sum()
+    mean = (means * counts).sum(0, keepdim=True) / whole
+    return mean, (m2s + counts * (means - mean).square()).sum(0, keepdim=True), whole
+
+
+@torch.no_grad()
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+    if not norm.track_running_stats:
+        return
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+    momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((m2 / (count - 1)).to(norm.running_var.dtype), momentum)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

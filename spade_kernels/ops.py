@@ -1,0 +1,318 @@
+"""The registered operators: schemas, fake kernels and autograd. Backends only add kernels.
+
+Loading this module defines `torch.ops.spade_kernels.*` with the reference as the kernel of every device. The
+functions here are the operators' Python names; their arguments and results are documented in `reference.py`.
+First derivatives exist for every float argument; asking for second derivatives raises.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spade_kernels import reference
+
+_library = torch.library.Library("spade_kernels", "DEF")
+
+_SCHEMAS = {
+    "window_index": "(Tensor ids, SymInt[] size, int kernel_size, int stride, int padding) -> (Tensor, Tensor, Tensor)",
+    "hidden_rows": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? order, Tensor? starts, bool relu) -> Tensor",
+    "hidden_rows_grad": (
+        "(Tensor grad, Tensor rows, Tensor order, Tensor starts, int num_taps, bool relu) -> (Tensor, Tensor)"
+    ),
+    "modulation_table": (
+        "(Tensor hidden, Tensor weight, Tensor bias, Tensor windows, Tensor? order, Tensor? starts) -> Tensor"
+    ),
+    "modulation_table_grad": (
+        "(Tensor grad, Tensor hidden, Tensor weight, Tensor windows, Tensor order, Tensor starts)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
+    "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
+    "modulate": (
+        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_rows, Tensor? order,"
+        " Tensor? starts, float slope, str stats_over) -> Tensor"
+    ),
+    "modulate_table_grad": (
+        "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? order,"
+        " Tensor? starts, float slope) -> Tensor"
+    ),
+    "modulate_input_grad": (
+        "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
+        " Tensor? mean_scale, float slope) -> Tensor"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+_ops = torch.ops.spade_kernels
+
+
+def _modulate_kernel(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over):
+    return reference.modulate(x, mean, rstd, table, pixel_row, slope)
+
+
+def _without_autocast(kernel):
+    """Autocast would otherwise reach into a reference kernel and round its float32 products."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        with torch.amp.autocast(args[0].device.type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+for _name in _SCHEMAS:
+    _kernel = _modulate_kernel if _name == "modulate" else getattr(reference, _name)
+    _library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
+
+
+def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
+    """(order, starts): positions of `values`, flattened, grouped by value 0 .. num_values - 1, in increasing order."""
+    flat = values.flatten()
+    starts = torch.nn.functional.pad(torch.bincount(flat, minlength=num_values).cumsum(0), (1, 0))
+    return flat.argsort(stable=True), starts
+
+
+def group_by_tap(windows: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """(order, starts): uses of each (tap, code) pair of windows (rows, T), grouped by tap * num_codes + code."""
+    taps = windows.shape[1]
+    return group_by_value(windows + torch.arange(taps, device=windows.device) * num_codes, taps * num_codes)
+
+
+def window_index(ids: Tensor, size, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct windows, the row of every pixel and the rows of every image: `reference.window_index`."""
+    return _ops.window_index(ids, list(size), kernel_size, stride, padding)
+
+
+def hidden_rows(
+    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+) -> Tensor:
+    """The first convolution at every distinct window: `reference.hidden_rows`."""
+    return _ops.hidden_rows(taps, bias, windows, order, starts, relu)
+
+
+def modulation_table(
+    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, order: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """Scale and shift of every distinct window: `reference.modulation_table`."""
+    return _ops.modulation_table(hidden, weight, bias, windows, order, starts)
+
+
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of every image and channel: `reference.channel_stats`."""
+    return _ops.channel_stats(x)
+
+
+def modulate(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None = None,
+    image_rows: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    slope: float = 1.0,
+    stats_over: str = "none",
+) -> Tensor:
+    """Normalize, modulate and activate x: `reference.modulate`.
+
+    Args:
+        image_rows, order, starts: of the window index; needed by the backward only.
+        stats_over: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
+            "image" (each image), "batch" (this process's batch), "world" (all processes' batches).
+    """
+    return _ops.modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over)
+
+
+def _accumulation_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"spade_kernels::{name}", lib=_library)
+
+
+@_fake("window_index")
+def _(ids, size, kernel_size, stride, padding):
+    rows = torch.library.get_ctx().new_dynamic_size()
+    height, width = ((s + 2 * padding - kernel_size) // stride + 1 for s in size)
+    return (
+        ids.new_empty(rows, kernel_size**2),
+        ids.new_empty(ids.shape[0], height, width),
+        ids.new_empty(ids.shape[0] + 1),
+    )
+
+
+@_fake("hidden_rows")
+def _(taps, bias, windows, order, starts, relu):
+    return taps.new_empty(windows.shape[0], taps.shape[2])
+
+
+@_fake("hidden_rows_grad")
+def _(grad, rows, order, starts, num_taps, relu):
+    acc = _accumulation_dtype(grad)
+    codes = (starts.shape[0] - 1) // num_taps
+    return grad.new_empty(num_taps, codes, grad.shape[1], dtype=acc), grad.new_empty(grad.shape[1], dtype=acc)
+
+
+@_fake("modulation_table")
+def _(hidden, weight, bias, windows, order, starts):
+    return hidden.new_empty(windows.shape[0], weight.shape[2])
+
+
+@_fake("modulation_table_grad")
+def _(grad, hidden, weight, windows, order, starts):
+    acc = _accumulation_dtype(grad)
+    return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, weight.shape, weight.shape[2:]))
+
+
+@_fake("channel_stats")
+def _(x):
+    stats = x.new_empty(x.shape[:2], dtype=_accumulation_dtype(x))
+    return stats, torch.empty_like(stats)
+
+
+@_fake("channel_stats_grad")
+def _(x, mean, grad_mean, grad_m2):
+    return torch.empty_like(x)
+
+
+@_fake("modulate")
+def _(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over):
+    return _channels_last_like(x)
+
+
+@_fake("modulate_table_grad")
+def _(grad, x, mean, rstd, table, pixel_row, order, starts, slope):
+    return table.new_empty(table.shape, dtype=_accumulation_dtype(x))
+
+
+@_fake("modulate_input_grad")
+def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope):
+    return _channels_last_like(x)
+
+
+def _channels_last_like(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _autograd(name: str, setup_context, backward) -> None:
+    torch.library.register_autograd(f"spade_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _second_derivative(ctx: Any, *grads: Any):
+    raise NotImplementedError(
+        "spade_kernels ops have no second derivatives; for gradient penalties compute the layer with "
+        "torch.nn.functional on the one-hot condition (LabelMap.one_hot)"
+    )
+
+
+for _name in (
+    "hidden_rows_grad",
+    "modulation_table_grad",
+    "channel_stats_grad",
+    "modulate_table_grad",
+    "modulate_input_grad",
+):
+    _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
+
+
+def _hidden_rows_setup(ctx, inputs, output):
+    taps, bias, _, order, starts, ctx.relu = inputs
+    ctx.num_taps, ctx.dtype, ctx.has_bias = taps.shape[0], taps.dtype, bias is not None
+    ctx.save_for_backward(output, order, starts)
+
+
+def _hidden_rows_backward(ctx, grad):
+    rows, order, starts = ctx.saved_tensors
+    _require_groups("hidden_rows", order, starts)
+    taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.num_taps, ctx.relu)
+    return taps.to(ctx.dtype), bias.to(ctx.dtype) if ctx.has_bias else None, None, None, None, None
+
+
+_autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
+
+
+def _modulation_table_setup(ctx, inputs, output):
+    hidden, weight, _, windows, order, starts = inputs
+    ctx.save_for_backward(hidden, weight, windows, order, starts)
+
+
+def _modulation_table_backward(ctx, grad):
+    hidden, weight, windows, order, starts = ctx.saved_tensors
+    _require_groups("modulation_table", order, starts)
+    d_hidden, d_weight, d_bias = _ops.modulation_table_grad(grad, hidden, weight, windows, order, starts)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+
+
+_autograd("modulation_table", _modulation_table_setup, _modulation_table_backward)
+
+
+def _channel_stats_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _channel_stats_backward(ctx, grad_mean, grad_m2):
+    return _ops.channel_stats_grad(*ctx.saved_tensors, grad_mean, grad_m2)
+
+
+_autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
+
+
+def _modulate_setup(ctx, inputs, output):
+    x, mean, rstd, table, pixel_row, image_rows, order, starts, ctx.slope, ctx.stats_over = inputs
+    ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_rows, order, starts)
+
+
+def _modulate_backward(ctx, grad):
+    x, mean, rstd, table, pixel_row, image_rows, order, starts = ctx.saved_tensors
+    if pixel_row is not None:
+        _require_groups("modulate", order, starts)
+    d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, ctx.slope)
+    d_x = None
+    if ctx.needs_input_grad[0]:
+        mean_shift, mean_scale = _normalization_means(ctx.stats_over, x, table, d_table, image_rows)
+        d_x = _ops.modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, ctx.slope)
+    return d_x, None, None, d_table.to(table.dtype), None, None, None, None, None, None
+
+
+_autograd("modulate", _modulate_setup, _modulate_backward)
+
+
+def _normalization_means(
+    stats_over: str, x: Tensor, table: Tensor, d_table: Tensor, image_rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Means of d(xhat) and d(xhat) * xhat over the pixels of the statistics, from the table alone.
+
+    Every pixel of a row has the row's scale, so sum(scale * dy) over pixels is sum(scale * d_shift) over rows.
+    """
+    if stats_over == "none":
+        return None, None
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    scale = table[:, :channels].to(d_table.dtype)
+    products = torch.cat((scale * d_table[:, channels:], scale * d_table[:, :channels]), 1)
+    if stats_over == "image":
+        if image_rows is None:
+            sums = products.view(x.shape[0], pixels, -1).sum(1)
+        else:
+            sums = torch.segment_reduce(products, "sum", offsets=image_rows, axis=0)
+        return (sums / pixels).split(channels, 1)  # type: ignore[return-value]
+    sums, count = products.sum(0, keepdim=True), x.shape[0] * pixels
+    if stats_over == "world":
+        sums = torch.cat((sums, sums.new_full((1, 1), count)), 1)
+        dist.all_reduce(sums)
+        sums, count = sums[:, :-1], sums[:, -1:]
+    return (sums / count).split(channels, 1)  # type: ignore[return-value]
+
+
+def _require_groups(name: str, order: Tensor | None, starts: Tensor | None) -> None:
+    if order is None or starts is None:
+        raise RuntimeError(f"{name}: pass `order` and `starts` to be able to run the backward")

@@ -1,0 +1,244 @@
+"""Each op in a few lines of plain PyTorch: the specification, and the backend that always runs.
+
+Any device; float16, bfloat16 and float32 inputs are computed in float32, float64 in float64.
+Index arguments named `order, starts` group something for a segment sum: segment s takes entries
+order[starts[s]] .. order[starts[s + 1] - 1], in that order, so sums are the same from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_KEY_LIMIT = 2**62
+_SEGMENT_CHUNK = 256
+
+
+def window_index(
+    ids: Tensor, size: list[int], kernel_size: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Interns the distinct kernel_size x kernel_size windows of the map resized (nearest) to `size`.
+
+    Args:
+        ids: (N, H, W) int64, all positive; 0 is reserved for "outside the image".
+
+    Returns:
+        windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64, image_rows (N + 1,) int64. Rows belong to
+        one image each and are numbered by first occurrence.
+    """
+    padded = F.pad(_resize_nearest(ids, size), (padding,) * 4)
+    height, width = ((s - kernel_size) // stride + 1 for s in padded.shape[1:])
+    image = torch.arange(ids.shape[0], device=ids.device).view(-1, 1, 1)
+    across = [padded[:, :, j::stride][:, :, :width] for j in range(kernel_size)]
+    bands = _exact_key([image, *across])
+    keys = _exact_key([bands[:, i::stride][:, :height] for i in range(kernel_size)])
+    row, first = _number_by_first_occurrence(keys.flatten())
+
+    offset = torch.arange(kernel_size, device=ids.device)
+    n, y, x = (t.view(-1, 1, 1) for t in torch.unravel_index(first, (ids.shape[0], height, width)))
+    windows = padded[n, y * stride + offset.view(1, -1, 1), x * stride + offset.view(1, 1, -1)].flatten(1)
+    image_rows = F.pad(torch.bincount(n.flatten(), minlength=ids.shape[0]).cumsum(0), (1, 0))
+    return windows, row.view(-1, height, width), image_rows
+
+
+def hidden_rows(
+    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+) -> Tensor:
+    """(rows, D): the first convolution at each distinct window, sum over t of taps[t, windows[:, t]], + bias, relu.
+
+    Args:
+        taps: (T, codes, D), the weights' response to each code at each tap; code 0 must be zero.
+        windows: (rows, T) int64 codes.
+        order, starts: the windows grouped by (tap, code); needed by the backward only.
+    """
+    steps = torch.arange(taps.shape[0], device=windows.device) * taps.shape[1]
+    rows = F.embedding_bag(windows + steps, _accumulator(taps).flatten(0, 1), mode="sum")
+    if bias is not None:
+        rows = rows + bias
+    return (rows.relu() if relu else rows).to(taps.dtype)
+
+
+def hidden_rows_grad(
+    grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `taps` (T, codes, D) and `bias` (D,) from the gradient of the rows."""
+    grad = _accumulator(grad)
+    if relu:
+        grad = grad * (rows > 0)
+    taps = segment_sum(grad, order // num_taps, starts)
+    return taps.view(num_taps, -1, grad.shape[1]), grad.sum(0)
+
+
+def modulation_table(
+    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, order: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """(rows, 2C): the second convolution at each distinct window, sum over t of hidden[windows[:, t] - 1] @ weight[t], + bias.
+
+    Args:
+        hidden: (hidden rows, D); a window entry of 0 contributes nothing.
+        weight: (T, D, 2C), scale columns first; bias (2C,).
+        windows: (rows, T) int64.
+        order, starts: the windows grouped by hidden row; needed by the backward only.
+    """
+    acc = _accumulator(hidden)
+    return (_under_windows(acc, windows) @ weight.to(acc.dtype).flatten(0, 1) + bias).to(hidden.dtype)
+
+
+def modulation_table_grad(
+    grad: Tensor, hidden: Tensor, weight: Tensor, windows: Tensor, order: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `hidden`, `weight` and `bias` from the gradient of the table."""
+    grad, hidden = _accumulator(grad), _accumulator(hidden)
+    per_tap = (grad @ weight.to(grad.dtype).flatten(0, 1).t()).view(-1, hidden.shape[1])
+    d_hidden = segment_sum(per_tap, order, starts)[1:]
+    d_weight = (_under_windows(hidden, windows).t() @ grad).view_as(weight)
+    return d_hidden, d_weight, grad.sum(0)
+
+
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) mean and sum of squared deviations of each image's channels, in two passes over x (N, C, h, w)."""
+    acc = _accumulator(x)
+    mean = acc.mean((2, 3))
+    return mean, (acc - mean[:, :, None, None]).square().sum((2, 3))
+
+
+def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> Tensor:
+    """Gradient of x from those of its statistics."""
+    acc = _accumulator(x)
+    pixels = x.shape[2] * x.shape[3]
+    centred = acc - mean[:, :, None, None]
+    return (grad_mean[:, :, None, None] / pixels + 2 * grad_m2[:, :, None, None] * centred).to(x.dtype)
+
+
+def modulate(x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None, slope: float) -> Tensor:
+    """leaky_relu((x - mean) * rstd * scale + shift, slope), scale and shift gathered from the table.
+
+    Args:
+        x: (N, C, h, w); mean, rstd: (N, C) or (1, C).
+        table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
+        slope: of the leaky ReLU; 1 is none.
+
+    Returns:
+        (N, C, h, w) in x's dtype, channels-last.
+    """
+    y, _, _ = _affine(x, mean, rstd, table, pixel_row)
+    y = F.leaky_relu(y, slope) if slope != 1 else y
+    return y.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def modulate_table_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    slope: float,
+) -> Tensor:
+    """Gradient of the table, (rows, 2C), in the accumulation dtype: sums over each row's pixels."""
+    y, xhat, _ = _affine(x, mean, rstd, table, pixel_row)
+    d_shift = _through_leaky_relu(grad, y, slope)
+    per_pixel = torch.cat((d_shift * xhat, d_shift), -1).flatten(0, 2)
+    if pixel_row is None:
+        return per_pixel
+    assert order is not None and starts is not None
+    return segment_sum(per_pixel, order, starts)
+
+
+def modulate_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    mean_shift: Tensor | None,
+    mean_scale: Tensor | None,
+    slope: float,
+) -> Tensor:
+    """Gradient of x, channels-last, in x's dtype.
+
+    Args:
+        mean_shift, mean_scale: (N, C) or (1, C) means of d(xhat) and of d(xhat) * xhat over the pixels the statistics
+            were taken from; None where mean and rstd do not depend on x.
+    """
+    y, xhat, scale = _affine(x, mean, rstd, table, pixel_row)
+    d_xhat = _through_leaky_relu(grad, y, slope) * scale
+    if mean_shift is not None and mean_scale is not None:
+        d_xhat = d_xhat - mean_shift[:, None, None] - xhat * mean_scale[:, None, None]
+    return (d_xhat * rstd[:, None, None]).to(x.dtype).permute(0, 3, 1, 2)
+
+
+def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
+    """(segments, D): sums of values[index[e]] over each segment, long segments in chunks and then over the chunks."""
+    chunks = (starts.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
+    chunk_starts = F.pad(chunks.cumsum(0), (1, 0))
+    segment = torch.repeat_interleave(torch.arange(len(chunks), device=starts.device), chunks)
+    within = torch.arange(len(segment), device=starts.device) - chunk_starts[segment]
+    offsets = torch.cat((starts[segment] + within * _SEGMENT_CHUNK, starts[-1:]))
+    partial = F.embedding_bag(index, values, offsets, mode="sum", include_last_offset=True)
+    every = torch.arange(len(segment), device=starts.device)
+    return F.embedding_bag(every, partial, chunk_starts, mode="sum", include_last_offset=True)
+
+
+def _accumulator(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _resize_nearest(ids: Tensor, size: list[int]) -> Tensor:
+    if list(ids.shape[1:]) == list(size):
+        return ids
+    y, x = (
+        F.interpolate(torch.arange(n, dtype=torch.float32, device=ids.device).view(1, 1, n), size=int(m))
+        .long()
+        .flatten()
+        for n, m in zip(ids.shape[1:], size, strict=True)
+    )
+    return ids[:, y][:, :, x]
+
+
+def _exact_key(parts: list[Tensor]) -> Tensor:
+    """One integer per position, equal exactly where all parts are equal: never a hash."""
+    key, bound = parts[0], int(parts[0].max()) + 1
+    for part in parts[1:]:
+        states = int(part.max()) + 1
+        if bound * states > _KEY_LIMIT:
+            values, key = torch.unique(key, return_inverse=True)
+            bound = len(values)
+        key, bound = key * states + part, bound * states
+    return key
+
+
+def _number_by_first_occurrence(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of each key, counted by first occurrence, and where each number occurs first."""
+    ordered, order = keys.sort(stable=True)
+    new = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+    first, by_first = order[new].sort()
+    number = torch.empty_like(by_first)
+    number[by_first] = torch.arange(len(first), device=keys.device)
+    row = torch.empty_like(order)
+    row[order] = number[new.cumsum(0) - 1]
+    return row, first
+
+
+def _under_windows(hidden: Tensor, windows: Tensor) -> Tensor:
+    return F.pad(hidden, (0, 0, 1, 0))[windows].flatten(1)
+
+
+def _affine(
+    x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y before the activation, normalized x and scale, all (N, h, w, C)."""
+    xhat = (_accumulator(x).permute(0, 2, 3, 1) - mean[:, None, None]) * rstd[:, None, None]
+    rows = table.to(xhat.dtype)
+    rows = rows.view(*xhat.shape[:3], -1) if pixel_row is None else F.embedding(pixel_row, rows)
+    scale, shift = rows.chunk(2, -1)
+    return xhat * scale + shift, xhat, scale
+
+
+def _through_leaky_relu(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    grad = grad.permute(0, 2, 3, 1).to(y.dtype)
+    return grad if slope == 1 else torch.where(y > 0, grad, grad * slope)

@@ -1,0 +1,241 @@
+"""Everything a run can be told, as frozen dataclasses, with each data set's defaults.
+
+Field names are the original implementation's option names wherever it has the option (README: "Coming from the
+original"). A config is plain data: `save_config` and `load_config` move it to and from JSON beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spade_model.errors import UserError
+
+DatasetMode = Literal["coco", "ade20k", "cityscapes", "facades", "custom", "toy"]
+PreprocessMode = Literal[
+    "resize_and_crop",
+    "crop",
+    "scale_width",
+    "scale_width_and_crop",
+    "scale_shortside",
+    "scale_shortside_and_crop",
+    "fixed",
+    "none",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the masks and photographs are and how they become tensors."""
+
+    dataset_mode: DatasetMode = "coco"
+    """Folder layout and defaults; `custom` takes --label_dir and --image_dir, `toy` needs no files."""
+    dataroot: str = "./datasets"
+    """Root folder of the data set."""
+    label_dir: str = ""
+    """custom: folder of label images (or of RGB condition images with --label_nc 0)."""
+    image_dir: str = ""
+    """custom: folder of photographs."""
+    instance_dir: str = ""
+    """custom: folder of instance id images."""
+    label_nc: int = 182
+    """Label classes, without the unknown class. 0: the condition is an RGB image instead of labels."""
+    contain_dontcare_label: bool = True
+    """Label 255 becomes one more class, number label_nc."""
+    no_instance: bool = False
+    """Do not add the instance boundary plane to the condition."""
+    ade20k_shift: bool = False
+    """ade20k: classes 1..150 become 0..149 and 0 becomes unknown, as the paper meant. Off: ids as stored, which is what
+    the original's released weights were trained with."""
+    preprocess_mode: PreprocessMode = "resize_and_crop"
+    """How images are resized and cropped at load time."""
+    load_size: int = 286
+    """Resize to this size before cropping (train)."""
+    crop_size: int = 256
+    """Crop to this width, in pixels; the generator's output width."""
+    aspect_ratio: float = 1.0
+    """Width / height of the generated image."""
+    no_flip: bool = False
+    """Do not mirror training images at random."""
+    batch_size: int = 1
+    """Images per process and step."""
+    num_workers: int = 0
+    """Loader processes per training process."""
+    serial_batches: bool = False
+    """Take training images in order instead of shuffling."""
+    max_dataset_size: int = 2**31 - 1
+    """Use at most this many images."""
+    no_pairing_check: bool = False
+    """Do not check that label and photograph names match."""
+    coco_no_portraits: bool = False
+    """coco: leave out the *_portrait folders."""
+    seed: int = 0
+    """Seeds shuffling, augmentation and the toy images."""
+
+    @property
+    def num_labels(self) -> int:
+        """Label classes including the unknown class; 0 for a dense (RGB) condition."""
+        return self.label_nc + int(self.contain_dontcare_label) if self.label_nc else 0
+
+    @property
+    def semantic_nc(self) -> int:
+        """Channels of the condition as the networks count them: classes (or RGB), plus the instance boundary plane."""
+        return (self.num_labels or 3) + int(not self.no_instance)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of a generated image, in pixels."""
+        return round(self.crop_size / self.aspect_ratio), self.crop_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks' shapes."""
+
+    netG: Literal["spade", "pix2pixhd"] = "spade"
+    """Generator."""
+    ngf: int = 64
+    """Generator width: channels before the last convolution."""
+    norm_G: str = "spectralspadesyncbatch3x3"
+    """Generator normalization: [spectral]spade<instance|batch|syncbatch><k>x<k>; pix2pixhd: [spectral]<none|instance|batch|syncbatch>."""
+    num_upsampling_layers: Literal["normal", "more", "most"] = "normal"
+    """spade: 5, 6 or 7 doublings between the first feature map and the image; `most` adds a residual block."""
+    use_vae: bool = False
+    """Encode a style image into the generator's input vector."""
+    z_dim: int = 256
+    """Length of the style vector."""
+    resnet_n_downsample: int = 4
+    """pix2pixhd: number of stride-2 convolutions."""
+    resnet_n_blocks: int = 9
+    """pix2pixhd: number of residual blocks."""
+    resnet_kernel_size: int = 3
+    """pix2pixhd: kernel of the residual blocks."""
+    resnet_initial_kernel_size: int = 7
+    """pix2pixhd: kernel of the first and last convolution."""
+    norm_E: str = "spectralinstance"
+    """Encoder normalization."""
+    ndf: int = 64
+    """Discriminator width."""
+    norm_D: str = "spectralinstance"
+    """Discriminator normalization."""
+    num_D: int = 2
+    """Discriminator scales."""
+    n_layers_D: int = 4
+    """Convolutions of each discriminator scale before its output."""
+    init_type: Literal["xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "none"] = "xavier"
+    """Weight initialisation."""
+    init_variance: float = 0.02
+    """Gain (xavier, orthogonal) or standard deviation (normal) of the initialisation."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str = "label2coco"
+    """The run's name: its folder under checkpoints_dir."""
+    checkpoints_dir: str = "./checkpoints"
+    """Folder of all runs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    continue_train: bool = False
+    """Go on from the run's saved state, in the middle of an epoch if it stopped there."""
+    which_epoch: str = "latest"
+    """With --continue_train: `latest` or an epoch number that was saved."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda when there is one."""
+    niter: int = 50
+    """Epochs at the first learning rate."""
+    niter_decay: int = 0
+    """Epochs of linear decay to zero after that."""
+    max_steps: int = 0
+    """Stop after this many steps; 0: no limit."""
+    lr: float = 0.0002
+    """Learning rate of Adam. With TTUR the generator gets half of it and the discriminator twice."""
+    no_TTUR: bool = False
+    """Same learning rate for both, and --beta1, --beta2 default to 0.5 and 0.999."""
+    beta1: float = 0.0
+    """Adam's first moment decay."""
+    beta2: float = 0.9
+    """Adam's second moment decay."""
+    D_steps_per_G: int = 1
+    """Discriminator steps for each generator step."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before an optimizer step."""
+    gan_mode: Literal["hinge", "ls", "original", "w"] = "hinge"
+    """Adversarial loss."""
+    lambda_feat: float = 10.0
+    """Weight of the discriminator feature matching loss."""
+    no_ganFeat_loss: bool = False
+    """Train without feature matching."""
+    lambda_vgg: float = 10.0
+    """Weight of the VGG perceptual loss."""
+    no_vgg_loss: bool = False
+    """Train without the VGG loss (it needs a weights file)."""
+    vgg_weights: str = ""
+    """VGG19 weights file; default: torch's download cache."""
+    lambda_kld: float = 0.05
+    """Weight of the encoder's KL divergence."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the generator's weights; 0: none is kept."""
+    ema_bn_batches: int = 30
+    """Batches over which the averaged generator's batch-norm statistics are re-estimated before it is saved or shown."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision of forward passes; weights stay fp32."""
+    compile: bool = False
+    """Run the networks through torch.compile."""
+    seed: int = 0
+    """Seeds weights and random style vectors."""
+    print_freq: int = 100
+    """Steps between lines of the log."""
+    display_freq: int = 100
+    """Steps between sample images."""
+    save_latest_freq: int = 5000
+    """Steps between saves of the latest state."""
+    save_epoch_freq: int = 10
+    """Epochs between kept snapshots."""
+    no_html: bool = False
+    """Do not write the page of samples."""
+    tensorboard: bool = False
+    """Write TensorBoard event files."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.checkpoints_dir) / self.name
+
+
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "coco": {},
+    "ade20k": {"label_nc": 150, "no_instance": True},
+    "cityscapes": {
+        "label_nc": 35,
+        "contain_dontcare_label": False,
+        "preprocess_mode": "fixed",
+        "load_size": 512,
+        "crop_size": 512,
+        "aspect_ratio": 2.0,
+        "batch_size": 16,
+    },
+    "facades": {"label_nc": 13, "contain_dontcare_label": False, "no_instance": True},
+    "custom": {"label_nc": 13, "contain_dontcare_label": False},
+    "toy": {
+        "label_nc": 7,
+        "contain_dontcare_label": False,
+        "preprocess_mode": "none",
+        "load_size": 64,
+        "crop_size": 64,
+        "batch_size": 8,
+        "max_dataset_size": 2048,
+    },
+}
+
+
+def default_data_config(dataset_mode: str) -> DataConfig:
+    """The data set's own defaults. Raises UserError for a name that is not a data set."""
+    if dataset_mode not in DATASET_DEFAULTS:
+        raise UserError(f"unknown --dataset_mode {dataset_mode!r}; choose one of {', '.join(DATASET_DEFAULTS)}")
+    return DataConfig(dataset_mode=dataset_mode, **DATASET_DEFAULTS[dataset_mode])  # type: ignore[arg-type]

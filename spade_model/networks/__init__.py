@@ -1,0 +1,18 @@
+"""The networks, under the original's module and parameter names."""
+
+from spade_model.networks.discriminator import MultiscaleDiscriminator
+from spade_model.networks.encoder import ConvEncoder
+from spade_model.networks.generator import SPADEGenerator
+from spade_model.networks.initialization import initialize
+from spade_model.networks.pix2pixhd import Pix2PixHDGenerator
+from spade_model.networks.vgg import VGG19Features, load_vgg19
+
+__all__ = [
+    "ConvEncoder",
+    "MultiscaleDiscriminator",
+    "Pix2PixHDGenerator",
+    "SPADEGenerator",
+    "VGG19Features",
+    "initialize",
+    "load_vgg19",
+]

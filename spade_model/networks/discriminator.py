@@ -1,0 +1,98 @@
+"""The multi-scale patch discriminator (pix2pixHD, as SPADE uses it: appendix A, figure 13)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spade_kernels import LabelMap
+from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_model.networks.normalization import normalized
+
+Features = list[torch.Tensor]
+
+
+class NLayerDiscriminator(nn.Module):
+    """One scale: n_layers_D strided 4x4 convolutions and a one-channel output.
+
+    Args:
+        semantic_nc: condition channels. See `MultiscaleDiscriminator` for the others.
+    """
+
+    def __init__(self, semantic_nc: int, ndf: int, norm_D: str, n_layers_D: int, output_nc: int):
+        super().__init__()
+        self.semantic_nc = semantic_nc
+        width = ndf
+        self.model0 = nn.Sequential(
+            nn.Conv2d(semantic_nc + output_nc, width, 4, stride=2, padding=2), nn.LeakyReLU(0.2, inplace=False)
+        )
+        self.depth = n_layers_D + 1
+        for n in range(1, n_layers_D):
+            before, width = width, min(width * 2, 512)
+            stride = 1 if n == n_layers_D - 1 else 2
+            layer = normalized(nn.Conv2d(before, width, 4, stride=stride, padding=2), norm_D)
+            self.add_module(f"model{n}", nn.Sequential(layer, nn.LeakyReLU(0.2, inplace=False)))
+        self.add_module(f"model{n_layers_D}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
+
+    def forward(self, segmap: Segmap, image: torch.Tensor) -> Features:
+        """Every layer's output, the per-patch score (N, 1, h, w) last."""
+        first = self.model0[0]
+        on_segmap, on_image = first.weight.split((self.semantic_nc, image.shape[1]), 1)  # type: ignore[operator]
+        x = conv2d(segmap, on_segmap, first.bias, 2, 2) + F.conv2d(image, on_image, None, 2, 2)  # type: ignore[arg-type]
+        features = [self.model0[1](x)]
+        for n in range(1, self.depth):
+            features.append(self.get_submodule(f"model{n}")(features[-1]))
+        return features
+
+
+class MultiscaleDiscriminator(nn.Module):
+    """Judges (mask, image) pairs patch by patch at several scales.
+
+    Args:
+        semantic_nc: condition channels. ndf: width of the first layer, doubled up to 512.
+        norm_D: [spectral]<none|instance|batch|syncbatch> of the inner layers.
+        num_D: scales, each half the size of the one before. n_layers_D: convolutions before the output.
+        output_nc: image channels.
+    """
+
+    def __init__(
+        self,
+        semantic_nc: int,
+        *,
+        ndf: int = 64,
+        norm_D: str = "spectralinstance",
+        num_D: int = 2,
+        n_layers_D: int = 4,
+        output_nc: int = 3,
+    ):
+        super().__init__()
+        self.semantic_nc, self.num_D = semantic_nc, num_D
+        for i in range(num_D):
+            scale = NLayerDiscriminator(semantic_nc, ndf, norm_D, n_layers_D, output_nc)
+            self.add_module(f"discriminator_{i}", scale)
+
+    def forward(self, segmap: Segmap, image: torch.Tensor) -> list[Features]:
+        """For each scale, every layer's output.
+
+        Args:
+            segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W), of the image's size.
+            image: (N, output_nc, H, W).
+        """
+        segmap = as_condition(segmap, self.semantic_nc, like=image)
+        if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
+            raise ValueError(
+                f"segmap is {tuple(segmap.shape[-2:])} pixels, image {tuple(image.shape[-2:])}; they must match"
+            )
+        results = []
+        for i in range(self.num_D):
+            if i:
+                segmap, image = _half(segmap), _half(image)
+            results.append(self.get_submodule(f"discriminator_{i}")(segmap, image))
+        return results
+
+
+def _half(condition):
+    if isinstance(condition, LabelMap):
+        return condition.avg_pool()
+    return F.avg_pool2d(condition, 3, stride=2, padding=1, count_include_pad=False)

@@ -1,0 +1,155 @@
+"""The SPADE generator (Park et al. 2019, appendix A, figure 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import spectral_norm
+
+from spade_kernels import SPADE
+from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_model.errors import UserError
+
+_SLOPE = 0.2
+_DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+
+
+class SPADEResnetBlock(nn.Module):
+    """Residual block of two SPADE layers, with a third in the shortcut where the width changes.
+
+    Args:
+        fin, fout: channels in and out. norm_G: [spectral]spade<norm><k>x<k>. semantic_nc: condition channels.
+    """
+
+    def __init__(self, fin: int, fout: int, norm_G: str, semantic_nc: int):
+        super().__init__()
+        fmiddle = min(fin, fout)
+        wrap: Callable[[nn.Module], nn.Module] = spectral_norm if "spectral" in norm_G else _unchanged
+        self.conv_0 = wrap(nn.Conv2d(fin, fmiddle, 3, padding=1))
+        self.conv_1 = wrap(nn.Conv2d(fmiddle, fout, 3, padding=1))
+        self.norm_0 = SPADE(norm_G, fin, semantic_nc)
+        self.norm_1 = SPADE(norm_G, fmiddle, semantic_nc)
+        self.learned_shortcut = fin != fout
+        if self.learned_shortcut:
+            self.conv_s = wrap(nn.Conv2d(fin, fout, 1, bias=False))
+            self.norm_s = SPADE(norm_G, fin, semantic_nc)
+
+    def forward(self, x: torch.Tensor, segmap: Segmap) -> torch.Tensor:
+        """(N, fin, h, w) -> (N, fout, h, w)."""
+        shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
+        dx = self.conv_0(self.norm_0(x, segmap, slope=_SLOPE))
+        dx = self.conv_1(self.norm_1(dx, segmap, slope=_SLOPE))
+        return shortcut + dx
+
+
+class SPADEGenerator(nn.Module):
+    """Turns a segmentation mask, and a style vector with `use_vae`, into an image.
+
+    Args:
+        semantic_nc: condition channels (classes, unknown class, instance edges).
+        ngf: width; the first feature map has 16 * ngf channels.
+        norm_G: [spectral]spade<norm><k>x<k> of all blocks.
+        num_upsampling_layers: "normal", "more", "most": 5, 6, 7 doublings; "most" adds a block.
+        crop_size: image width in pixels; aspect_ratio: width / height.
+        use_vae: start from a style vector of length z_dim instead of the downsampled mask.
+
+    Raises:
+        UserError: a size the doublings cannot reach, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        semantic_nc: int,
+        *,
+        ngf: int = 64,
+        norm_G: str = "spectralspadesyncbatch3x3",
+        num_upsampling_layers: str = "normal",
+        crop_size: int = 256,
+        aspect_ratio: float = 1.0,
+        use_vae: bool = False,
+        z_dim: int = 256,
+    ):
+        super().__init__()
+        self.semantic_nc, self.use_vae, self.z_dim = semantic_nc, use_vae, z_dim
+        self.num_upsampling_layers = num_upsampling_layers
+        self.start_size = start_size(num_upsampling_layers, crop_size, aspect_ratio)
+        height, width = self.start_size
+        if use_vae:
+            self.fc: nn.Module = nn.Linear(z_dim, 16 * ngf * height * width)
+        else:
+            self.fc = nn.Conv2d(semantic_nc, 16 * ngf, 3, padding=1)
+
+        def block(fin: int, fout: int) -> SPADEResnetBlock:
+            return SPADEResnetBlock(fin, fout, norm_G, semantic_nc)
+
+        self.head_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_1 = block(16 * ngf, 16 * ngf)
+        self.up_0 = block(16 * ngf, 8 * ngf)
+        self.up_1 = block(8 * ngf, 4 * ngf)
+        self.up_2 = block(4 * ngf, 2 * ngf)
+        self.up_3 = block(2 * ngf, ngf)
+        last = ngf
+        if num_upsampling_layers == "most":
+            self.up_4 = block(ngf, ngf // 2)
+            last = ngf // 2
+        self.conv_img = nn.Conv2d(last, 3, 3, padding=1)
+
+    def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
+        """The image, (N, 3, H, W) in [-1, 1].
+
+        Args:
+            segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); resized to each layer.
+            z: (N, z_dim) style vectors with `use_vae`; drawn from a standard normal when None.
+        """
+        segmap = as_condition(segmap, self.semantic_nc)
+        x = self.head_0(self._start(segmap, z), segmap)
+        x = self.G_middle_0(_double(x), segmap)
+        if self.num_upsampling_layers in ("more", "most"):
+            x = _double(x)
+        x = self.G_middle_1(x, segmap)
+        for block in (self.up_0, self.up_1, self.up_2, self.up_3):
+            x = block(_double(x), segmap)
+        if self.num_upsampling_layers == "most":
+            x = self.up_4(_double(x), segmap)
+        return self.conv_img(F.leaky_relu(x, _SLOPE)).tanh()
+
+    def _start(self, segmap: Segmap, z: torch.Tensor | None) -> torch.Tensor:
+        if not self.use_vae:
+            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=1, size=self.start_size)  # type: ignore[arg-type]
+        count = len(segmap)
+        if z is None:
+            z = torch.randn(count, self.z_dim, device=segmap.device)
+        if z.shape != (count, self.z_dim):
+            raise ValueError(f"z must have shape {(count, self.z_dim)}, got {tuple(z.shape)}")
+        return self.fc(z).view(count, -1, *self.start_size)
+
+
+def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) -> tuple[int, int]:
+    """(height, width) of the first feature map.
+
+    Raises:
+        UserError: unknown option, or the image would be smaller than the doublings make it.
+    """
+    if num_upsampling_layers not in _DOUBLINGS:
+        raise UserError(f"num_upsampling_layers {num_upsampling_layers!r} is not one of {', '.join(_DOUBLINGS)}")
+    step = 2 ** _DOUBLINGS[num_upsampling_layers]
+    width = crop_size // step
+    height = round(width / aspect_ratio) if aspect_ratio > 0 else 0
+    if width < 1 or height < 1:
+        raise UserError(
+            f"crop_size {crop_size} with aspect_ratio {aspect_ratio} is too small for num_upsampling_layers "
+            f"{num_upsampling_layers!r}, which doubles {_DOUBLINGS[num_upsampling_layers]} times; use at least {step} pixels"
+        )
+    return height, width
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _unchanged(layer: nn.Module) -> nn.Module:
+    return layer

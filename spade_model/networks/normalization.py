@@ -1,0 +1,38 @@
+"""Normalization of plain convolutions, chosen by the original's names."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import spectral_norm
+
+from spade_kernels import SyncBatchNorm2d
+from spade_model.errors import UserError
+
+_NORMS = {
+    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=False),
+    "batch": lambda channels: nn.BatchNorm2d(channels, affine=True),
+    "syncbatch": lambda channels: SyncBatchNorm2d(channels, affine=True),
+    "sync_batch": lambda channels: SyncBatchNorm2d(channels, affine=True),
+}
+
+
+def normalized(layer: nn.Conv2d | nn.ConvTranspose2d, norm: str) -> nn.Module:
+    """The convolution with spectral norm and followed by a norm layer, as `norm` says.
+
+    Args:
+        norm: [spectral]<none|instance|batch|syncbatch>. A norm layer takes over the convolution's bias.
+
+    Raises:
+        UserError: not a norm.
+    """
+    name = norm.removeprefix("spectral")
+    if name not in ("", "none", *_NORMS):
+        raise UserError(
+            f"norm {norm!r}: {name!r} is not one of none, {', '.join(_NORMS)}, each with or without 'spectral'"
+        )
+    if norm.startswith("spectral"):
+        layer = spectral_norm(layer)
+    if name in ("", "none"):
+        return layer
+    layer.register_parameter("bias", None)
+    return nn.Sequential(layer, _NORMS[name](layer.out_channels))

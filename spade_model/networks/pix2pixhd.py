@@ -1,0 +1,74 @@
+"""The pix2pixHD global generator, SPADE's baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spade_kernels import LabelMap
+from spade_kernels.functional import Segmap, as_condition
+from spade_model.networks.normalization import normalized
+
+
+class ResnetBlock(nn.Module):
+    """x + two reflection-padded convolutions."""
+
+    def __init__(self, width: int, norm: str, kernel_size: int):
+        super().__init__()
+        padding = (kernel_size - 1) // 2
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(padding),
+            normalized(nn.Conv2d(width, width, kernel_size), norm),
+            nn.ReLU(),
+            nn.ReflectionPad2d(padding),
+            normalized(nn.Conv2d(width, width, kernel_size), norm),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv_block(x)
+
+
+class Pix2PixHDGenerator(nn.Module):
+    """Downsampling, residual blocks, upsampling. It reads the mask as one-hot planes at full size.
+
+    Args:
+        semantic_nc: condition channels. ngf: width before downsampling.
+        norm_G: [spectral]<none|instance|batch|syncbatch>.
+        resnet_n_downsample: stride-2 convolutions. resnet_n_blocks: residual blocks between.
+        resnet_kernel_size: of the blocks. resnet_initial_kernel_size: of the first and last convolution.
+        output_nc: image channels.
+    """
+
+    def __init__(
+        self,
+        semantic_nc: int,
+        *,
+        ngf: int = 64,
+        norm_G: str = "spectralinstance",
+        resnet_n_downsample: int = 4,
+        resnet_n_blocks: int = 9,
+        resnet_kernel_size: int = 3,
+        resnet_initial_kernel_size: int = 7,
+        output_nc: int = 3,
+    ):
+        super().__init__()
+        self.semantic_nc = semantic_nc
+        border = resnet_initial_kernel_size // 2
+        first = nn.Conv2d(semantic_nc, ngf, resnet_initial_kernel_size)
+        layers: list[nn.Module] = [nn.ReflectionPad2d(border), normalized(first, norm_G), nn.ReLU()]
+        width = ngf
+        for _ in range(resnet_n_downsample):
+            layers += [normalized(nn.Conv2d(width, width * 2, 3, stride=2, padding=1), norm_G), nn.ReLU()]
+            width *= 2
+        layers += [ResnetBlock(width, norm_G, resnet_kernel_size) for _ in range(resnet_n_blocks)]
+        for _ in range(resnet_n_downsample):
+            up = nn.ConvTranspose2d(width, width // 2, 3, stride=2, padding=1, output_padding=1)
+            layers += [normalized(up, norm_G), nn.ReLU()]
+            width //= 2
+        layers += [nn.ReflectionPad2d(border), nn.Conv2d(width, output_nc, resnet_initial_kernel_size), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
+        """The image, (N, output_nc, H, W) in [-1, 1]. `z` is accepted for symmetry with SPADE and not used."""
+        segmap = as_condition(segmap, self.semantic_nc)
+        return self.model(segmap.one_hot() if isinstance(segmap, LabelMap) else segmap)
