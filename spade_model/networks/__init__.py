@@ -1,5 +1,6 @@
 """The networks, under the original's module and parameter names."""
 
+from spade_model.networks.build import build_discriminator, build_encoder, build_generator
 from spade_model.networks.discriminator import MultiscaleDiscriminator
 from spade_model.networks.encoder import ConvEncoder
 from spade_model.networks.generator import SPADEGenerator
@@ -13,6 +14,9 @@ __all__ = [
     "Pix2PixHDGenerator",
     "SPADEGenerator",
     "VGG19Features",
+    "build_discriminator",
+    "build_encoder",
+    "build_generator",
     "initialize",
     "load_vgg19",
 ]

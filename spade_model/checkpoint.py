@@ -1,0 +1,162 @@
+"""Checkpoints: one safetensors file each, replaced atomically. Nothing here can run code from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spade_model.errors import UserError
+
+_TENSOR = "__tensor__"
+_TEMPORARY = ".partial"
+
+
+def save(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes nested dicts and lists of tensors and plain values to `path`.
+
+    The file is written beside its target, flushed to the disk and then renamed over it: whatever happens, `path` holds
+    either the old checkpoint or the new one, whole.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _take_tensors(tree, "", tensors)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"tree": json.dumps(skeleton)})
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = f"; the previous {path.name} is untouched" if path.exists() else ""
+        raise UserError(f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        UserError: no such file, truncated or corrupt, or not one of ours.
+    """
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+        if "tree" not in metadata:
+            raise UserError(f"{path} is not a training checkpoint: it has no saved state beside its tensors")
+        return _put_tensors(json.loads(metadata["tree"]), file.get_tensor)
+
+
+def load_part(path: Path, *parts: str) -> dict[str, Any]:
+    """Some top-level entries of a checkpoint, those it has, without reading the rest from the disk."""
+    with _open(path) as file:
+        tree = json.loads((file.metadata() or {}).get("tree", "{}"))
+        return {part: _put_tensors(tree[part], file.get_tensor) for part in parts if part in tree}
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A plain state dict: .safetensors, or a PyTorch file read with `weights_only`, which never runs code.
+
+    Raises:
+        UserError: no such file, corrupt, holding anything but tensors, or holding code.
+    """
+    if path.suffix == ".safetensors":
+        with _open(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: a file, not a dict
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was refused: it holds more than tensors, which could run code when loaded, or it is damaged. "
+            "Ask its author for a plain state dict (.pth with weights only, or .safetensors)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is truncated or not a PyTorch file; copy or download it again") from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} does not hold a state dict (names and tensors)")
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """`load_state_dict` with a readable account of what does not fit.
+
+    Raises:
+        UserError: the state belongs to another architecture; the message names the first differences.
+    """
+    own = module.state_dict()
+    differences = [f"{k} is missing" for k in own if k not in state]
+    differences += [f"{k} is not expected" for k in state if k not in own]
+    differences += [
+        f"{k} has shape {tuple(state[k].shape)}, the network {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"{source} belongs to another architecture: {'; '.join(differences[:3])}{more}. "
+            "Use the options it was trained with (label_nc, no_instance, ngf, norm_G, num_upsampling_layers, use_vae)"
+        )
+    module.load_state_dict(dict(state))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes half-written files of a killed run."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint") from error
+
+
+def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(tree, Mapping):
+        # JSON keys are strings; Adam's state is keyed by parameter number.
+        keys = {str(k): type(k).__name__ for k in tree}
+        numbers = all(kind == "int" for kind in keys.values()) and bool(keys)
+        items = {str(k): _take_tensors(v, f"{name}/{k}".lstrip("/"), tensors) for k, v in tree.items()}
+        return {"__numbered__": items} if numbers else items
+    if isinstance(tree, (list, tuple)):
+        return [_take_tensors(v, f"{name}/{i}".lstrip("/"), tensors) for i, v in enumerate(tree)]
+    return tree
+
+
+def _put_tensors(tree: Any, read) -> Any:
+    if isinstance(tree, dict):
+        if _TENSOR in tree:
+            return read(tree[_TENSOR])
+        if "__numbered__" in tree:
+            return {int(k): _put_tensors(v, read) for k, v in tree["__numbered__"].items()}
+        return {k: _put_tensors(v, read) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_put_tensors(v, read) for v in tree]
+    return tree
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,228 @@
+"""One training step: networks, optimizers, losses. `train.py` has the loop around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spade_kernels import LabelMap
+from spade_kernels.functional import Segmap
+from spade_model import checkpoint, losses
+from spade_model.average import Average
+from spade_model.config import TrainConfig
+from spade_model.data import Batch
+from spade_model.errors import UserError
+from spade_model.networks import build_discriminator, build_encoder, build_generator, initialize, load_vgg19
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """The generator (with its encoder) and the discriminator, trained against each other.
+
+    With an initialised process group the networks are wrapped in DistributedDataParallel: a step then equals one
+    process's step over all the processes' batches.
+
+    Args:
+        config: the run. device: where the networks live.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu"):
+        self.config, self.device = config, torch.device(device)
+        data, model = config.data, config.model
+
+        def ready(network: nn.Module) -> nn.Module:
+            return initialize(network, model.init_type, model.init_variance).to(self.device).train()
+
+        self.generator = ready(build_generator(data, model))
+        self.discriminator = ready(build_discriminator(data, model))
+        encoder = build_encoder(data, model)
+        self.encoder = None if encoder is None else ready(encoder)
+        self.vgg = None if config.no_vgg_loss else load_vgg19(config.vgg_weights).to(self.device)
+        self.average = None
+        if config.ema_decay:
+            twin = build_generator(data, model).to(self.device)
+            self.average = Average(twin, self.generator, config.ema_decay)
+
+        self._parallel_generator = self._parallel(self.generator)
+        self._parallel_discriminator = self._parallel(self.discriminator)
+        self._parallel_encoder = None if self.encoder is None else self._parallel(self.encoder)
+        generator_parameters = [*self.generator.parameters(), *(self.encoder.parameters() if self.encoder else ())]
+        betas = config.beta1, config.beta2
+        self.optimizer_G = torch.optim.Adam(generator_parameters, lr=config.lr, betas=betas)
+        self.optimizer_D = torch.optim.Adam(self.discriminator.parameters(), lr=config.lr, betas=betas)
+        fp16 = config.precision == "fp16"
+        self.scaler_G = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler_D = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.steps = 0
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the learning rates of the epoch, counted from 1."""
+        for optimizer, rate in zip((self.optimizer_G, self.optimizer_D), learning_rates(self.config, epoch), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def step(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+        """One step over `config.accumulate` batches: the generator (every D_steps_per_G-th time), then the discriminator.
+
+        Returns:
+            The losses, weighted as they were optimized and averaged over the batches; and the last generated images.
+        """
+        batches = [batch.to(self.device, non_blocking=True) for batch in batches]
+        # Each (mask, image) pair is judged fake and real at once; the doubled mask is indexed once for both steps.
+        doubled = [_double(batch.segmap) for batch in batches]
+        reports: list[dict[str, Tensor]] = []
+        if self.steps % self.config.D_steps_per_G == 0:
+            reports.append(self._generator_step(batches, doubled))
+        discriminator_report, fake = self._discriminator_step(batches, doubled)
+        reports.append(discriminator_report)
+        self.steps += 1
+        if self.average is not None:
+            self.average.update(self.generator)
+        return {name: value for report in reports for name, value in report.items()}, fake
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on bitwise."""
+        state: dict[str, Any] = {
+            "G": self.generator.state_dict(),
+            "D": self.discriminator.state_dict(),
+            "optimizer_G": self.optimizer_G.state_dict(),
+            "optimizer_D": self.optimizer_D.state_dict(),
+            "scaler_G": self.scaler_G.state_dict(),
+            "scaler_D": self.scaler_D.state_dict(),
+            "steps": self.steps,
+        }
+        if self.encoder is not None:
+            state["E"] = self.encoder.state_dict()
+        if self.average is not None:
+            state["G_average"] = self.average.network.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Takes up a saved state. Raises UserError when it belongs to other networks."""
+        networks = {"G": self.generator, "D": self.discriminator}
+        if self.encoder is not None:
+            networks["E"] = self.encoder
+        if self.average is not None:
+            networks["G_average"] = self.average.network
+        for name, network in networks.items():
+            if name not in state:
+                raise UserError(f"{source} holds no {name}; resume with the options it was trained with")
+            checkpoint.load_into(network, state[name], source)
+        self.optimizer_G.load_state_dict(state["optimizer_G"])
+        self.optimizer_D.load_state_dict(state["optimizer_D"])
+        self.scaler_G.load_state_dict(state["scaler_G"])
+        self.scaler_D.load_state_dict(state["scaler_D"])
+        self.steps = state["steps"]
+
+    def _generator_step(self, batches: list[Batch], doubled: list[Segmap]) -> dict[str, Tensor]:
+        self.optimizer_G.zero_grad(set_to_none=True)
+        self.discriminator.requires_grad_(False)
+        parallel = [self._parallel_generator, self._parallel_encoder]
+        report: list[dict[str, Tensor]] = []
+        for i, (batch, twice) in enumerate(zip(batches, doubled, strict=True)):
+            with self._last_only(parallel, i == len(batches) - 1):
+                with self._autocast():
+                    terms = self._generator_losses(batch, twice)
+                self.scaler_G.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[union-attr]
+            report.append(terms)
+        self.discriminator.requires_grad_(True)
+        self.scaler_G.step(self.optimizer_G)
+        self.scaler_G.update()
+        return _mean(report)
+
+    def _discriminator_step(self, batches: list[Batch], doubled: list[Segmap]) -> tuple[dict[str, Tensor], Tensor]:
+        self.optimizer_D.zero_grad(set_to_none=True)
+        report: list[dict[str, Tensor]] = []
+        for i, (batch, twice) in enumerate(zip(batches, doubled, strict=True)):
+            with torch.no_grad(), self._autocast():
+                z = None if self.encoder is None else _sample(*self.encoder(batch.image))
+                fake = self.generator(batch.segmap, z)
+            with self._last_only([self._parallel_discriminator], i == len(batches) - 1):
+                with self._autocast():
+                    on_fake, on_real = self._judge(self._parallel_discriminator, twice, fake, batch.image)
+                    mode = self.config.gan_mode
+                    terms = {
+                        "D_Fake": losses.gan_loss(on_fake, mode, is_real=False, for_discriminator=True),
+                        "D_real": losses.gan_loss(on_real, mode, is_real=True, for_discriminator=True),
+                    }
+                self.scaler_D.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[union-attr]
+            report.append(terms)
+        self.scaler_D.step(self.optimizer_D)
+        self.scaler_D.update()
+        return _mean(report), fake
+
+    def _generator_losses(self, batch: Batch, twice: Segmap) -> dict[str, Tensor]:
+        config, terms, z = self.config, {}, None
+        if self._parallel_encoder is not None:
+            mu, logvar = self._parallel_encoder(batch.image)
+            z = _sample(mu, logvar)
+            # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
+            terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * _world_size() * config.accumulate
+        fake = self._parallel_generator(batch.segmap, z)
+        on_fake, on_real = self._judge(self.discriminator, twice, fake, batch.image)
+        terms["GAN"] = losses.gan_loss(on_fake, config.gan_mode, is_real=True, for_discriminator=False)
+        if not config.no_ganFeat_loss:
+            terms["GAN_Feat"] = losses.feature_matching_loss(on_fake, on_real) * config.lambda_feat
+        if self.vgg is not None:
+            with torch.no_grad():
+                real = self.vgg(batch.image)
+            terms["VGG"] = losses.vgg_loss(self.vgg(fake), real) * config.lambda_vgg
+        return terms
+
+    def _judge(self, discriminator: nn.Module, twice: Segmap, fake: Tensor, real: Tensor):
+        results = discriminator(twice, torch.cat((fake.to(real.dtype), real)))
+        count = len(real)
+        return [[f[:count] for f in scale] for scale in results], [[f[count:] for f in scale] for scale in results]
+
+    def _parallel(self, network: nn.Module) -> nn.Module:
+        if self.config.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        if _world_size() == 1:
+            return network
+        # Buffers stay equal by themselves: spectral vectors follow the weights, norm statistics are synchronized.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+    def _last_only(self, networks: Sequence[nn.Module | None], last: bool):
+        """Exchanges gradients between processes in the last accumulated batch only."""
+        stack = ExitStack()
+        for network in networks:
+            if isinstance(network, DistributedDataParallel) and not last:
+                stack.enter_context(network.no_sync())
+        return stack
+
+    def _autocast(self):
+        dtype = _PRECISIONS.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+
+def learning_rates(config: TrainConfig, epoch: int) -> tuple[float, float]:
+    """(generator's, discriminator's) learning rate in an epoch counted from 1: constant, then linear decay to zero."""
+    lr = config.lr
+    if config.niter_decay:
+        lr -= max(0, epoch - 1 - config.niter) * (config.lr / config.niter_decay)
+    return (lr, lr) if config.no_TTUR else (lr / 2, lr * 2)
+
+
+def _sample(mu: Tensor, logvar: Tensor) -> Tensor:
+    return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+
+
+def _double(segmap: Segmap) -> Segmap:
+    return LabelMap.cat([segmap, segmap]) if isinstance(segmap, LabelMap) else torch.cat((segmap, segmap))
+
+
+def _mean(reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([r[name].detach() for r in reports]).mean() for name in reports[0]}
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
