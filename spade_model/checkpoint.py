@@ -41,7 +41,9 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         kept = f"; the previous {path.name} is untouched" if path.exists() else ""
-        raise UserError(f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir") from error
+        raise UserError(
+            f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -124,7 +126,9 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint") from error
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

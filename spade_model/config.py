@@ -73,7 +73,7 @@ class DataConfig:
     coco_no_portraits: bool = False
     """coco: leave out the *_portrait folders."""
     seed: int = 0
-    """Seeds shuffling, augmentation and the toy images."""
+    """Seeds weights, style vectors, shuffling, augmentation and the toy images."""
 
     @property
     def num_labels(self) -> int:
@@ -188,8 +188,6 @@ class TrainConfig:
     """Autocast precision of forward passes; weights stay fp32."""
     compile: bool = False
     """Run the networks through torch.compile."""
-    seed: int = 0
-    """Seeds weights and random style vectors."""
     print_freq: int = 100
     """Steps between lines of the log."""
     display_freq: int = 100
@@ -239,3 +237,80 @@ def default_data_config(dataset_mode: str) -> DataConfig:
     if dataset_mode not in DATASET_DEFAULTS:
         raise UserError(f"unknown --dataset_mode {dataset_mode!r}; choose one of {', '.join(DATASET_DEFAULTS)}")
     return DataConfig(dataset_mode=dataset_mode, **DATASET_DEFAULTS[dataset_mode])  # type: ignore[arg-type]
+
+
+def default_train_config(dataset_mode: str, no_TTUR: bool = False) -> TrainConfig:
+    """What a run uses where nothing else is said."""
+    betas = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
+    return TrainConfig(data=default_data_config(dataset_mode), no_TTUR=no_TTUR, **betas)  # type: ignore[arg-type]
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raises UserError for values a run cannot use; the message names option, value and range."""
+    least = {"niter": 0, "niter_decay": 0, "max_steps": 0, "D_steps_per_G": 1, "accumulate": 1, "ema_bn_batches": 0}
+    least |= {"print_freq": 1, "display_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1}
+    least |= {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0}
+    for name, minimum in least.items():
+        if getattr(config, name) < minimum:
+            raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least {minimum}")
+    for name in ("ngf", "ndf", "z_dim", "num_D", "n_layers_D"):
+        if getattr(config.model, name) < 1:
+            raise UserError(f"--{name} {getattr(config.model, name)} is too small; it must be at least 1")
+    if not config.lr > 0:
+        raise UserError(f"--lr {config.lr} must be greater than 0")
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is outside 0 <= {name} < 1")
+    if config.niter + config.niter_decay < 1:
+        raise UserError("--niter and --niter_decay are both 0: there is no epoch to train")
+    if not config.name or Path(config.name).name != config.name:
+        raise UserError(f"--name {config.name!r} must be a plain folder name")
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes the config as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads what `save_config` wrote. Raises UserError when the file is missing, damaged, or has unknown options."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return config_from_dict(values, str(path))
+
+
+def config_from_dict(values: Any, source: str) -> TrainConfig:
+    """A TrainConfig from nested dicts, as in a checkpoint or a JSON file; missing options get their defaults."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} is not a config: expected a JSON object")
+    rest = dict(values)
+    data, model = rest.pop("data", {}), rest.pop("model", {})
+    return _build(
+        TrainConfig,
+        rest | {"data": _build(DataConfig, data, source), "model": _build(ModelConfig, model, source)},
+        source,
+    )
+
+
+def _build(cls, values: dict[str, Any], source: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"{source} has an unknown option {unknown[0]!r}; it was written by another version or by hand")
+    for name, value in values.items():
+        default = fields[name].default
+        if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):
+            raise UserError(f"{source}: option {name!r} is {value!r}, expected something like {default!r}")
+    return cls(**values)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))

@@ -65,7 +65,9 @@ class Trainer:
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the learning rates of the epoch, counted from 1."""
-        for optimizer, rate in zip((self.optimizer_G, self.optimizer_D), learning_rates(self.config, epoch), strict=True):
+        for optimizer, rate in zip(
+            (self.optimizer_G, self.optimizer_D), learning_rates(self.config, epoch), strict=True
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = rate
 

@@ -11,6 +11,7 @@ from torch.nn.utils import spectral_norm
 
 from spade_kernels import SPADE
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
@@ -145,6 +146,19 @@ def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) 
             f"{num_upsampling_layers!r}, which doubles {_DOUBLINGS[num_upsampling_layers]} times; use at least {step} pixels"
         )
     return height, width
+
+
+def check_statistics(model: ModelConfig, data: DataConfig, batch: int) -> None:
+    """Raises UserError when a normalization would see one value per channel, where a variance does not exist."""
+    if model.netG != "spade":
+        return
+    height, width = start_size(model.num_upsampling_layers, data.crop_size, data.aspect_ratio)
+    values = height * width * (1 if "instance" in model.norm_G else batch)
+    if values == 1:
+        raise UserError(
+            f"the first feature map has one pixel at --crop_size {data.crop_size}, which {model.norm_G} cannot "
+            "normalize; use a larger --crop_size, or a batch norm and a larger --batch_size"
+        )
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:

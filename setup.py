@@ -1,0 +1,5 @@
+"""Builds the package. All metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

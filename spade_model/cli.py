@@ -1,0 +1,231 @@
+"""The `spade` command: train, generate, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import spade_kernels
+from spade_model import checkpoint
+from spade_model.config import (
+    DataConfig,
+    TrainConfig,
+    config_from_dict,
+    default_data_config,
+    default_train_config,
+    load_config,
+)
+from spade_model.data import check_dataset
+from spade_model.errors import UserError
+from spade_model.generate import GenerateConfig, checkpoint_path, run_generate
+from spade_model.train import train
+
+_USAGE = """usage: spade <command> [options]
+
+commands:
+  train      train a model; `torchrun --nproc_per_node N -m spade_model.cli train ...` for several processes
+  generate   make images from masks
+  doctor     show the environment; with --dataroot, check a whole data set
+
+`spade <command> --help` lists the options.
+"""
+
+RENAMED = {
+    "--batchSize": "--batch_size",
+    "--nThreads": "--num_workers",
+    "--tf_log": "--tensorboard",
+    "--load_from_opt_file": "--config",
+    "--label_path": "--label",
+}
+"""The original's options that have another name here; both are understood."""
+
+GONE = {
+    "--gpu_ids": "choose with --device cpu|cuda; for several GPUs start with torchrun",
+    "--model": "there is one model",
+    "--netD": "there is one discriminator, multiscale",
+    "--netD_subarch": "there is one discriminator, multiscale",
+    "--netE": "there is one encoder",
+    "--nef": "it never had an effect; the encoder's width is --ngf",
+    "--optimizer": "it never had an effect; the optimizer is Adam",
+    "--output_nc": "images have 3 channels",
+    "--phase": "train reads the train split, generate the val split",
+    "--display_winsize": "the page scales images itself",
+    "--cache_filelist_read": "listing files is fast enough without a cache",
+    "--cache_filelist_write": "listing files is fast enough without a cache",
+    "--debug": "use --max_steps, --print_freq 1 and --display_freq 1",
+    "--isTrain": "it is the command",
+}
+"""The original's options that are gone, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """One run of `spade doctor`."""
+
+    split: str = ""
+    """`train` or `val`; default: both."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 for input that cannot be used.
+
+    SPADE_DEBUG=1 in the environment shows the traceback of an error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate, "doctor": _doctor}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"spade-kernels {spade_kernels.__version__}")
+        return 0
+    try:
+        if arguments[0] not in commands:
+            raise UserError(f"unknown command {arguments[0]!r}; choose one of {', '.join(commands)}")
+        return commands[arguments[0]](_translate(arguments[1:]))
+    except UserError as error:
+        return _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        return _fail(
+            f"out of memory: {str(error).splitlines()[0]} Use a smaller --batch_size or --crop_size, or --precision bf16"
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    known, rest = _peek(arguments, "config")
+    default = default_train_config(known.get("dataset_mode", "coco"), "no_TTUR" in known)
+    if "config" in known:
+        default = load_config(Path(known["config"]))
+    if "continue_train" in known:
+        run = TrainConfig(
+            name=known.get("name", default.name), checkpoints_dir=known.get("checkpoints_dir", default.checkpoints_dir)
+        )
+        if not (run.run_dir / "config.json").exists():
+            raise UserError(f"nothing to continue in {run.run_dir}: check --name and --checkpoints_dir")
+        default = replace(load_config(run.run_dir / "config.json"), name=run.name, checkpoints_dir=run.checkpoints_dir)
+    config: TrainConfig = _parse(TrainConfig, default, rest, "spade train")
+    folder = train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        page = folder / "web" / "index.html"
+        print(f"saved in {folder}" + (f"; samples and loss curves: {page}" if page.exists() else ""))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    default = GenerateConfig(data=default_data_config(known.get("dataset_mode", "coco")))
+    file = checkpoint_path(
+        replace(
+            default, **{k: known[k] for k in ("name", "checkpoints_dir", "which_epoch", "checkpoint") if k in known}
+        )
+    )
+    if file.suffix == ".safetensors" and "--help" not in arguments:
+        if not file.is_file():
+            raise UserError(
+                f"no model at {file}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
+            )
+        saved = checkpoint.load_part(file, "config")
+        if "config" not in saved:
+            raise UserError(f"{file} is not a training checkpoint of this project")
+        trained = config_from_dict(saved["config"], str(file))
+        default = replace(default, data=trained.data, model=trained.model)
+    config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
+    print(f"images and page: {run_generate(config)}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    default = DoctorConfig(data=default_data_config(known.get("dataset_mode", "coco")))
+    config: DoctorConfig = _parse(DoctorConfig, default, arguments, "spade doctor")
+    if not {"dataroot", "dataset_mode", "label_dir"} & known.keys():
+        _print_environment()
+        return 0
+    return _check_data(config)
+
+
+def _print_environment() -> None:
+    info = spade_kernels.build_info()
+    backends: Any = info.pop("backends")
+    for name, value in info.items():
+        print(f"{name:14} {value}")
+    for name, reason in backends.items():
+        print(f"{'  ' + name:14} {'can run' if reason is None else 'cannot run: ' + reason}")
+
+
+def _check_data(config: DoctorConfig) -> int:
+    faults = 0
+    for split in [config.split] if config.split else ["train", "val"]:
+        problems = check_dataset(
+            config.data, split, progress=lambda items, total: tqdm(items, total=total, desc=split, disable=None)
+        )
+        for problem in problems:
+            print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
+        faults += sum(not problem.is_warning for problem in problems)
+        print(f"{split}: {len(problems)} problems" if problems else f"{split}: no problems")
+    return 2 if faults else 0
+
+
+def _translate(arguments: list[str]) -> list[str]:
+    """Options spelled with underscores and under their present names."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            result.append(argument)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        if name in GONE:
+            raise UserError(f"{name} is not an option here: {GONE[name]}")
+        result.append(RENAMED.get(name, name) + equals + value)
+    return result
+
+
+def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
+    """What decides the other options' defaults; options in `own` are taken out of the list."""
+
+    def parser(names: Sequence[str], flags: Sequence[str] = ()) -> argparse.ArgumentParser:
+        result = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for name in names:
+            result.add_argument(f"--{name}", nargs="?", const="")
+        for flag in flags:
+            result.add_argument(f"--{flag}", action="store_true")
+        return result
+
+    valued = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint")
+    seen = vars(parser(valued, ("continue_train", "no_TTUR")).parse_known_args(arguments)[0])
+    taken, rest = parser(own).parse_known_args(arguments)
+    return {**seen, **vars(taken)}, rest
+
+
+def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, default=default, args=arguments, prog=program, config=flat, use_underscores=True)
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("SPADE_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    print(f"spade: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

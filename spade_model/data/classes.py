@@ -1,0 +1,56 @@
+"""From the ids in a label file to the classes of the model: the only place that knows the rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from spade_model.config import DataConfig
+from spade_model.data.problem import DataError, data_error
+
+UNKNOWN_ID = 255
+"""The id that label files use for "no class"."""
+
+
+def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
+    """Classes 0..config.num_labels-1 of the ids of one label file; both int32 (H, W).
+
+    With contain_dontcare_label, 255 becomes class label_nc. With ade20k_shift, so does 0, and ids 1.. become classes
+    0... Raises DataError naming the worst id, its first pixel and the number of pixels at fault.
+    """
+    unknown = ids == UNKNOWN_ID if config.contain_dontcare_label else np.zeros_like(ids, dtype=bool)
+    classes = ids
+    if config.dataset_mode == "ade20k" and config.ade20k_shift:
+        # Without an unknown class, an unknown pixel becomes label_nc, which is out of range like any other bad id.
+        unknown = unknown | (ids == 0)
+        classes = ids - 1
+    classes = np.where(unknown, np.int32(config.label_nc), classes)
+    wrong = (classes < 0) | (classes >= config.num_labels)
+    if wrong.any():
+        raise _wrong_ids(ids, wrong, config, path)
+    return classes
+
+
+def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Path) -> DataError:
+    worst = int(ids[wrong].max())
+    y, x = np.argwhere(wrong & (ids == worst))[0]
+    what = (
+        f"id {worst} at pixel x={x}, y={y} is outside the classes 0..{config.num_labels - 1} "
+        f"({int(wrong.sum())} of {ids.size} pixels have such ids)"
+    )
+    return data_error(path, what, _fix(ids[wrong], worst, config))
+
+
+def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> str:
+    if worst > UNKNOWN_ID and config.dataset_mode in ("coco", "ade20k", "facades"):
+        return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image"
+    if config.dataset_mode == "ade20k" and config.ade20k_shift and worst == 0:
+        return "Pass --contain_dontcare_label: with --ade20k_shift id 0 means unknown"
+    if worst == UNKNOWN_ID and not config.contain_dontcare_label:
+        others = wrong_ids[wrong_ids != UNKNOWN_ID]
+        larger = f", and --label_nc {int(others.max()) + 1} or more for the other ids" if others.size else ""
+        return f"Pass --contain_dontcare_label if 255 means unknown{larger}"
+    if worst < 0:
+        return "Ids must not be negative: correct the image"
+    return f"Set --label_nc to at least {worst + 1}, or correct the image"

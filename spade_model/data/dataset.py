@@ -1,0 +1,151 @@
+"""The data sets: an item is a pure function of (configuration, split, epoch, index)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from spade_kernels.label_map import instance_edges
+from spade_model.config import DataConfig
+from spade_model.data.folders import find_items
+from spade_model.data.item import ItemFiles, read_sample, rgb_to_tensor
+from spade_model.data.sample import Batch, Sample, collate
+from spade_model.data.seeding import ITEM_AUGMENTATION, random_stream
+from spade_model.data.toy import SMALLEST_SIDE, TOY_CLASSES, draw_toy
+from spade_model.errors import UserError
+
+SPLITS = ("train", "val")
+
+TOY_LENGTHS = {"train": 2**16, "val": 512}
+"""Images of the toy data set, unless max_dataset_size is less."""
+
+ItemKey = int | tuple[int, int]
+"""An index, or (epoch, index); an index alone means epoch 0."""
+
+
+class SpadeDataset(Dataset[Sample]):
+    """What the loader needs of a data set. Validation items are the same in every epoch."""
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        self.config = config
+        self.split = split
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, key: ItemKey) -> Sample:
+        """The item; raises IndexError beyond the end and DataError for bad files."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of a data set of {len(self)}")
+        augments = self.split == "train"
+        return self._sample(
+            index, random_stream(self.config.seed, ITEM_AUGMENTATION, epoch, index) if augments else None
+        )
+
+    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
+        raise NotImplementedError
+
+
+class FolderDataset(SpadeDataset):
+    """Items read from image files."""
+
+    def __init__(self, config: DataConfig, split: str, items: list[ItemFiles]) -> None:
+        super().__init__(config, split)
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
+        return read_sample(self.items[index], self.config, random)
+
+
+class ToyDataset(SpadeDataset):
+    """Landscapes drawn on demand, at the size the generator makes; the preprocess mode does not apply."""
+
+    def __init__(self, config: DataConfig, split: str, *, need_images: bool) -> None:
+        super().__init__(config, split)
+        self.need_images = need_images
+
+    def __len__(self) -> int:
+        return min(self.config.max_dataset_size, TOY_LENGTHS[self.split])
+
+    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
+        height, width = self.config.image_size
+        toy = draw_toy(self.config.seed, self.split, index, height, width)
+        flip = random is not None and not self.config.no_flip and bool(random.random() < 0.5)
+        step = -1 if flip else 1
+        labels, instances, rgb = (plane[:, ::step].copy() for plane in (toy.labels, toy.instances, toy.image))
+        return Sample(
+            torch.from_numpy(labels.astype(np.int64)),
+            None if self.config.no_instance else instance_edges(torch.from_numpy(instances)),
+            rgb_to_tensor(rgb) if self.need_images else None,
+            f"toy_{index:06d}",
+        )
+
+
+def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) -> SpadeDataset:
+    """The data set of the split "train" or "val"; without photographs unless `need_images`.
+
+    Raises UserError when the configuration does not fit the data set, folders are missing or empty, or files lack
+    their partner.
+    """
+    check_config(config)
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if config.dataset_mode == "toy":
+        return ToyDataset(config, split, need_images=need_images)
+    return FolderDataset(config, split, find_items(config, split, need_images=need_images))
+
+
+def load_condition(label: str | Path, config: DataConfig, instance: str | Path | None = None) -> Batch:
+    """A batch of one, without photograph, from a label image (with label_nc 0: an RGB image) and its instance image.
+
+    Preprocessed like a validation item; for the toy data set, resized to the size the generator makes.
+    Raises UserError when the instance image is missing though the configuration uses instances, and for bad files.
+    """
+    check_config(config)
+    if instance is None and not config.no_instance:
+        raise UserError(
+            f"{label}: the model takes instance boundaries, but there is no instance image. "
+            "Give one; an image of the same size with one value everywhere means: no boundaries."
+        )
+    if config.dataset_mode == "toy":
+        config = replace(config, preprocess_mode="fixed")
+    used_instance = None if instance is None or config.no_instance else Path(instance)
+    return collate([read_sample(ItemFiles(Path(label), None, used_instance), config, None)], config.num_labels)
+
+
+def check_config(config: DataConfig) -> None:
+    """Raises UserError for values that no data set can be read with."""
+    least = {"label_nc": 0, "load_size": 1, "crop_size": 1, "batch_size": 1, "num_workers": 0}
+    least |= {"max_dataset_size": 1, "seed": 0}
+    for name, minimum in least.items():
+        if getattr(config, name) < minimum:
+            raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least {minimum}")
+    if not (math.isfinite(config.aspect_ratio) and config.aspect_ratio > 0) or config.image_size[0] < 1:
+        raise UserError(
+            f"--aspect_ratio {config.aspect_ratio} gives no image with --crop_size {config.crop_size}; "
+            "it is width / height"
+        )
+    if config.label_nc == 0 and config.dataset_mode not in ("custom", "facades"):
+        raise UserError(
+            "--label_nc 0 (an RGB image as the condition) works with --dataset_mode custom and facades, "
+            f"not {config.dataset_mode}"
+        )
+    if config.dataset_mode == "toy":
+        _check_toy_config(config)
+
+
+def _check_toy_config(config: DataConfig) -> None:
+    if config.label_nc < len(TOY_CLASSES):
+        raise UserError(f"--label_nc {config.label_nc} is too small; the toy data set has {len(TOY_CLASSES)} classes")
+    if min(config.image_size) < SMALLEST_SIDE:
+        height, width = config.image_size
+        raise UserError(f"toy images of {width}x{height} are too small; their sides must be at least {SMALLEST_SIDE}")

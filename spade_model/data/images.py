@@ -1,0 +1,127 @@
+"""Reading image files: photographs as RGB, id images as integers. Every fault of a file is a `DataError`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from spade_model.data.problem import data_error
+
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+MAX_PIXELS = 8192 * 8192
+"""Larger images are refused: decoding one would take gigabytes (a "decompression bomb")."""
+
+# Decoders report damaged data with all of these.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, ArithmeticError, LookupError, TypeError)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded image, in the file's own mode.
+
+    Raises DataError when the file is missing, empty, not an image of IMAGE_FORMATS, larger than MAX_PIXELS, truncated
+    or corrupt.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise data_error(path, "the file is empty (0 bytes)", "Copy it again or remove it")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if min(image.size) == 0:
+                raise data_error(path, "the image has no pixels", "Copy it again or remove it")
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(path, f"{image.width}x{image.height}")
+            image.load()
+            return image
+    except UnidentifiedImageError:
+        formats = ", ".join(IMAGE_FORMATS)
+        raise data_error(path, f"not a readable {formats} image", "Replace or remove the file") from None
+    except _BOMBS as error:
+        raise _too_large(path, "so large that its header alone is refused", str(error)) from None
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            what = f"cannot be opened ({error.strerror})"
+            raise data_error(path, what, "Check the path and its permissions") from None
+        raise data_error(path, f"truncated or corrupt ({error})", "Copy it again or remove it") from None
+
+
+def read_photograph(path: Path) -> Image.Image:
+    """An RGB image, from any 8-bit colour or grey file. Orientation tags are ignored: label images have none.
+
+    Raises DataError as `open_image`, and for images of more than 8 bits a channel.
+    """
+    image = open_image(path)
+    if image.mode in _WIDE_MODES or image.mode == "F":
+        raise data_error(
+            path, f"a grey image of more than 8 bits (mode {image.mode})", "Save the photograph with 8 bits a channel"
+        )
+    if image.mode == "P":
+        # A palette with several transparent entries converts to RGB only by way of RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Integer ids, int32 (H, W), exactly as stored: grey levels of 1, 8, 16 or 32 bits, or palette indexes.
+
+    Raises DataError as `open_image`, and for images whose pixels are not ids: colours, transparency, floating point,
+    and JPEG, whose compression changes ids.
+    """
+    image = open_image(path)
+    if image.format == "JPEG":
+        raise data_error(
+            path, "ids stored as JPEG, whose compression changes them", "Export the ids again, as a grey PNG"
+        )
+    if image.mode == "LA":
+        ids, alpha = (np.asarray(band) for band in image.split())
+        _require_opaque(alpha, path)
+    elif image.mode in ("1", "L", "P", *_WIDE_MODES):
+        ids = np.asarray(image)
+    else:
+        raise data_error(path, *_why_not_ids(image))
+    return ids.astype(np.int32)
+
+
+def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
+    """Mode and (width, height) of an image without decoding it; None for a file that is not a readable image."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return (image.mode, image.size) if min(image.size) > 0 else None
+    except (*_DAMAGE, *_BOMBS):
+        return None
+
+
+def _too_large(path: Path, size: str, detail: str = "") -> Exception:
+    what = f"the image is {size}; at most {MAX_PIXELS} pixels are decoded" + (f" ({detail})" if detail else "")
+    return data_error(path, what, "Scale the image down or cut it into tiles")
+
+
+def _require_opaque(alpha: np.ndarray, path: Path) -> None:
+    if (alpha == 255).all():
+        return
+    y, x = np.argwhere(alpha != 255)[0]
+    raise data_error(
+        path,
+        f"an id image with transparent pixels (pixel x={x}, y={y} has alpha {alpha[y, x]})",
+        "Save it as a grey PNG without an alpha channel",
+    )
+
+
+def _why_not_ids(image: Image.Image) -> tuple[str, str]:
+    """What is wrong with an image that has no ids, and what to do."""
+    what = f"mode {image.mode} has colours or fractions, not ids"
+    if image.mode not in ("RGB", "RGBA", "RGBX"):
+        return what, "Save it as a grey PNG whose pixel values are the ids"
+    red, green, blue = (np.asarray(band) for band in image.split()[:3])
+    if (red == green).all() and (green == blue).all():
+        return what + " (its three channels are equal)", "Convert it to one channel: save it as a grey PNG"
+    return (
+        what + " (a colour map shows ids, it does not store them)",
+        "Use the file that stores one id a pixel, or translate the colours to ids; "
+        "for a colour image as the condition itself use --label_nc 0",
+    )

@@ -1,0 +1,77 @@
+"""Reading the files of one item: used by the data set, by the check of a data set and for single images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from spade_kernels.label_map import instance_edges
+from spade_model.config import DataConfig
+from spade_model.data.classes import to_classes
+from spade_model.data.images import read_ids, read_photograph
+from spade_model.data.preprocess import Geometry, plan_geometry
+from spade_model.data.problem import data_error
+from spade_model.data.sample import Sample
+
+
+@dataclass(frozen=True)
+class ItemFiles:
+    """The files of one item of a data set."""
+
+    label: Path
+    image: Path | None = None
+    instance: Path | None = None
+
+
+def read_condition(path: Path, config: DataConfig) -> Image.Image:
+    """The classes of a label file (mode I), or with label_nc 0 the RGB image. Raises DataError for a bad file."""
+    if config.label_nc == 0:
+        return read_photograph(path)
+    return Image.fromarray(to_classes(read_ids(path), config, path))
+
+
+def read_instances(path: Path) -> Image.Image:
+    """The instance ids of a file (mode I). Raises DataError for a bad file."""
+    return Image.fromarray(read_ids(path))
+
+
+def require_size(size: tuple[int, int], path: Path, label_size: tuple[int, int], label_path: Path) -> None:
+    """Raises DataError when a file of an item is not as large as the item's label image; sizes are (width, height)."""
+    if size != label_size:
+        what = "the image is {}x{}, but its label image {} is {}x{}".format(*size, label_path, *label_size)
+        raise data_error(path, what, "Make both the same size (resize labels with nearest-neighbour sampling)")
+
+
+def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generator | None) -> Sample:
+    """Reads and preprocesses an item; `random` as for `plan_geometry`. Raises DataError for bad files."""
+    condition = read_condition(files.label, config)
+    geometry = plan_geometry(condition.size, config, random, files.label)
+    edges = image = None
+    if files.instance is not None:
+        instances = read_instances(files.instance)
+        require_size(instances.size, files.instance, condition.size, files.label)
+        edges = instance_edges(_ids_tensor(instances, geometry))
+    if files.image is not None:
+        photograph = read_photograph(files.image)
+        require_size(photograph.size, files.image, condition.size, files.label)
+        image = _rgb_tensor(photograph, geometry)
+    condition_tensor = (_ids_tensor if config.label_nc else _rgb_tensor)(condition, geometry)
+    return Sample(condition_tensor, edges, image, files.label.stem)
+
+
+def rgb_to_tensor(rgb: np.ndarray) -> torch.Tensor:
+    """float32 (3, H, W) in [-1, 1] from uint8 (H, W, 3)."""
+    planes = np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(planes / np.float32(127.5) - np.float32(1))
+
+
+def _rgb_tensor(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    return rgb_to_tensor(np.asarray(geometry.apply(image, Image.Resampling.BICUBIC)))
+
+
+def _ids_tensor(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(geometry.apply(image, Image.Resampling.NEAREST)).astype(np.int64))

@@ -1,0 +1,138 @@
+"""Where each data set keeps its label images, photographs and instance images."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spade_model.config import DataConfig
+from spade_model.data.images import IMAGE_SUFFIXES
+from spade_model.errors import UserError
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Files of one role."""
+
+    role: str
+    """What messages call one of them."""
+    options: str
+    """The command line options that lead to them, or do without them."""
+    folders: tuple[Path, ...]
+    """Searched with their subfolders, in order. The first must exist."""
+    name_pattern: str = ""
+    """Regular expression that file names must contain; empty: every image file belongs."""
+
+    def accepts(self, name: str) -> bool:
+        return name.lower().endswith(IMAGE_SUFFIXES) and re.search(self.name_pattern, name) is not None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of files of a data set and how they pair. A group is None when it is not needed."""
+
+    labels: FileGroup
+    images: FileGroup | None
+    instances: FileGroup | None
+    pairing_key: Callable[[str], str]
+    """From a path (with slashes) relative to its group's folder to what files of one item have in common."""
+
+    @property
+    def groups(self) -> tuple[FileGroup, ...]:
+        return tuple(group for group in (self.labels, self.images, self.instances) if group is not None)
+
+
+def data_layout(config: DataConfig, split: str, *, need_images: bool) -> Layout:
+    """The layout of `config.dataset_mode` for the split "train" or "val".
+
+    Raises UserError when the configuration asks for files that the data set does not have.
+    """
+    if config.dataset_mode == "custom":
+        return _custom(config, need_images)
+    root = Path(config.dataroot)
+    make_groups, pairing_key = {
+        "coco": (_coco, _relative_stem),
+        "facades": (_facades, _relative_stem),
+        "ade20k": (_ade20k, _stem),
+        "cityscapes": (_cityscapes, _city_frame),
+    }[config.dataset_mode]
+    labels, images, instances = make_groups(root, split, config)
+    if instances is None and not config.no_instance:
+        raise UserError(f"{config.dataset_mode} has no instance images; pass --no_instance")
+    return Layout(
+        labels, images if need_images else None, None if config.no_instance else instances, pairing_key=pairing_key
+    )
+
+
+_Groups = tuple[FileGroup, FileGroup, FileGroup | None]
+
+_ROOT_OR_NO_INSTANCES = "--dataroot (or pass --no_instance)"
+
+
+def _coco(root: Path, split: str, config: DataConfig) -> _Groups:
+    def folders(kind: str) -> tuple[Path, ...]:
+        folder = root / f"{split}_{kind}"
+        if split == "val" or config.coco_no_portraits:
+            return (folder,)
+        return folder, folder.with_name(f"{split}_{kind}_portrait")
+
+    return (
+        FileGroup("label image", "--dataroot", folders("label")),
+        FileGroup("photograph", "--dataroot", folders("img")),
+        FileGroup("instance image", _ROOT_OR_NO_INSTANCES, folders("inst")),
+    )
+
+
+def _facades(root: Path, split: str, config: DataConfig) -> _Groups:
+    return (
+        FileGroup("label image", "--dataroot", (root / f"{split}_label",)),
+        FileGroup("photograph", "--dataroot", (root / f"{split}_img",)),
+        None,
+    )
+
+
+def _ade20k(root: Path, split: str, config: DataConfig) -> _Groups:
+    return (
+        FileGroup("label image", "--dataroot", (root,), rf"_{split}_.*\.png$"),
+        FileGroup("photograph", "--dataroot", (root,), rf"_{split}_.*\.jpg$"),
+        None,
+    )
+
+
+def _cityscapes(root: Path, split: str, config: DataConfig) -> _Groups:
+    annotations = (root / "gtFine" / split,)
+    return (
+        FileGroup("label image", "--dataroot", annotations, r"_labelIds\.png$"),
+        FileGroup("photograph", "--dataroot", (root / "leftImg8bit" / split,)),
+        FileGroup("instance image", _ROOT_OR_NO_INSTANCES, annotations, r"_instanceIds\.png$"),
+    )
+
+
+def _custom(config: DataConfig, need_images: bool) -> Layout:
+    def group(role: str, options: str, folder: str) -> FileGroup:
+        if not folder:
+            raise UserError(f"--dataset_mode custom needs {options}: the folder of the {role}s")
+        return FileGroup(role, options, (Path(folder),))
+
+    return Layout(
+        group("label image", "--label_dir", config.label_dir),
+        group("photograph", "--image_dir", config.image_dir) if need_images else None,
+        None if config.no_instance else group("instance image", "--instance_dir or --no_instance", config.instance_dir),
+        pairing_key=_relative_stem,
+    )
+
+
+def _relative_stem(path: str) -> str:
+    return posixpath.splitext(path)[0]
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def _city_frame(path: str) -> str:
+    """City, sequence and frame number."""
+    return "_".join(posixpath.basename(path).split("_")[:3])

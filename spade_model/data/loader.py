@@ -1,0 +1,139 @@
+"""Batches in an order that depends on nothing but (seed, epoch): not on workers, ranks or where a run was resumed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from spade_model.config import DataConfig
+from spade_model.data.dataset import SpadeDataset
+from spade_model.data.sample import Batch, Sample, collate
+from spade_model.data.seeding import EPOCH_ORDER, random_stream
+from spade_model.errors import UserError
+
+
+class Loader:
+    """The batches of one epoch, from `first_batch` on. `len()` counts the batches that it yields."""
+
+    def __init__(self, loader: DataLoader, num_batches: int) -> None:
+        self._loader = loader
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches. Raises UserError when the files of the next batch cannot be used."""
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def create_loader(
+    dataset: SpadeDataset,
+    config: DataConfig,
+    *,
+    shuffle: bool,
+    epoch: int,
+    first_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = True,
+    pin_memory: bool = False,
+) -> Loader:
+    """The batches of one process in one epoch.
+
+    The batch of step k over all ranks is the single process's batch of step k with world_size times the batch size;
+    rank r has its r-th part. Without drop_last the last batch can be smaller, and missing on the last ranks.
+
+    Args:
+        shuffle: take items in the random order of (config.seed, epoch), unless config.serial_batches.
+        first_batch: number of batches to skip: where a resumed run goes on.
+
+    Raises:
+        UserError: fewer items than one batch with drop_last, or no such first_batch.
+    """
+    batches = batch_keys(
+        len(dataset),
+        config,
+        shuffle=shuffle and not config.serial_batches,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+    )
+    if first_batch > len(batches):
+        raise UserError(
+            f"cannot go on at batch {first_batch} of an epoch of {len(batches)} batches: the data set, --batch_size or "
+            "the number of processes changed since the state was saved. Restore them or start anew."
+        )
+    remaining = batches[first_batch:]
+    loader: DataLoader = DataLoader(
+        cast(Dataset, _ReportingDataset(dataset)),
+        batch_sampler=remaining,
+        collate_fn=partial(_collate_or_report, num_labels=config.num_labels),
+        num_workers=config.num_workers,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        # DataLoader draws its workers' seeds from here and not from the global generator.
+        generator=torch.Generator(),
+    )
+    return Loader(loader, len(remaining))
+
+
+def batch_keys(
+    num_items: int, config: DataConfig, *, shuffle: bool, epoch: int, rank: int, world_size: int, drop_last: bool
+) -> list[list[tuple[int, int]]]:
+    """The (epoch, index) pairs of every batch of one rank."""
+    global_batch = config.batch_size * world_size
+    if drop_last and num_items < global_batch:
+        raise UserError(
+            f"the data set has {num_items} images, fewer than one batch ({config.batch_size} images on each of "
+            f"{world_size} processes). Lower --batch_size or add images."
+        )
+    order = np.arange(num_items)
+    if shuffle:
+        order = random_stream(config.seed, EPOCH_ORDER, epoch).permutation(num_items)
+    end = num_items - num_items % global_batch if drop_last else num_items
+    batches = []
+    for start in range(rank * config.batch_size, end, global_batch):
+        batches.append([(epoch, int(index)) for index in order[start : start + config.batch_size]])
+    return batches
+
+
+class _ReportingDataset:
+    """Returns an item's UserError in place of the item: raised in a worker it would arrive as a traceback."""
+
+    def __init__(self, dataset: SpadeDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+        try:
+            return self._dataset[key]
+        except UserError as error:
+            return error
+
+
+def _collate_or_report(samples: Sequence[Sample | UserError], num_labels: int) -> Batch | UserError:
+    good = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        good.append(sample)
+    try:
+        return collate(good, num_labels)
+    except UserError as error:
+        return error
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of the terminal; only the training process answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,114 @@
+"""The geometry of the eight preprocess modes: one resize, one crop, one flip, the same for all images of an item."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from spade_model.config import DataConfig
+from spade_model.data.images import MAX_PIXELS
+from spade_model.data.problem import DataError, data_error
+
+_SIZE_MULTIPLE = 32
+"""Mode `none` rounds sides to this: the generator's smallest feature map is 1/32 of the image."""
+
+_LARGEST_LOAD_SIZE = 2**24
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What happens to every image of one item. Sizes are (width, height) in pixels, as in Pillow."""
+
+    size: tuple[int, int]
+    """Size to resize to."""
+    crop: tuple[int, int, int, int] | None
+    """(left, top, right, bottom) within the resized image; None: all of it."""
+    flip: bool
+    """Mirror left to right, last."""
+
+    def apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+        """The resized, cropped and flipped image. Ids need NEAREST, photographs BICUBIC."""
+        if image.size != self.size:
+            image = image.resize(self.size, resample)
+        if self.crop is not None:
+            image = image.crop(self.crop)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+
+def plan_geometry(
+    size: tuple[int, int], config: DataConfig, random: np.random.Generator | None, path: Path
+) -> Geometry:
+    """The geometry of an item whose files have `size` (width, height).
+
+    `random` places the crop and decides the flip, for training. Without it (validation and inference) the crop is
+    centred, nothing is flipped, and images are scaled to crop_size in place of load_size.
+    Raises DataError, naming `path`, when the crop does not fit into the resized image or that would be enormous.
+    """
+    load_size = config.load_size if random is not None else config.crop_size
+    resized = _resized(size, config, load_size)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        what = "the image is {}x{} and would be scaled to {}x{}: too large".format(*size, *resized)
+        raise data_error(path, what, "Lower --load_size and --crop_size, or remove the image")
+    crop = None
+    if "crop" in config.preprocess_mode:
+        if not _fits(resized, config):
+            raise _crop_does_not_fit(size, resized, config, path, training=random is not None)
+        crop_height, crop_width = config.image_size
+        left, top = _crop_corner(resized[0] - crop_width, resized[1] - crop_height, random)
+        crop = (left, top, left + crop_width, top + crop_height)
+    flip = random is not None and not config.no_flip and bool(random.random() < 0.5)
+    return Geometry(resized, crop, flip)
+
+
+def _resized(size: tuple[int, int], config: DataConfig, load_size: int) -> tuple[int, int]:
+    width, height = size
+    mode = config.preprocess_mode
+    if mode == "resize_and_crop":
+        return load_size, round(load_size / config.aspect_ratio)
+    if mode.startswith("scale_width"):
+        return load_size, max(1, load_size * height // width)
+    if mode.startswith("scale_shortside"):
+        short = min(width, height)
+        return load_size * width // short, load_size * height // short
+    if mode == "fixed":
+        image_height, image_width = config.image_size
+        return image_width, image_height
+    if mode == "none":
+        return _round_to_multiple(width), _round_to_multiple(height)
+    return size
+
+
+def _round_to_multiple(side: int) -> int:
+    return max(1, round(side / _SIZE_MULTIPLE)) * _SIZE_MULTIPLE
+
+
+def _crop_corner(spare_width: int, spare_height: int, random: np.random.Generator | None) -> tuple[int, int]:
+    if random is None:
+        return spare_width // 2, spare_height // 2
+    return int(random.integers(spare_width, endpoint=True)), int(random.integers(spare_height, endpoint=True))
+
+
+def _crop_does_not_fit(
+    size: tuple[int, int], resized: tuple[int, int], config: DataConfig, path: Path, *, training: bool
+) -> DataError:
+    crop_height, crop_width = config.image_size
+    scaled = f", {resized[0]}x{resized[1]} after --preprocess_mode {config.preprocess_mode}" if resized != size else ""
+    what = f"the image is {size[0]}x{size[1]}{scaled}: smaller than the crop of {crop_width}x{crop_height}"
+    if config.preprocess_mode == "crop":
+        return data_error(path, what, "Remove the image, lower --crop_size, or use --preprocess_mode resize_and_crop")
+    if not training:
+        return data_error(path, what, "Use --preprocess_mode resize_and_crop or fixed")
+    larger = range(config.load_size, _LARGEST_LOAD_SIZE)
+    load_size = larger[0] + bisect_left(
+        larger, True, key=lambda load_size: _fits(_resized(size, config, load_size), config)
+    )
+    return data_error(path, what, f"Raise --load_size to at least {load_size}, lower --crop_size, or remove the image")
+
+
+def _fits(resized: tuple[int, int], config: DataConfig) -> bool:
+    crop_height, crop_width = config.image_size
+    return crop_width <= resized[0] and crop_height <= resized[1]

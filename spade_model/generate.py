@@ -1,0 +1,237 @@
+"""Images from masks: `generate()` in Python, `spade generate` on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spade_kernels.functional import Segmap
+from spade_model import checkpoint
+from spade_model.config import DataConfig, ModelConfig, config_from_dict, default_data_config
+from spade_model.data import Batch, create_dataset, create_loader, load_condition
+from spade_model.data.images import IMAGE_SUFFIXES, read_photograph
+from spade_model.data.item import rgb_to_tensor
+from spade_model.errors import UserError
+from spade_model.networks import build_encoder, build_generator
+from spade_model.original import complete, infer_generator
+from spade_model.pages import write_results_page
+from spade_model.train import choose_device
+from spade_model.visualize import condition_image, overlay, to_image
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One run of `spade generate`."""
+
+    name: str = "label2coco"
+    """The training run whose model is used."""
+    checkpoints_dir: str = "./checkpoints"
+    """Folder of all runs."""
+    which_epoch: str = "latest"
+    """`latest` or an epoch number that was saved."""
+    checkpoint: str = ""
+    """A file instead of a run: a .safetensors of this project, or the original's *_net_G.pth."""
+    last_weights: bool = False
+    """Use the last weights although the checkpoint holds an average."""
+    label: str = ""
+    """A label image or a folder of them; default: the data set's val split."""
+    instance: str = ""
+    """The instance image, or folder of instance images with the same names, that goes with --label."""
+    style_image: str = ""
+    """VAE models: take the style of this photograph."""
+    samples: int = 1
+    """VAE models: images per mask, each with its own style."""
+    results_dir: str = "./results"
+    """Where the images and the page go."""
+    how_many: int = 2**31 - 1
+    """Stop after this many masks."""
+    overlay: bool = False
+    """Also write the image with the label colours over it."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A generator in eval mode, with what it was trained on.
+
+    encoder is None without use_vae, or when the file holds none.
+    """
+
+    generator: nn.Module
+    encoder: nn.Module | None
+    data: DataConfig
+    model: ModelConfig
+    device: torch.device
+
+    @torch.no_grad()
+    def style(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """mu and logvar, (1, z_dim) each, of a photograph. Raises UserError when the model has no encoder."""
+        if self.encoder is None:
+            raise UserError("a style image needs a model trained with --use_vae and its encoder")
+        return self.encoder(rgb_to_tensor(np.asarray(image)).unsqueeze(0).to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] of a condition, with style vectors (N, z_dim) for VAE models."""
+        return self.generator(segmap.to(self.device), None if z is None else z.to(self.device)).float()
+
+
+def generate(
+    checkpoint_file: str | Path,
+    label: str | Path,
+    *,
+    instance: str | Path | None = None,
+    style_image: str | Path | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    data: DataConfig | None = None,
+    model: ModelConfig | None = None,
+) -> list[Image.Image]:
+    """Images of one label image.
+
+    Args:
+        checkpoint_file: a checkpoint of this project, or the original's *_net_G.pth.
+        label: the label image. instance: its instance image, for models trained with instances.
+        style_image: VAE models: a photograph whose style is taken; otherwise styles are drawn from `seed`.
+        samples: number of images.
+        data, model: for the original's files, what their weights do not say (dataset mode, crop_size, ...).
+
+    Raises:
+        UserError: a file is missing, damaged, of another architecture, or does not fit the model.
+    """
+    loaded = load_model(Path(checkpoint_file), data, model, device=device)
+    batch = load_condition(label, loaded.data, instance)
+    return [to_image(image[0]) for image in _images(loaded, batch, style_image or "", samples, seed)]
+
+
+def load_model(
+    path: Path,
+    data: DataConfig | None = None,
+    model: ModelConfig | None = None,
+    *,
+    last_weights: bool = False,
+    device: str = "auto",
+) -> LoadedModel:
+    """The model in a checkpoint of this project or in the original's *_net_G.pth (its *_net_E.pth beside it is used).
+
+    Args:
+        data, model: replace what the checkpoint says; for the original's files, what their weights do not say.
+    """
+    where = choose_device(device)
+    states: dict[str, dict[str, Tensor]]
+    if path.suffix == ".safetensors":
+        states = checkpoint.load_part(path, "G", "G_average", "E", "config")
+        if "config" not in states or "G" not in states:
+            raise UserError(f"{path} is not a training checkpoint of this project")
+        saved = config_from_dict(states["config"], str(path))
+        data, model = data or saved.data, model or saved.model
+        weights = states["G"] if last_weights else states.get("G_average", states["G"])
+    else:
+        weights = checkpoint.read_state_dict(path)
+        data, model = infer_generator(weights, data or default_data_config("coco"), model or ModelConfig(), str(path))
+        beside = path.with_name(path.name.replace("_net_G", "_net_E"))
+        states = (
+            {"E": checkpoint.read_state_dict(beside)} if model.use_vae and beside != path and beside.exists() else {}
+        )
+    generator = build_generator(data, model)
+    checkpoint.load_into(generator, complete(weights, generator.state_dict()), str(path))
+    encoder = None
+    if "E" in states:
+        encoder = build_encoder(data, _encoder_shape(model, states["E"]))
+        assert encoder is not None
+        checkpoint.load_into(encoder, complete(states["E"], encoder.state_dict()), f"the encoder of {path}")
+        encoder = encoder.eval().to(where)
+    return LoadedModel(generator.eval().to(where), encoder, data, model, where)
+
+
+def run_generate(config: GenerateConfig) -> Path:
+    """`spade generate`: writes every image and a page of them; returns the page."""
+    if config.samples < 1 or config.how_many < 1:
+        raise UserError("--samples and --how_many must be at least 1")
+    loaded = load_model(
+        checkpoint_path(config), config.data, config.model, last_weights=config.last_weights, device=config.device
+    )
+    if config.samples > 1 and not loaded.model.use_vae:
+        raise UserError("--samples needs a model trained with --use_vae; this one makes one image of each mask")
+    folder = Path(config.results_dir) / (Path(config.checkpoint).stem if config.checkpoint else config.name)
+    columns = ["input label", *_column_names(config)]
+    rows = []
+    for batch in _conditions(config, loaded.data):
+        label = condition_image(batch.segmap, 0)
+        pictures: list[Image.Image | None] = [label]
+        for image in _images(loaded, batch, config.style_image, config.samples, config.data.seed):
+            pictures.append(to_image(image[0]))
+            if config.overlay:
+                pictures.append(overlay(pictures[-1], label))  # type: ignore[arg-type]
+        rows.append((batch.names[0], pictures))
+    return write_results_page(folder, config.name, columns, rows)
+
+
+def checkpoint_path(config: GenerateConfig) -> Path:
+    """The file a GenerateConfig names."""
+    if config.checkpoint:
+        return Path(config.checkpoint)
+    return Path(config.checkpoints_dir) / config.name / f"{config.which_epoch}.safetensors"
+
+
+def _conditions(config: GenerateConfig, data: DataConfig) -> Iterator[Batch]:
+    """The masks, one at a time, without photographs."""
+    if config.label:
+        for label, instance in _label_files(Path(config.label), config.instance, config.how_many):
+            yield load_condition(label, data, instance)
+        return
+    dataset = create_dataset(data, "val", need_images=False)
+    one = replace(data, batch_size=1, num_workers=0)
+    loader = iter(create_loader(dataset, one, shuffle=False, epoch=0, drop_last=False))
+    for _, batch in zip(range(config.how_many), loader, strict=False):
+        yield batch
+
+
+def _label_files(label: Path, instance: str, how_many: int) -> Sequence[tuple[Path, Path | None]]:
+    if not label.is_dir():
+        return [(label, Path(instance) if instance else None)]
+    files = sorted(p for p in label.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:how_many]
+    if not files:
+        raise UserError(f"--label {label} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [(file, Path(instance) / file.name if instance else None) for file in files]
+
+
+def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples: int, seed: int) -> Iterator[Tensor]:
+    """`samples` images (1, 3, H, W); with a style image the first takes its mean style, the others vary around it."""
+    noise = torch.Generator().manual_seed(seed)
+    if style_image:
+        mu, logvar = (t.cpu() for t in loaded.style(read_photograph(Path(style_image))))
+    for i in range(samples):
+        if not loaded.model.use_vae:
+            yield loaded(batch.segmap)
+            continue
+        z = torch.randn(1, loaded.model.z_dim, generator=noise)
+        if style_image:
+            z = mu + (0.5 * logvar).exp() * z * (i > 0)
+        yield loaded(batch.segmap, z)
+
+
+def _column_names(config: GenerateConfig) -> list[str]:
+    names = []
+    for i in range(config.samples):
+        number = f" {i + 1}" if config.samples > 1 else ""
+        names.append(f"synthesized image{number}")
+        if config.overlay:
+            names.append(f"overlay{number}")
+    return names
+
+
+def _encoder_shape(model: ModelConfig, state: dict[str, Tensor]) -> ModelConfig:
+    """The encoder's own width: the original's files are told by their shapes."""
+    first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4), None)
+    return model if first is None else replace(model, ngf=first.shape[0])

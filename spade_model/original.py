@@ -1,0 +1,105 @@
+"""Generators saved by the original implementation: what their weights say about the network they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spade_model.config import DataConfig, ModelConfig
+from spade_model.errors import UserError
+
+
+def infer_generator(
+    state: Mapping[str, Tensor], data: DataConfig, model: ModelConfig, source: str
+) -> tuple[DataConfig, ModelConfig]:
+    """The configs a `*_net_G.pth` needs, read from its shapes.
+
+    ngf, condition channels, norm, kernel size, VAE, z_dim and the `most` upsampling mode are certain. For a VAE the
+    first linear layer also gives crop size and upsampling mode together with the aspect ratio; for other networks
+    `normal` and `more` have the same weights, and `data.crop_size` and `model.num_upsampling_layers` are kept as given.
+
+    Args:
+        state: parameter names and tensors. data, model: what cannot be inferred is taken from these.
+        source: where the state comes from, for messages.
+
+    Raises:
+        UserError: not a SPADE generator, or its condition channels contradict label_nc and no_instance.
+    """
+    needed = ("fc.weight", "conv_img.weight", "head_0.norm_0.mlp_shared.0.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise UserError(f"{source} does not hold a SPADE generator: {missing[0]} is missing")
+    shared = state["head_0.norm_0.mlp_shared.0.weight"]
+    most = "up_4.conv_0.bias" in state
+    ngf = state["conv_img.weight"].shape[1] * (2 if most else 1)
+    mode = "most" if most else model.num_upsampling_layers
+    found: dict[str, Any] = {"netG": "spade", "ngf": ngf, "norm_G": _norm(state, shared.shape[-1])}
+    data = _fit_channels(data, shared.shape[1], source)
+    if state["fc.weight"].dim() == 2:
+        found |= {"use_vae": True, "z_dim": state["fc.weight"].shape[1]}
+        pixels = state["fc.weight"].shape[0] // (16 * ngf)
+        mode, data = _fit_start(data, "most" if most else None, mode, pixels, source)
+    else:
+        found["use_vae"] = False
+    return data, replace(model, num_upsampling_layers=mode, **found)  # type: ignore[arg-type]
+
+
+def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fills in what older versions did not save: spectral norm's second vector and batch-norm counters."""
+    result = dict(state)
+    for name, value in wanted.items():
+        if name in result:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if kind == "num_batches_tracked":
+            result[name] = value
+        elif kind == "weight_v" and {f"{stem}.weight_orig", f"{stem}.weight_u"} <= result.keys():
+            weight = result[f"{stem}.weight_orig"].flatten(1)
+            result[name] = F.normalize(weight.t() @ result[f"{stem}.weight_u"], dim=0, eps=1e-12)
+    return result
+
+
+def _norm(state: Mapping[str, Tensor], kernel_size: int) -> str:
+    spectral = "spectral" if "head_0.conv_0.weight_orig" in state else ""
+    base = "syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state else "instance"
+    return f"{spectral}spade{base}{kernel_size}x{kernel_size}"
+
+
+def _fit_channels(data: DataConfig, channels: int, source: str) -> DataConfig:
+    """The config with as many condition channels: as given, or with the one change of flags that fits."""
+    if data.semantic_nc == channels:
+        return data
+    for no_instance in (data.no_instance, not data.no_instance):
+        for dontcare in (data.contain_dontcare_label, not data.contain_dontcare_label):
+            other = replace(data, no_instance=no_instance, contain_dontcare_label=dontcare)
+            if other.semantic_nc == channels:
+                return other
+    raise UserError(
+        f"{source} was trained with {channels} condition channels (label_nc, plus one for the unknown class, plus one "
+        f"for instance boundaries); --label_nc {data.label_nc} cannot give that. Pass the label_nc it was trained with"
+    )
+
+
+def _fit_start(
+    data: DataConfig, fixed_mode: str | None, preferred: str, pixels: int, source: str
+) -> tuple[str, DataConfig]:
+    """The upsampling mode and crop size whose first feature map has `pixels` pixels."""
+    from spade_model.networks.generator import start_size
+
+    modes = [fixed_mode] if fixed_mode else [preferred, *(m for m in ("normal", "more") if m != preferred)]
+    for crop_size in (data.crop_size, 256, 512, 1024, 128, 64):
+        for mode in modes:
+            try:
+                height, width = start_size(mode, crop_size, data.aspect_ratio)
+            except UserError:
+                continue
+            if height * width == pixels:
+                return mode, replace(data, crop_size=crop_size, load_size=crop_size)
+    raise UserError(
+        f"{source}: its first feature map has {pixels} pixels, which no common crop size gives with aspect_ratio "
+        f"{data.aspect_ratio}. Pass --crop_size, --aspect_ratio and --num_upsampling_layers as it was trained"
+    )

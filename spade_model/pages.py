@@ -1,0 +1,267 @@
+"""Web pages of pictures: the results of a model, and the samples and loss curves of a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from spade_model.errors import UserError
+
+PageRow = tuple[str, Sequence[Image.Image | None]]
+"""A caption, and one picture (or none) for each column."""
+
+LOSSES_FILE = "losses.png"
+"""Where a `SamplePage` looks for the loss curves, in its folder."""
+
+_REFRESH_SECONDS = 30
+# A long run has thousands of samples; a page that reloads itself cannot show them all.
+_SHOWN_SAMPLES = 100
+
+
+class _Picture(TypedDict):
+    file: str
+    width: int
+    height: int
+
+
+class _Row(TypedDict):
+    caption: str
+    pictures: list[_Picture | None]
+
+
+class _Sample(TypedDict):
+    step: int
+    columns: list[str]
+    rows: list[_Row]
+
+
+def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: Iterable[PageRow]) -> Path:
+    """Saves pictures as folder/images/<column>/<caption>.png and a page that shows them.
+
+    File names are the captions with unsafe characters replaced, numbered where two would be the same. Files of an
+    earlier page with the same names are replaced, others stay. `rows` is read once, so it may be a generator.
+
+    Returns:
+        The page, folder/index.html.
+
+    Raises:
+        UserError: the folder cannot be written.
+        ValueError: a row has more or fewer pictures than there are columns.
+    """
+    saved = _save_rows(folder, "images", columns, rows)
+    section = {"heading": "", "columns": list(columns), "rows": saved}
+    return _write_page(folder, title=title, note=_count(len(saved), "image"), sections=[section])
+
+
+class SamplePage:
+    """The page of a training run: loss curves on top, then samples, newest first. It reloads itself until `finish`.
+
+    A resumed run goes on with the samples listed in folder/samples.json. The curves are `LOSSES_FILE` in the folder,
+    where `plot_losses` can put them. Every file is replaced as a whole, so a reader never sees half of one.
+
+    Raises (every method and the constructor):
+        UserError: the folder cannot be written, or samples.json is damaged.
+    """
+
+    def __init__(self, folder: Path, title: str) -> None:
+        self._folder, self._title = folder, title
+        self._training = True
+        self._samples = _read_manifest(self._manifest)
+        self._write()
+
+    def add(self, step: int, columns: Sequence[str], rows: Iterable[PageRow]) -> None:
+        """Adds the sample of a step, in place of an earlier one of the same step.
+
+        Raises:
+            ValueError: a row has more or fewer pictures than there are columns.
+        """
+        saved = _save_rows(self._folder, _step_folder(step), columns, rows)
+        others = [sample for sample in self._samples if sample["step"] != step]
+        added = _Sample(step=step, columns=list(columns), rows=saved)
+        self._samples = sorted([*others, added], key=lambda sample: sample["step"])
+        self._write()
+
+    def rewind(self, step: int) -> None:
+        """Drops the samples after a step, and their pictures: those of a run that goes on from that step."""
+        dropped = [sample["step"] for sample in self._samples if sample["step"] > step]
+        self._samples = [sample for sample in self._samples if sample["step"] <= step]
+        self._write()
+        for later in dropped:
+            shutil.rmtree(self._folder / _step_folder(later), ignore_errors=True)
+
+    def finish(self) -> None:
+        """Training is over: the page no longer reloads itself."""
+        self._training = False
+        self._write()
+
+    @property
+    def _manifest(self) -> Path:
+        return self._folder / "samples.json"
+
+    def _write(self) -> None:
+        _replace_file(self._manifest, json.dumps(self._samples).encode())
+        shown = self._samples[: -_SHOWN_SAMPLES - 1 : -1]
+        note = _count(len(self._samples), "sample") + ", newest first"
+        if len(shown) < len(self._samples):
+            note += f"; the latest {len(shown)} are shown, all are in images/"
+        if self._training:
+            note += f" · training; this page reloads every {_REFRESH_SECONDS} s"
+        _write_page(
+            self._folder,
+            title=self._title,
+            note=note,
+            refresh=_REFRESH_SECONDS if self._training else None,
+            curves=LOSSES_FILE if (self._folder / LOSSES_FILE).is_file() else None,
+            sections=[{"heading": f"Step {sample['step']:,}", **sample} for sample in shown],
+        )
+
+
+def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws every loss over the steps, smoothed over its faint raw curve, as a PNG.
+
+    Args:
+        records: what `RunLog.records` returns. Losses are the entries whose names begin with a capital letter; those
+            of the discriminator begin with "D_" and have their own panel. None and NaN are gaps.
+        path: the picture, replaced as a whole.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    names = [name for name in dict.fromkeys(key for record in records for key in record) if name[:1].isupper()]
+    panels = {"Generator": lambda name: not name.startswith("D_"), "Discriminator": lambda name: name.startswith("D_")}
+    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
+    for axes, (title, belongs) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        _draw_curves(axes, title, {name: _curve(records, name) for name in names if belongs(name)})
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    _replace_file(path, picture.getvalue())
+
+
+def _curve(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of a loss; records without it, or with NaN, leave none."""
+    points = np.array([(r["step"], r[name]) for r in records if r.get(name) is not None], dtype=float).reshape(-1, 2)
+    steps, values = points[np.isfinite(points).all(1)].T
+    return steps, values
+
+
+def _draw_curves(axes: Axes, title: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    for name, (steps, values) in curves.items():
+        (raw,) = axes.plot(steps, values, alpha=0.2, linewidth=0.8)
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, _smooth(values), color=raw.get_color(), linewidth=1.8, marker=marker, label=name)
+    everything = np.concatenate([values for _, values in curves.values()]) if curves else np.empty(0)
+    if everything.size:
+        # A few spikes must not flatten the rest.
+        low, high = np.percentile(everything, (0.5, 99.5))
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_ylim(low - margin, high + margin)
+        axes.legend(frameon=False, ncols=len(curves), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    axes.set_title(title, loc="left", fontweight="bold", pad=8)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the curve, cut short at its ends."""
+    window = np.ones(max(1, len(values) // 20))
+    if not len(values):
+        return values
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _save_rows(folder: Path, pictures: str, columns: Sequence[str], rows: Iterable[PageRow]) -> list[_Row]:
+    taken: set[str] = set()
+    folders = [f"{pictures}/{_file_name(column, taken)}" for column in columns]
+    taken.clear()
+    saved: list[_Row] = []
+    for caption, images in rows:
+        file = _file_name(caption, taken) + ".png"
+        cells = [
+            None if image is None else _save_picture(folder, f"{column}/{file}", image)
+            for column, image in zip(folders, images, strict=True)
+        ]
+        saved.append(_Row(caption=caption, pictures=cells))
+    return saved
+
+
+def _save_picture(folder: Path, file: str, image: Image.Image) -> _Picture:
+    content = BytesIO()
+    image.save(content, "PNG")
+    _replace_file(folder / file, content.getvalue())
+    return _Picture(file=file, width=image.width, height=image.height)
+
+
+def _file_name(text: str, taken: set[str]) -> str:
+    """A file name that every system accepts, different from those taken even where case does not count."""
+    # 60 characters of four bytes each, a number and a suffix stay below the usual limit of 255 bytes.
+    safe = re.sub(r"[^\w.-]+", "_", text)[:60].strip("._-") or "image"
+    name, number = safe, 1
+    while name.casefold() in taken:
+        number += 1
+        name = f"{safe}_{number}"
+    taken.add(name.casefold())
+    return name
+
+
+def _step_folder(step: int) -> str:
+    return f"images/step_{step:08d}"
+
+
+def _read_manifest(path: Path) -> list[_Sample]:
+    try:
+        return [
+            _Sample(step=int(item["step"]), columns=item["columns"], rows=item["rows"])
+            for item in json.loads(path.read_bytes())
+        ]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to start the page of samples anew") from error
+
+
+def _write_page(folder: Path, **content: Any) -> Path:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = templates.get_template("page.html").render({"refresh": None, "curves": None, **content})
+    # A file name that is not valid Unicode reaches the page as lone surrogates, which UTF-8 cannot express.
+    return _replace_file(folder / "index.html", page.encode("utf-8", "replace"))
+
+
+def _replace_file(path: Path, content: bytes) -> Path:
+    """Writes a file so that readers find either the old one or the new one, whole."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; make its folder writable or free space") from error
+    return path
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,288 @@
+"""The training loop: data in, steps, logs and samples out, state saved so that a run can stop anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spade_model import checkpoint
+from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
+from spade_model.data import Batch, create_dataset, create_loader
+from spade_model.errors import UserError
+from spade_model.networks.generator import check_statistics
+from spade_model.pages import SamplePage, plot_losses
+from spade_model.run_log import RunLog
+from spade_model.trainer import Trainer
+from spade_model.visualize import condition_image, to_image
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> Path:
+    """Trains as the config says, alone or as one of torchrun's processes, and returns the run's folder.
+
+    The state is saved every save_latest_freq steps, at kept epochs, at the end, and on Ctrl-C or SIGTERM; training
+    then goes on from there with continue_train, bitwise as if it had not stopped.
+
+    Raises:
+        UserError: the config, the data, or the state to continue from cannot be used; or the losses diverged.
+    """
+    check_train_config(config)
+    with _processes() as (rank, world_size):
+        run = _Run(config, rank, world_size)
+        with RunLog(
+            config.run_dir,
+            total_steps=run.total_steps,
+            first_step=run.trainer.steps,
+            tensorboard=config.tensorboard,
+            progress=progress,
+            quiet=rank > 0,
+        ) as log:
+            run.loop(log)
+    return config.run_dir
+
+
+class _Run:
+    """A training run in one process: its data, its trainer, and where in the data it is."""
+
+    def __init__(self, config: TrainConfig, rank: int, world_size: int):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.folder = config.run_dir
+        self.device = choose_device(config.device)
+        if not config.continue_train and (self.folder / "latest.safetensors").exists():
+            raise UserError(
+                f"{self.folder} already holds a trained model. Go on with --continue_train, choose another --name, "
+                "or delete the folder"
+            )
+        self.dataset = create_dataset(config.data, "train")
+        check_statistics(config.model, config.data, config.data.batch_size * world_size)
+        self.epoch, self.batches_done = 1, 0
+        self.epoch_batches = len(self._loader(epoch=1))
+        if self.epoch_batches < config.accumulate:
+            raise UserError(
+                f"--accumulate {config.accumulate} is more than the {self.epoch_batches} batches of an epoch"
+            )
+        torch.manual_seed(config.data.seed)
+        self.trainer = Trainer(config, self.device)
+        torch.manual_seed(config.data.seed + rank + 1)
+        if config.continue_train:
+            self._resume(self.folder / f"{config.which_epoch}.safetensors")
+        epochs = config.niter + config.niter_decay
+        self.total_steps = epochs * (self.epoch_batches // config.accumulate)
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        if rank == 0:
+            self._prepare_folder()
+        self.page = None if config.no_html or rank else SamplePage(self.folder / "web", config.name)
+        if self.page is not None:
+            self.page.rewind(self.trainer.steps)
+
+    def loop(self, log: RunLog) -> None:
+        """Steps until the last epoch, the step limit, or a signal to stop."""
+        config, saved_at = self.config, self.trainer.steps
+        if saved_at:
+            log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}")
+        with _StopSignal(self.device, self.world_size) as stop:
+            while self.trainer.steps < self.total_steps and not stop.requested:
+                for batches in self._steps_of_epoch():
+                    losses, fake = self.trainer.step(batches)
+                    self.batches_done += len(batches)
+                    step = self.trainer.steps
+                    log.advance()
+                    if step % config.print_freq == 0 or step == self.total_steps:
+                        self._report(log, step, losses)
+                    if step % config.display_freq == 0 or step == self.total_steps:
+                        self._show(log, step, batches[-1], fake)
+                    if step % config.save_latest_freq == 0:
+                        self._save("latest")
+                        saved_at = step
+                    if stop.check() or step >= self.total_steps:
+                        break
+                else:
+                    self._finish_epoch()
+                    saved_at = self.trainer.steps if self._is_kept(self.epoch - 1) else saved_at
+        if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
+            self._save("latest")
+        if stop.requested:
+            log.write(
+                f"stopped at step {self.trainer.steps}; everything is saved in {self.folder}. "
+                f"Go on with: spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
+            )
+        elif self.page is not None:
+            self.page.finish()
+
+    def _loader(self, epoch: int, first_batch: int = 0):
+        return create_loader(
+            self.dataset,
+            self.config.data,
+            shuffle=True,
+            epoch=epoch,
+            first_batch=first_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _steps_of_epoch(self) -> Iterator[list[Batch]]:
+        """The batches of each remaining step of the epoch; batches that do not fill a step are left out."""
+        self.trainer.set_epoch(self.epoch)
+        loader = iter(self._loader(self.epoch, self.batches_done))
+        while len(batches := list(itertools.islice(loader, self.config.accumulate))) == self.config.accumulate:
+            yield batches
+
+    def _finish_epoch(self) -> None:
+        self.epoch, self.batches_done = self.epoch + 1, 0
+        if self._is_kept(self.epoch - 1):
+            self._save("latest", str(self.epoch - 1))
+
+    def _is_kept(self, epoch: int) -> bool:
+        return epoch % self.config.save_epoch_freq == 0
+
+    def _report(self, log: RunLog, step: int, losses: dict[str, torch.Tensor]) -> None:
+        values = {name: value.item() for name, value in losses.items()}
+        log.step(step, values, epoch=self.epoch)
+        broken = [name for name, value in values.items() if not torch.isfinite(losses[name])]
+        if broken:
+            raise UserError(
+                f"training diverged at step {step}: {broken[0]} is {values[broken[0]]}. The last saved state in "
+                f"{self.folder} is from before; continue it with a lower --lr or --precision fp32"
+            )
+
+    def _show(self, log: RunLog, step: int, batch: Batch, fake: torch.Tensor) -> None:
+        if self.page is None:
+            return
+        shown = range(min(4, len(batch.names)))
+        rows = [
+            (batch.names[i], [condition_image(batch.segmap, i), to_image(fake[i]), to_image(batch.image[i])])  # type: ignore[index]
+            for i in shown
+        ]
+        plot_losses(log.records(), self.folder / "web" / "losses.png")
+        self.page.add(step, ["input label", "synthesized image", "real image"], rows)
+
+    def _save(self, *names: str) -> None:
+        average = self.trainer.average
+        if average is not None and self.config.ema_bn_batches:
+            batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
+            average.reestimate(batch.segmap.to(self.device) for batch in batches)
+        random_states = _gather_random_states(self.device, self.world_size)
+        if self.rank == 0:
+            state: dict[str, Any] = {
+                **self.trainer.state_dict(),
+                "config": dataclasses.asdict(self.config),
+                "epoch": self.epoch,
+                "batches_done": self.batches_done,
+                "random": random_states,
+            }
+            for name in names:
+                checkpoint.save(self.folder / f"{name}.safetensors", state)
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _resume(self, path: Path) -> None:
+        if not path.exists():
+            raise UserError(
+                f"nothing to continue: {path} does not exist. Check --name, --checkpoints_dir and --which_epoch"
+            )
+        state = checkpoint.load(path)
+        before = config_from_dict(state["config"], str(path))
+        if (before.data.batch_size, before.accumulate) != (self.config.data.batch_size, self.config.accumulate):
+            raise UserError(f"{path} was trained with another --batch_size or --accumulate; continue with the same")
+        self.trainer.load_state_dict(state, str(path))
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        if len(state["random"]) == self.world_size:
+            _set_random_state(state["random"][self.rank], self.device)
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_leftovers(self.folder)
+            save_config(self.config, self.folder / "config.json")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror}; choose another --checkpoints_dir"
+            ) from error
+
+
+class _StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one acts as usual."""
+
+    def __init__(self, device: torch.device, world_size: int):
+        self.requested = False
+        self._device, self._world_size = device, world_size
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        if self._world_size > 1:
+            flag = torch.tensor(float(self.requested), device=self._device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.requested = bool(flag)
+        return self.requested
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, self._previous[number])
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """(rank, world size); joins torchrun's processes when it started this one."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `--device` names; "auto" is cuda when there is one. Raises UserError when it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    )
+
+
+def _gather_random_states(device: torch.device, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Every process's random state, by rank."""
+    mine = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(device)
+    if world_size == 1:
+        return [mine]
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
