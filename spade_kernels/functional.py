@@ -94,10 +94,10 @@ def spade(
     grad = torch.is_grad_enabled()
     rows = index.modulation
     code_uses, hidden_uses, row_pixels = (
-        (index.hidden.uses_by_tap, rows.uses, rows.row_pixels) if grad else ((None, None),) * 3
+        (index.hidden.uses_by_tap, rows.uses_by_tap, rows.row_pixels) if grad else ((None, None),) * 3
     )
     hidden = ops.hidden_rows(taps, shared[1].to(dtype), index.hidden.windows, *code_uses, True)
-    by_tap = weight.to(dtype).permute(2, 3, 1, 0).flatten(0, 1)
+    by_tap = weight.to(dtype).permute(1, 2, 3, 0).flatten(1, 2)
     table = ops.modulation_table(hidden, by_tap, bias.to(dtype), rows.windows, *hidden_uses)
     return ops.modulate(
         x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *row_pixels, slope, stats.stats_over
@@ -133,9 +133,9 @@ def conv2d(
 
 
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:
-    """(k*k, codes, out): the convolution's response to each code at each tap."""
-    book = segmap.codebook(weight.dtype)
-    return book @ weight.permute(2, 3, 1, 0).flatten(0, 1)
+    """(codes, k*k, out): the convolution's response to each code at each tap."""
+    by_channel = weight.permute(1, 2, 3, 0).flatten(1)
+    return (segmap.codebook(weight.dtype) @ by_channel).view(segmap.num_codes, -1, weight.shape[0])
 
 
 def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -43,13 +43,8 @@ class Windows:
 
     @cached_property
     def uses_by_tap(self) -> Segments:
-        """Uses of each (tap, id) pair, grouped for a deterministic segment sum."""
+        """Uses of each (id, tap) pair, grouped for a deterministic segment sum."""
         return ops.group_by_tap(self.windows, self.num_ids)
-
-    @cached_property
-    def uses(self) -> Segments:
-        """Uses of each id at any tap."""
-        return ops.group_by_value(self.windows, self.num_ids)
 
     @cached_property
     def row_pixels(self) -> Segments:

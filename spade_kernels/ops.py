@@ -28,8 +28,7 @@ _SCHEMAS = {
         "(Tensor hidden, Tensor weight, Tensor bias, Tensor windows, Tensor? order, Tensor? starts) -> Tensor"
     ),
     "modulation_table_grad": (
-        "(Tensor grad, Tensor hidden, Tensor weight, Tensor windows, Tensor order, Tensor starts)"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor hidden, Tensor weight, Tensor order, Tensor starts) -> (Tensor, Tensor, Tensor)"
     ),
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
@@ -79,10 +78,10 @@ def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True), starts
 
 
-def group_by_tap(windows: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """(order, starts): uses of each (tap, code) pair of windows (rows, T), grouped by tap * num_codes + code."""
+def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+    """(order, starts): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
     taps = windows.shape[1]
-    return group_by_value(windows + torch.arange(taps, device=windows.device) * num_codes, taps * num_codes)
+    return group_by_value(windows * taps + torch.arange(taps, device=windows.device), taps * num_ids)
 
 
 def window_index(ids: Tensor, size, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +158,7 @@ def _(taps, bias, windows, order, starts, relu):
 def _(grad, rows, order, starts, num_taps, relu):
     acc = _accumulation_dtype(grad)
     codes = (starts.shape[0] - 1) // num_taps
-    return grad.new_empty(num_taps, codes, grad.shape[1], dtype=acc), grad.new_empty(grad.shape[1], dtype=acc)
+    return grad.new_empty(codes, num_taps, grad.shape[1], dtype=acc), grad.new_empty(grad.shape[1], dtype=acc)
 
 
 @_fake("modulation_table")
@@ -168,7 +167,7 @@ def _(hidden, weight, bias, windows, order, starts):
 
 
 @_fake("modulation_table_grad")
-def _(grad, hidden, weight, windows, order, starts):
+def _(grad, hidden, weight, order, starts):
     acc = _accumulation_dtype(grad)
     return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, weight.shape, weight.shape[2:]))
 
@@ -227,7 +226,7 @@ for _name in (
 
 def _hidden_rows_setup(ctx, inputs, output):
     taps, bias, _, order, starts, ctx.relu = inputs
-    ctx.num_taps, ctx.dtype, ctx.has_bias = taps.shape[0], taps.dtype, bias is not None
+    ctx.num_taps, ctx.dtype, ctx.has_bias = taps.shape[1], taps.dtype, bias is not None
     ctx.save_for_backward(output, order, starts)
 
 
@@ -242,14 +241,14 @@ _autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
-    hidden, weight, _, windows, order, starts = inputs
-    ctx.save_for_backward(hidden, weight, windows, order, starts)
+    hidden, weight, _, _, order, starts = inputs
+    ctx.save_for_backward(hidden, weight, order, starts)
 
 
 def _modulation_table_backward(ctx, grad):
-    hidden, weight, windows, order, starts = ctx.saved_tensors
+    hidden, weight, order, starts = ctx.saved_tensors
     _require_groups("modulation_table", order, starts)
-    d_hidden, d_weight, d_bias = _ops.modulation_table_grad(grad, hidden, weight, windows, order, starts)
+    d_hidden, d_weight, d_bias = _ops.modulation_table_grad(grad, hidden, weight, order, starts)
     return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
 
 

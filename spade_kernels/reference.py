@@ -45,15 +45,14 @@ def window_index(
 def hidden_rows(
     taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
 ) -> Tensor:
-    """(rows, D): the first convolution at each distinct window, sum over t of taps[t, windows[:, t]], + bias, relu.
+    """(rows, D): the first convolution at each distinct window, sum over t of taps[windows[:, t], t], + bias, relu.
 
     Args:
-        taps: (T, codes, D), the weights' response to each code at each tap; code 0 must be zero.
+        taps: (codes, T, D), the weights' response to each code at each tap; code 0 must be zero.
         windows: (rows, T) int64 codes.
-        order, starts: the windows grouped by (tap, code); needed by the backward only.
+        order, starts: uses of each (code, tap) by the windows; needed by the backward only.
     """
-    steps = torch.arange(taps.shape[0], device=windows.device) * taps.shape[1]
-    rows = F.embedding_bag(windows + steps, _accumulator(taps).flatten(0, 1), mode="sum")
+    rows = _sum_of_taps(_accumulator(taps), windows)
     if bias is not None:
         rows = rows + bias
     return (rows.relu() if relu else rows).to(taps.dtype)
@@ -62,12 +61,12 @@ def hidden_rows(
 def hidden_rows_grad(
     grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `taps` (T, codes, D) and `bias` (D,) from the gradient of the rows."""
+    """Gradients of `taps` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
     grad = _accumulator(grad)
     if relu:
         grad = grad * (rows > 0)
     taps = segment_sum(grad, order // num_taps, starts)
-    return taps.view(num_taps, -1, grad.shape[1]), grad.sum(0)
+    return taps.view(-1, num_taps, grad.shape[1]), grad.sum(0)
 
 
 def modulation_table(
@@ -75,25 +74,27 @@ def modulation_table(
 ) -> Tensor:
     """(rows, 2C): the second convolution at each distinct window, sum over t of hidden[windows[:, t] - 1] @ weight[t], + bias.
 
+    Each hidden row meets each tap's weights once, however many windows it stands in.
+
     Args:
         hidden: (hidden rows, D); a window entry of 0 contributes nothing.
-        weight: (T, D, 2C), scale columns first; bias (2C,).
+        weight: (D, T, 2C), scale columns first; bias (2C,).
         windows: (rows, T) int64.
-        order, starts: the windows grouped by hidden row; needed by the backward only.
+        order, starts: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
-    acc = _accumulator(hidden)
-    return (_under_windows(acc, windows) @ weight.to(acc.dtype).flatten(0, 1) + bias).to(hidden.dtype)
+    acc = F.pad(_accumulator(hidden), (0, 0, 1, 0))
+    taps = (acc @ weight.to(acc.dtype).flatten(1)).view(-1, *weight.shape[1:])
+    return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
 
 
 def modulation_table_grad(
-    grad: Tensor, hidden: Tensor, weight: Tensor, windows: Tensor, order: Tensor, starts: Tensor
+    grad: Tensor, hidden: Tensor, weight: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `hidden`, `weight` and `bias` from the gradient of the table."""
     grad, hidden = _accumulator(grad), _accumulator(hidden)
-    per_tap = (grad @ weight.to(grad.dtype).flatten(0, 1).t()).view(-1, hidden.shape[1])
-    d_hidden = segment_sum(per_tap, order, starts)[1:]
-    d_weight = (_under_windows(hidden, windows).t() @ grad).view_as(weight)
-    return d_hidden, d_weight, grad.sum(0)
+    num_taps = weight.shape[1]
+    taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
+    return taps @ weight.to(grad.dtype).flatten(1).t(), (hidden.t() @ taps).view_as(weight), grad.sum(0)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,8 +225,10 @@ def _number_by_first_occurrence(keys: Tensor) -> tuple[Tensor, Tensor]:
     return row, first
 
 
-def _under_windows(hidden: Tensor, windows: Tensor) -> Tensor:
-    return F.pad(hidden, (0, 0, 1, 0))[windows].flatten(1)
+def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of taps[windows[:, t], t]."""
+    steps = torch.arange(taps.shape[1], device=windows.device)
+    return F.embedding_bag(windows * taps.shape[1] + steps, taps.flatten(0, 1), mode="sum")
 
 
 def _affine(
