@@ -61,7 +61,9 @@ def labels_and_generated(model: LoadedModel, config: TrainConfig) -> Iterator[tu
 
 def untrained_model(config: TrainConfig) -> LoadedModel:
     torch.manual_seed(config.data.seed)
-    generator = initialize(build_generator(config.data, config.model), config.model.init_type, config.model.init_variance)
+    generator = initialize(
+        build_generator(config.data, config.model), config.model.init_type, config.model.init_variance
+    )
     return LoadedModel(generator.eval(), None, config.data, config.model, torch.device("cpu"))
 
 

@@ -9,22 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spade_kernels import ops
-from spade_kernels.label_map import LabelMap
-from spade_kernels.normalization import Statistics
+from spade_kernels.label_map import LabelMap, WindowIndex
+from spade_kernels.normalization import Statistics, check_input
 
 Segmap = LabelMap | Tensor
+Groups = tuple[Tensor | None, Tensor | None]
 
 
 def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> Segmap:
     """The condition as the layers take it: a LabelMap, or a float tensor (N, channels, H, W).
 
     Args:
-        segmap: LabelMap; integer label map (N, H, W) or (N, 1, H, W) of ids below `channels`; or float (N, channels, H, W).
+        segmap: LabelMap; integer label map (N, H, W) or (N, 1, H, W) of ids below `channels`; or float
+            (N, channels, H, W).
         channels: condition channels of the receiving weights.
         like: a tensor the condition must share batch size and device with.
 
     Raises:
-        TypeError, ValueError: dtype, rank, channels, batch size, device or a label does not fit; the message says which.
+        TypeError, ValueError: dtype, rank, channels, batch size, device or a label does not fit; the message says
+            which.
     """
     if isinstance(segmap, Tensor) and not segmap.is_floating_point():
         if segmap.dim() == 4 and segmap.shape[1] == 1:
@@ -76,10 +79,8 @@ def spade(
     Returns:
         (N, C, h, w). First derivatives exist for x, all weights and biases, and a float segmap.
     """
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be a float tensor (N, C, h, w), got {x.dtype} of shape {tuple(x.shape)}")
-    if x.shape[1] != gamma[0].shape[0]:
-        raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {gamma[0].shape[0]}")
+    check_input(x, gamma[0].shape[0])
+    _check_kernels(shared[0], gamma[0], beta[0])
     segmap = as_condition(segmap, shared[0].shape[1], like=x)
     weight = torch.cat((gamma[0], beta[0]))
     bias = torch.cat((gamma[1] + 1, beta[1]))
@@ -91,11 +92,8 @@ def spade(
     index = segmap.window_index(x.shape[2:], kernel_size)
     dtype = _table_dtype(x, shared[0])
     taps = _taps(segmap, shared[0].to(dtype))
-    grad = torch.is_grad_enabled()
     rows = index.modulation
-    code_uses, hidden_uses, row_pixels = (
-        (index.hidden.uses_by_tap, rows.uses_by_tap, rows.row_pixels) if grad else ((None, None),) * 3
-    )
+    code_uses, hidden_uses, row_pixels = _groups(index)
     hidden = ops.hidden_rows(taps, shared[1].to(dtype), index.hidden.windows, *code_uses, True)
     by_tap = weight.to(dtype).permute(1, 2, 3, 0).flatten(1, 2)
     table = ops.modulation_table(hidden, by_tap, bias.to(dtype), rows.windows, *hidden_uses)
@@ -126,10 +124,31 @@ def conv2d(
         return F.conv2d(planes, weight, bias, stride, padding)
     if weight.shape[1] != segmap.channels:
         raise ValueError(f"segmap has {segmap.channels} condition channels, the weight takes {weight.shape[1]}")
+    if weight.shape[-1] != weight.shape[-2]:
+        raise ValueError(f"the weight must be square, got {tuple(weight.shape)}")
     seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
-    uses = seen.uses_by_tap if torch.is_grad_enabled() else (None, None)
+    uses: Groups = seen.uses_by_tap if torch.is_grad_enabled() else (None, None)
     rows = ops.hidden_rows(_taps(segmap, weight), bias, seen.windows, *uses, False)
-    return F.embedding(seen.pixel_row, rows).permute(0, 3, 1, 2)
+    # The backward of the gather adds up thousands of pixels for a row: that needs the accumulation dtype.
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return F.embedding(seen.pixel_row, wide).to(rows.dtype).permute(0, 3, 1, 2)
+
+
+def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    hidden, _, k, _ = shared.shape
+    wanted = (gamma.shape[0], hidden, k, k)
+    if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
+        raise ValueError(
+            f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
+            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
+        )
+
+
+def _groups(index: WindowIndex) -> tuple[Groups, Groups, Groups]:
+    """What the backward of the three ops needs; nothing where there will be none."""
+    if not torch.is_grad_enabled():
+        return (None, None), (None, None), (None, None)
+    return index.hidden.uses_by_tap, index.modulation.uses_by_tap, index.modulation.row_pixels
 
 
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:

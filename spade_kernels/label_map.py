@@ -14,6 +14,8 @@ from spade_kernels import ops
 
 Segments = tuple[torch.Tensor, torch.Tensor]
 
+# What is kept is made outside inference mode even when asked for inside: training may need the same label map later.
+
 
 @dataclass(eq=False)
 class Windows:
@@ -42,11 +44,13 @@ class Windows:
         return self.windows.shape[0]
 
     @cached_property
+    @torch.inference_mode(False)
     def uses_by_tap(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum."""
         return ops.group_by_tap(self.windows, self.num_ids)
 
     @cached_property
+    @torch.inference_mode(False)
     def row_pixels(self) -> Segments:
         """Pixels of each row."""
         return ops.group_by_value(self.pixel_row, len(self))
@@ -86,12 +90,11 @@ class LabelMap:
         edges: torch.Tensor | None = None,
         ignore_index: int | None = None,
     ):
-        _check_labels(labels, num_labels, ignore_index)
+        classes = _checked_classes(labels, num_labels, ignore_index)
         if edges is not None:
             _check_edges(edges, labels)
-        classes = labels if ignore_index is None else labels.masked_fill(labels == ignore_index, num_labels)
         states = 1 if edges is None else 2
-        codes = classes.to(torch.int64) * states + 1
+        codes = classes * states + 1
         if edges is not None:
             codes = codes + edges
         self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
@@ -142,23 +145,32 @@ class LabelMap:
         """(N, channels, H, W): the dense condition, one plane per class and the edge plane last."""
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
 
+    @torch.inference_mode(False)
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
-        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each request, and kept."""
-        key = ("codes", *map(int, size), kernel_size, stride, padding)
+        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept."""
+        height, width = map(int, size)
+        key = ("codes", height, width, kernel_size, stride, padding)
+        if min(height, width) + 2 * padding < kernel_size:
+            raise ValueError(
+                f"no {kernel_size}x{kernel_size} window fits size {(height, width)} with padding {padding}"
+            )
         if key not in self._cache:
-            self._cache[key] = Windows.of(self.codes, self.num_codes, key[1:3], kernel_size, stride, padding)
+            self._cache[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
         return self._cache[key]
 
+    @torch.inference_mode(False)
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
         """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept."""
-        key = ("index", *map(int, size), kernel_size)
+        height, width = map(int, size)
+        key = ("index", height, width, kernel_size)
         if key not in self._cache:
             half = kernel_size // 2
-            hidden = self.windows(size, kernel_size, 1, half)
+            hidden = self.windows((height, width), kernel_size, 1, half)
             ids, num_ids = hidden.pixel_row + 1, len(hidden) + 1
-            self._cache[key] = WindowIndex(hidden, Windows.of(ids, num_ids, key[1:3], kernel_size, 1, half))
+            self._cache[key] = WindowIndex(hidden, Windows.of(ids, num_ids, (height, width), kernel_size, 1, half))
         return self._cache[key]
 
+    @torch.inference_mode(False)
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
 
@@ -168,12 +180,14 @@ class LabelMap:
         if "pooled" not in self._cache:
             seen = self.windows(self.shape[1:], 3, 2, 1)
             inside = (seen.windows > 0).sum(1, keepdim=True)
-            codebook = F.embedding_bag(seen.windows, self.codebook(), mode="sum") / inside
+            codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
             self._cache["pooled"] = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
         return self._cache["pooled"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
-        """The same label map on another device. Window indexes are built anew there."""
+        """The same label map on `device`: itself if it is there, else a copy whose window indexes are built anew."""
+        if torch.device(device) == self.device:
+            return self
 
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t.to(device, non_blocking=non_blocking)
@@ -185,19 +199,21 @@ class LabelMap:
         return self._copy(lambda t: None if t is None else t.pin_memory())
 
     def __getitem__(self, images: slice) -> LabelMap:
-        """The label maps of some of the images."""
+        """The label maps of some of the images, which stay a batch: `[3:4]`, not `[3]`."""
+        if not isinstance(images, slice):
+            raise TypeError(f"a LabelMap takes a slice of images, such as [3:4], got [{images!r}]")
+        if not range(len(self))[images]:
+            raise ValueError(f"{images} holds none of the {len(self)} images")
         return self._copy(lambda t: None if t is None else t[images], batch_only=True)
 
     @staticmethod
     def cat(maps: Sequence[LabelMap]) -> LabelMap:
-        """One batch out of several; all must have the same size, classes and edges."""
-        first = maps[0]
-        if any(
-            (m.channels, m.num_codes, m.shape[1:]) != (first.channels, first.num_codes, first.shape[1:]) for m in maps
-        ):
+        """One batch out of several; all must have the same size, classes and edges. Pool after, not before."""
+        if len({(m.shape[1:], m.num_labels, m.edges is None, id(m._pooled_codebook)) for m in maps}) != 1:
             raise ValueError(
-                "label maps of different size or number of classes cannot form one batch: " + repr(list(maps))
+                "label maps of different size, classes or codebook cannot form one batch: " + repr(list(maps))
             )
+        first = maps[0]
         edges = None if first.edges is None else torch.cat([m.edges for m in maps if m.edges is not None])
         whole = first._with_codes(torch.cat([m.codes for m in maps]), first._pooled_codebook)
         whole.labels, whole.edges = torch.cat([m.labels for m in maps]), edges
@@ -263,7 +279,8 @@ def _is_integer(t: torch.Tensor) -> bool:
     return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
-def _check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None) -> None:
+def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | None) -> torch.Tensor:
+    """(N, H, W) int64 in 0 .. num_labels, where num_labels is "no class"."""
     if not isinstance(labels, torch.Tensor) or not _is_integer(labels):
         kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an integer tensor, got {kind}; for one-hot planes use LabelMap.from_one_hot")
@@ -273,19 +290,17 @@ def _check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | Non
         raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
-    low, high = labels.min(), labels.max()
-    if low >= 0 and high < num_labels:
-        return
-    outside = (labels < 0) | (labels >= num_labels)
-    if ignore_index is not None:
-        outside &= labels != ignore_index
-    bad = outside.nonzero()
+    # A narrow dtype would wrap num_labels and ignore_index to its own range.
+    classes = labels.to(torch.int64)
+    ignored = torch.zeros_like(classes, dtype=torch.bool) if ignore_index is None else classes == ignore_index
+    bad = (~ignored & ((classes < 0) | (classes >= num_labels))).nonzero()
     if len(bad):
         n, y, x = bad[0].tolist()
         raise ValueError(
-            f"label {labels[n, y, x].item()} at image {n}, pixel (x={x}, y={y}) is outside 0..{num_labels - 1} "
+            f"label {classes[n, y, x].item()} at image {n}, pixel (x={x}, y={y}) is outside 0..{num_labels - 1} "
             f"({len(bad)} such pixels); raise num_labels, or name the value with ignore_index"
         )
+    return classes.masked_fill(ignored, num_labels)
 
 
 def _check_edges(edges: torch.Tensor, labels: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from spade_kernels import functional
 from spade_kernels.functional import Segmap
-from spade_kernels.normalization import SyncBatchNorm2d, statistics
+from spade_kernels.normalization import SyncBatchNorm2d, check_input, statistics
 
 _HIDDEN = 128
 
@@ -44,12 +44,14 @@ class SPADE(nn.Module):
             segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W).
             slope: of a leaky ReLU applied to the result; 1 is none.
         """
-        stats = statistics(self.param_free_norm, x)
         shared = self.mlp_shared[0]
+        # Checked first: what is refused must not have moved the running statistics.
+        check_input(x, self.mlp_gamma.out_channels)
+        segmap = functional.as_condition(segmap, shared.in_channels, like=x)  # type: ignore[arg-type]
         return functional.spade(
             x,
             segmap,
-            stats,
+            statistics(self.param_free_norm, x),
             (shared.weight, shared.bias),  # type: ignore[arg-type]
             (self.mlp_gamma.weight, self.mlp_gamma.bias),  # type: ignore[arg-type]
             (self.mlp_beta.weight, self.mlp_beta.bias),  # type: ignore[arg-type]

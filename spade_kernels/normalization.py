@@ -32,16 +32,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and _world_size() > 1):
             return super().forward(input)
+        check_input(input, self.num_features)
         stats = statistics(self, input)
-        channels = input.shape[1]
+        n, channels, h, w = input.shape
         scale = self.weight if self.affine else input.new_ones(channels)
         shift = self.bias if self.affine else input.new_zeros(channels)
-        n, _, h, w = input.shape
-        every_pixel = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
-        uses = ops.group_by_value(every_pixel, 1)
-        image_rows = torch.ones(n + 1, dtype=torch.int64, device=input.device)
         table = torch.cat((scale, shift)).unsqueeze(0)
-        return ops.modulate(input, stats.mean, stats.rstd, table, every_pixel, image_rows, *uses, 1.0, stats.stats_over)
+        pixel_row = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
+        uses = ops.group_by_value(pixel_row, 1)
+        return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, stats.stats_over)
 
 
 def statistics(norm: nn.Module, x: Tensor) -> Statistics:
@@ -53,16 +52,24 @@ def statistics(norm: nn.Module, x: Tensor) -> Statistics:
     Raises:
         ValueError: one value per channel in training, where a variance does not exist.
     """
+    if not isinstance(norm, nn.InstanceNorm2d | nn.BatchNorm2d):
+        raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps)
-    if not isinstance(norm, nn.BatchNorm2d):
-        raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if norm.training or norm.running_mean is None:
         return _batch_statistics(norm, x)
     assert norm.running_var is not None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
+
+
+def check_input(x: Tensor, channels: int) -> None:
+    """Raises ValueError unless x is a float tensor (N, channels, h, w)."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor (N, C, h, w), got {x.dtype} of shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {channels}")
 
 
 def instance_statistics(x: Tensor, eps: float) -> Statistics:
@@ -77,27 +84,27 @@ def instance_statistics(x: Tensor, eps: float) -> Statistics:
 def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Statistics:
     mean, m2 = ops.channel_stats(x.detach())
     pixels = x.shape[2] * x.shape[3]
-    stats_over = "world" if isinstance(norm, SyncBatchNorm2d) and _world_size() > 1 else "batch"
+    over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and _world_size() > 1
     count = torch.full((), float(x.shape[0] * pixels), dtype=mean.dtype, device=mean.device)
     total = mean.mean(0, keepdim=True) if len(mean) > 1 else mean
     m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True)
-    if stats_over == "world":
+    if over_world:
         total, m2, count = _merge_over_processes(total, m2, count)
     elif x.shape[0] * pixels == 1:
         raise ValueError(
             f"batch norm in training needs more than one value per channel, got x of shape {tuple(x.shape)}"
         )
     _update_running(norm, total[0], m2[0], count)
-    return Statistics(total, (m2 / count + norm.eps).rsqrt(), stats_over)
+    return Statistics(total, (m2 / count + norm.eps).rsqrt(), "world" if over_world else "batch")
 
 
 def _merge_over_processes(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
     mine = torch.cat((mean[0], m2[0], count.view(1)))
-    gathered = mine.new_empty(_world_size(), len(mine))
-    dist.all_gather_into_tensor(gathered, mine)
+    gathered = [torch.empty_like(mine) for _ in range(_world_size())]
+    dist.all_gather(gathered, mine)
     channels = mean.shape[1]
-    means, m2s, counts = gathered.split((channels, channels, 1), 1)
+    means, m2s, counts = torch.stack(gathered).split((channels, channels, 1), 1)
     whole = counts.sum()
     mean = (means * counts).sum(0, keepdim=True) / whole
     return mean, (m2s + counts * (means - mean).square()).sum(0, keepdim=True), whole
@@ -107,11 +114,12 @@ def _merge_over_processes(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tens
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, m2: Tensor, count: Tensor) -> None:
     if not norm.track_running_stats:
         return
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
-    momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((m2 / (count - 1)).to(norm.running_var.dtype), momentum)
+    for running, value in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
+        assert running is not None
+        momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(running.dtype)
+        running.lerp_(value.to(running.dtype), momentum)
 
 
 def _world_size() -> int:

@@ -2,7 +2,7 @@
 
 Loading this module defines `torch.ops.spade_kernels.*` with the reference as the kernel of every device. The
 functions here are the operators' Python names; their arguments and results are documented in `reference.py`.
-First derivatives exist for every float argument; asking for second derivatives raises.
+First derivatives exist for every float argument but the statistics; asking for second derivatives raises.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def modulate(
     Args:
         image_rows, order, starts: of the window index; needed by the backward only.
         stats_over: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
-            "image" (each image), "batch" (this process's batch), "world" (all processes' batches).
+            "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
+            a gradient for mean and rstd themselves raises.
     """
     return _ops.modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over)
 
@@ -272,6 +273,8 @@ def _modulate_setup(ctx, inputs, output):
 
 
 def _modulate_backward(ctx, grad):
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
     x, mean, rstd, table, pixel_row, image_rows, order, starts = ctx.saved_tensors
     if pixel_row is not None:
         _require_groups("modulate", order, starts)
@@ -303,13 +306,12 @@ def _normalization_means(
             sums = products.view(x.shape[0], pixels, -1).sum(1)
         else:
             sums = torch.segment_reduce(products, "sum", offsets=image_rows, axis=0)
-        return (sums / pixels).split(channels, 1)  # type: ignore[return-value]
-    sums, count = products.sum(0, keepdim=True), x.shape[0] * pixels
+        return (sums / pixels).split(channels, 1)
+    count = products.new_full((1, 1), x.shape[0] * pixels)
+    sums = torch.cat((products.sum(0, keepdim=True), count), 1)
     if stats_over == "world":
-        sums = torch.cat((sums, sums.new_full((1, 1), count)), 1)
         dist.all_reduce(sums)
-        sums, count = sums[:, :-1], sums[:, -1:]
-    return (sums / count).split(channels, 1)  # type: ignore[return-value]
+    return (sums[:, :-1] / sums[:, -1:]).split(channels, 1)
 
 
 def _require_groups(name: str, order: Tensor | None, starts: Tensor | None) -> None:

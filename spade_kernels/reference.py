@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _KEY_LIMIT = 2**62
-_SEGMENT_CHUNK = 256
+_SEGMENT_CHUNK = 64
 
 
 def window_index(
@@ -31,8 +31,8 @@ def window_index(
     height, width = ((s - kernel_size) // stride + 1 for s in padded.shape[1:])
     image = torch.arange(ids.shape[0], device=ids.device).view(-1, 1, 1)
     across = [padded[:, :, j::stride][:, :, :width] for j in range(kernel_size)]
-    bands = _exact_key([image, *across])
-    keys = _exact_key([bands[:, i::stride][:, :height] for i in range(kernel_size)])
+    bands = _exact_key(across)
+    keys = _exact_key([image, *(bands[:, i::stride][:, :height] for i in range(kernel_size))])
     row, first = _number_by_first_occurrence(keys.flatten())
 
     offset = torch.arange(kernel_size, device=ids.device)
@@ -72,9 +72,10 @@ def hidden_rows_grad(
 def modulation_table(
     hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, order: Tensor | None, starts: Tensor | None
 ) -> Tensor:
-    """(rows, 2C): the second convolution at each distinct window, sum over t of hidden[windows[:, t] - 1] @ weight[t], + bias.
+    """(rows, 2C): the second convolution at each distinct window.
 
-    Each hidden row meets each tap's weights once, however many windows it stands in.
+    It is the sum over t of hidden[windows[:, t] - 1] @ weight[:, t], + bias. Each hidden row meets each tap's weights
+    once, however many windows it stands in.
 
     Args:
         hidden: (hidden rows, D); a window entry of 0 contributes nothing.
@@ -145,7 +146,8 @@ def modulate_table_grad(
     per_pixel = torch.cat((d_shift * xhat, d_shift), -1).flatten(0, 2)
     if pixel_row is None:
         return per_pixel
-    assert order is not None and starts is not None
+    assert order is not None
+    assert starts is not None
     return segment_sum(per_pixel, order, starts)
 
 
@@ -174,15 +176,17 @@ def modulate_input_grad(
 
 
 def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
-    """(segments, D): sums of values[index[e]] over each segment, long segments in chunks and then over the chunks."""
-    chunks = (starts.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
-    chunk_starts = F.pad(chunks.cumsum(0), (1, 0))
-    segment = torch.repeat_interleave(torch.arange(len(chunks), device=starts.device), chunks)
-    within = torch.arange(len(segment), device=starts.device) - chunk_starts[segment]
-    offsets = torch.cat((starts[segment] + within * _SEGMENT_CHUNK, starts[-1:]))
-    partial = F.embedding_bag(index, values, offsets, mode="sum", include_last_offset=True)
-    every = torch.arange(len(segment), device=starts.device)
-    return F.embedding_bag(every, partial, chunk_starts, mode="sum", include_last_offset=True)
+    """(segments, D): sums of values[index[e]] over each segment; of a long one by chunks, and then over the chunks."""
+    while starts.diff().max() > _SEGMENT_CHUNK:
+        chunks = (starts.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
+        chunk_starts = F.pad(chunks.cumsum(0), (1, 0))
+        every = torch.arange(int(chunk_starts[-1]), device=starts.device)
+        segment = torch.repeat_interleave(torch.arange(len(chunks), device=starts.device), chunks)
+        within = every - chunk_starts[segment]
+        offsets = torch.cat((starts[segment] + within * _SEGMENT_CHUNK, starts[-1:]))
+        values = F.embedding_bag(index, values, offsets, mode="sum", include_last_offset=True)
+        index, starts = every, chunk_starts
+    return F.embedding_bag(index, values, starts, mode="sum", include_last_offset=True)
 
 
 def _accumulator(t: Tensor) -> Tensor:
@@ -235,7 +239,7 @@ def _affine(
     x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y before the activation, normalized x and scale, all (N, h, w, C)."""
-    xhat = (_accumulator(x).permute(0, 2, 3, 1) - mean[:, None, None]) * rstd[:, None, None]
+    xhat = (_accumulator(x).permute(0, 2, 3, 1).contiguous() - mean[:, None, None]) * rstd[:, None, None]
     rows = table.to(xhat.dtype)
     rows = rows.view(*xhat.shape[:3], -1) if pixel_row is None else F.embedding(pixel_row, rows)
     scale, shift = rows.chunk(2, -1)
@@ -243,5 +247,5 @@ def _affine(
 
 
 def _through_leaky_relu(grad: Tensor, y: Tensor, slope: float) -> Tensor:
-    grad = grad.permute(0, 2, 3, 1).to(y.dtype)
+    grad = grad.permute(0, 2, 3, 1).to(y.dtype).contiguous()
     return grad if slope == 1 else torch.where(y > 0, grad, grad * slope)

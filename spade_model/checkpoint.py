@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ from spade_model.errors import UserError
 
 _TENSOR = "__tensor__"
 _TEMPORARY = ".partial"
+
+# torch.load reports damaged files with all of these.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
 
 
 def save(path: Path, tree: Mapping[str, Any]) -> None:
@@ -39,7 +55,9 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        # The folder itself may be what cannot be used; that error must not take the place of the first.
+        with suppress(OSError):
+            temporary.unlink()
         kept = f"; the previous {path.name} is untouched" if path.exists() else ""
         raise UserError(
             f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir"
@@ -53,16 +71,17 @@ def load(path: Path) -> dict[str, Any]:
         UserError: no such file, truncated or corrupt, or not one of ours.
     """
     with _open(path) as file:
-        metadata = file.metadata() or {}
-        if "tree" not in metadata:
-            raise UserError(f"{path} is not a training checkpoint: it has no saved state beside its tensors")
-        return _put_tensors(json.loads(metadata["tree"]), file.get_tensor)
+        return _put_tensors(_read_tree(file, path), file.get_tensor)
 
 
 def load_part(path: Path, *parts: str) -> dict[str, Any]:
-    """Some top-level entries of a checkpoint, those it has, without reading the rest from the disk."""
+    """Some top-level entries of a checkpoint, those it has, without reading the rest from the disk.
+
+    Raises:
+        UserError: as `load`.
+    """
     with _open(path) as file:
-        tree = json.loads((file.metadata() or {}).get("tree", "{}"))
+        tree = _read_tree(file, path)
         return {part: _put_tensors(tree[part], file.get_tensor) for part in parts if part in tree}
 
 
@@ -74,7 +93,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         with _open(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: a file, not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
@@ -84,7 +103,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: it holds more than tensors, which could run code when loaded, or it is damaged. "
             "Ask its author for a plain state dict (.pth with weights only, or .safetensors)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is truncated or not a PyTorch file; copy or download it again") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} does not hold a state dict (names and tensors)")
@@ -120,15 +139,36 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _open(path: Path):
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The open file; what goes wrong while it is read, the tree included, is a UserError."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint"
         ) from error
+
+
+def _read_tree(file: Any, path: Path) -> dict[str, Any]:
+    metadata = file.metadata() or {}
+    if "tree" not in metadata:
+        raise UserError(
+            f"{path} is not a training checkpoint: it has no saved state beside its tensors; pass a file that "
+            "`spade train` wrote"
+        )
+    try:
+        tree = json.loads(metadata["tree"])
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: its saved state is not JSON ({error}); use an earlier checkpoint"
+        ) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a training checkpoint: its saved state is {type(tree).__name__}, not options")
+    return tree
 
 
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -6,10 +6,12 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -20,14 +22,13 @@ from spade_model import checkpoint
 from spade_model.config import (
     DataConfig,
     TrainConfig,
-    config_from_dict,
     default_data_config,
     default_train_config,
     load_config,
 )
 from spade_model.data import check_dataset
 from spade_model.errors import UserError
-from spade_model.generate import GenerateConfig, checkpoint_path, run_generate
+from spade_model.generate import GenerateConfig, checkpoint_path, run_generate, saved_config
 from spade_model.train import train
 
 _USAGE = """usage: spade <command> [options]
@@ -72,18 +73,48 @@ GONE = {
 class DoctorConfig:
     """One run of `spade doctor`."""
 
-    split: str = ""
-    """`train` or `val`; default: both."""
+    split: Literal["", "train", "val"] = ""
+    """Which split to check; default: both."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 for input that cannot be used.
+    """Runs the command line and returns the exit status.
+
+    0 when all went well, also for a training run stopped by Ctrl-C once its state is saved; 2 for input that cannot be
+    used; 130 when interrupted anywhere else; 141 when the reader of the output went away.
 
     SPADE_DEBUG=1 in the environment shows the traceback of an error.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        status = _status(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # `spade ... | head` has seen enough. Without this, Python would complain when it flushes the output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _status(arguments: list[str]) -> int:
+    """The exit status of a run; prints the message of an error."""
+    try:
+        return _run(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        return _fail(f"out of memory: {first_line} Use a smaller --batch_size or --crop_size, or --precision bf16")
+    except SystemExit as end:
+        # The option parser's own way to end: 0 after --help, 2 after an option it cannot understand.
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate, "doctor": _doctor}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE)
@@ -91,27 +122,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version", "version"):
         print(f"spade-kernels {spade_kernels.__version__}")
         return 0
-    try:
-        if arguments[0] not in commands:
-            raise UserError(f"unknown command {arguments[0]!r}; choose one of {', '.join(commands)}")
-        return commands[arguments[0]](_translate(arguments[1:]))
-    except UserError as error:
-        return _fail(str(error))
-    except torch.OutOfMemoryError as error:
-        return _fail(
-            f"out of memory: {str(error).splitlines()[0]} Use a smaller --batch_size or --crop_size, or --precision bf16"
-        )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if arguments[0] not in commands:
+        raise UserError(f"unknown command {arguments[0]!r}; choose one of {', '.join(commands)}")
+    return commands[arguments[0]](_translate(arguments[1:]))
 
 
 def _train(arguments: list[str]) -> int:
     known, rest = _peek(arguments, "config")
-    default = default_train_config(known.get("dataset_mode", "coco"), "no_TTUR" in known)
+    default = default_train_config(
+        known.get("dataset_mode", "coco"), "--no_TTUR" in arguments, known.get("netG", "spade")
+    )
     if "config" in known:
+        if not known["config"]:
+            raise UserError("--config needs a file, such as the config.json in a run's folder")
         default = load_config(Path(known["config"]))
-    if "continue_train" in known:
+    if "--continue_train" in arguments:
         run = TrainConfig(
             name=known.get("name", default.name), checkpoints_dir=known.get("checkpoints_dir", default.checkpoints_dir)
         )
@@ -139,10 +164,7 @@ def _generate(arguments: list[str]) -> int:
             raise UserError(
                 f"no model at {file}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
             )
-        saved = checkpoint.load_part(file, "config")
-        if "config" not in saved:
-            raise UserError(f"{file} is not a training checkpoint of this project")
-        trained = config_from_dict(saved["config"], str(file))
+        trained = saved_config(checkpoint.load_part(file, "config"), file)
         default = replace(default, data=trained.data, model=trained.model)
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
     print(f"images and page: {run_generate(config)}")
@@ -171,9 +193,7 @@ def _print_environment() -> None:
 def _check_data(config: DoctorConfig) -> int:
     faults = 0
     for split in [config.split] if config.split else ["train", "val"]:
-        problems = check_dataset(
-            config.data, split, progress=lambda items, total: tqdm(items, total=total, desc=split, disable=None)
-        )
+        problems = check_dataset(config.data, split, progress=partial(tqdm, desc=split, disable=None))
         for problem in problems:
             print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
         faults += sum(not problem.is_warning for problem in problems)
@@ -199,18 +219,18 @@ def _translate(arguments: list[str]) -> list[str]:
 def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
     """What decides the other options' defaults; options in `own` are taken out of the list."""
 
-    def parser(names: Sequence[str], flags: Sequence[str] = ()) -> argparse.ArgumentParser:
-        result = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    def parse(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         for name in names:
-            result.add_argument(f"--{name}", nargs="?", const="")
-        for flag in flags:
-            result.add_argument(f"--{flag}", action="store_true")
-        return result
+            parser.add_argument(f"--{name}", nargs="?", const="")
+        found, rest = parser.parse_known_args(arguments)
+        return vars(found), rest
 
-    valued = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint")
-    seen = vars(parser(valued, ("continue_train", "no_TTUR")).parse_known_args(arguments)[0])
-    taken, rest = parser(own).parse_known_args(arguments)
-    return {**seen, **vars(taken)}, rest
+    shared = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint", "netG")
+    seen, _ = parse(shared)
+    taken, rest = parse(own)
+    # An option without its value is left to the parser of all options, which says so.
+    return {name: value for name, value in seen.items() if value} | taken, rest
 
 
 def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
@@ -220,8 +240,6 @@ def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
 
 def _fail(message: str) -> int:
     if os.environ.get("SPADE_DEBUG") == "1":
-        import traceback
-
         traceback.print_exc()
     print(f"spade: {message}", file=sys.stderr)
     return 2

@@ -49,7 +49,7 @@ class ClassColours:
         """Share of pixels whose class, told by colour, is their label."""
         right = pixels = 0
         for labels, images in pairs:
-            right += (self.classify(images) == labels).sum().item()
+            right += int((self.classify(images) == labels).sum())
             pixels += labels.numel()
         return right / pixels
 

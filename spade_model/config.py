@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spade_model.errors import UserError
 
@@ -100,7 +103,8 @@ class ModelConfig:
     ngf: int = 64
     """Generator width: channels before the last convolution."""
     norm_G: str = "spectralspadesyncbatch3x3"
-    """Generator normalization: [spectral]spade<instance|batch|syncbatch><k>x<k>; pix2pixhd: [spectral]<none|instance|batch|syncbatch>."""
+    """Generator normalization: [spectral]spade<instance|batch|syncbatch><k>x<k>; pix2pixhd (default: instance):
+    [spectral]<none|instance|batch|syncbatch>."""
     num_upsampling_layers: Literal["normal", "more", "most"] = "normal"
     """spade: 5, 6 or 7 doublings between the first feature map and the image; `most` adds a residual block."""
     use_vae: bool = False
@@ -183,7 +187,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of the generator's weights; 0: none is kept."""
     ema_bn_batches: int = 30
-    """Batches over which the averaged generator's batch-norm statistics are re-estimated before it is saved or shown."""
+    """Batches over which the averaged generator's batch-norm statistics are re-estimated before it is saved."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of forward passes; weights stay fp32."""
     compile: bool = False
@@ -239,37 +243,54 @@ def default_data_config(dataset_mode: str) -> DataConfig:
     return DataConfig(dataset_mode=dataset_mode, **DATASET_DEFAULTS[dataset_mode])  # type: ignore[arg-type]
 
 
-def default_train_config(dataset_mode: str, no_TTUR: bool = False) -> TrainConfig:
+def default_train_config(dataset_mode: str, no_TTUR: bool = False, netG: str = "spade") -> TrainConfig:
     """What a run uses where nothing else is said."""
     betas = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
-    return TrainConfig(data=default_data_config(dataset_mode), no_TTUR=no_TTUR, **betas)  # type: ignore[arg-type]
+    model = ModelConfig(netG="pix2pixhd", norm_G="instance") if netG == "pix2pixhd" else ModelConfig()
+    return TrainConfig(data=default_data_config(dataset_mode), model=model, no_TTUR=no_TTUR, **betas)  # type: ignore[arg-type]
 
 
 def check_train_config(config: TrainConfig) -> None:
     """Raises UserError for values a run cannot use; the message names option, value and range."""
+    for part in (config, config.data, config.model):
+        check_choices(part)
     least = {"niter": 0, "niter_decay": 0, "max_steps": 0, "D_steps_per_G": 1, "accumulate": 1, "ema_bn_batches": 0}
     least |= {"print_freq": 1, "display_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1}
-    least |= {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0}
-    for name, minimum in least.items():
-        if getattr(config, name) < minimum:
-            raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least {minimum}")
-    for name in ("ngf", "ndf", "z_dim", "num_D", "n_layers_D"):
-        if getattr(config.model, name) < 1:
-            raise UserError(f"--{name} {getattr(config.model, name)} is too small; it must be at least 1")
-    if not config.lr > 0:
-        raise UserError(f"--lr {config.lr} must be greater than 0")
+    _check_least(config, least | {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0})
+    _check_least(config.model, {"ngf": 1, "ndf": 1, "z_dim": 1, "num_D": 1, "n_layers_D": 1, "init_variance": 0})
+    if not 0 < config.lr < math.inf:
+        raise UserError(f"--lr {config.lr} must be a finite number greater than 0")
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is outside 0 <= {name} < 1")
     if config.niter + config.niter_decay < 1:
-        raise UserError("--niter and --niter_decay are both 0: there is no epoch to train")
-    if not config.name or Path(config.name).name != config.name:
-        raise UserError(f"--name {config.name!r} must be a plain folder name")
+        raise UserError("--niter and --niter_decay are both 0: there is no epoch to train; set --niter to 1 or more")
+    check_name(config.name)
+
+
+def check_choices(config: Any) -> None:
+    """Raises UserError when an option of a config, all of whose values are known, has another value."""
+    for name, choices in _choices(type(config)).items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(choices)}")
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a run name that would lead out of its parent folder."""
+    if name in ("", "..") or Path(name).name != name:
+        raise UserError(f"--name {name!r} must be a plain folder name; the folder around it is --checkpoints_dir")
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the config as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes the config as JSON, replacing the file as a whole. Raises OSError when it cannot."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -285,27 +306,31 @@ def load_config(path: Path) -> TrainConfig:
 
 def config_from_dict(values: Any, source: str) -> TrainConfig:
     """A TrainConfig from nested dicts, as in a checkpoint or a JSON file; missing options get their defaults."""
-    if not isinstance(values, dict):
-        raise UserError(f"{source} is not a config: expected a JSON object")
-    rest = dict(values)
-    data, model = rest.pop("data", {}), rest.pop("model", {})
-    return _build(
-        TrainConfig,
-        rest | {"data": _build(DataConfig, data, source), "model": _build(ModelConfig, model, source)},
-        source,
-    )
+    rest = dict(_require_dict(values, "the config", source))
+    data = _build(DataConfig, rest.pop("data", {}), source)
+    model = _build(ModelConfig, rest.pop("model", {}), source)
+    return _build(TrainConfig, rest | {"data": data, "model": model}, source)
 
 
-def _build(cls, values: dict[str, Any], source: str):
+def _build(cls, values: Any, source: str):
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(_require_dict(values, f"the {cls.__name__}", source)) - set(fields))
     if unknown:
         raise UserError(f"{source} has an unknown option {unknown[0]!r}; it was written by another version or by hand")
+    choices = _choices(cls)
     for name, value in values.items():
         default = fields[name].default
         if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):
             raise UserError(f"{source}: option {name!r} is {value!r}, expected something like {default!r}")
+        if value not in choices.get(name, (value,)):
+            raise UserError(f"{source}: option {name!r} is {value!r}, which is not one of {', '.join(choices[name])}")
     return cls(**values)
+
+
+def _require_dict(values: Any, what: str, source: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {what} is {values!r}, expected a JSON object of options")
+    return values
 
 
 def _same_kind(value: Any, default: Any) -> bool:
@@ -314,3 +339,17 @@ def _same_kind(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float))
     return isinstance(value, type(default))
+
+
+def _choices(cls: type) -> dict[str, tuple[str, ...]]:
+    """The values of each option of a config class that has a fixed set of them."""
+    hints = get_type_hints(cls)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def _check_least(config: Any, least: dict[str, int]) -> None:
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if not minimum <= value < math.inf:
+            what = "is too small" if value < minimum else "is not a finite number"
+            raise UserError(f"--{name} {value} {what}; it must be at least {minimum}")

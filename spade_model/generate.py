@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +14,28 @@ from torch import Tensor, nn
 
 from spade_kernels.functional import Segmap
 from spade_model import checkpoint
-from spade_model.config import DataConfig, ModelConfig, config_from_dict, default_data_config
+from spade_model.config import (
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    check_choices,
+    check_name,
+    config_from_dict,
+    default_data_config,
+)
 from spade_model.data import Batch, create_dataset, create_loader, load_condition
 from spade_model.data.images import IMAGE_SUFFIXES, read_photograph
 from spade_model.data.item import rgb_to_tensor
 from spade_model.errors import UserError
 from spade_model.networks import build_encoder, build_generator
+from spade_model.networks.check import check_norms
 from spade_model.original import complete, infer_generator
-from spade_model.pages import write_results_page
+from spade_model.pages import PageRow, write_results_page
 from spade_model.train import choose_device
 from spade_model.visualize import condition_image, overlay, to_image
+
+LabelFile = tuple[Path, Path | None]
+"""A label image and its instance image."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +88,7 @@ class LoadedModel:
     @torch.no_grad()
     def style(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """mu and logvar, (1, z_dim) each, of a photograph. Raises UserError when the model has no encoder."""
-        if self.encoder is None:
-            raise UserError("a style image needs a model trained with --use_vae and its encoder")
-        return self.encoder(rgb_to_tensor(np.asarray(image)).unsqueeze(0).to(self.device))
+        return _require_encoder(self, "a style image")(rgb_to_tensor(np.asarray(image)).unsqueeze(0).to(self.device))
 
     @torch.no_grad()
     def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
@@ -126,14 +137,17 @@ def load_model(
 
     Args:
         data, model: replace what the checkpoint says; for the original's files, what their weights do not say.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another architecture; the device cannot be used.
     """
     where = choose_device(device)
     states: dict[str, dict[str, Tensor]]
     if path.suffix == ".safetensors":
         states = checkpoint.load_part(path, "G", "G_average", "E", "config")
-        if "config" not in states or "G" not in states:
-            raise UserError(f"{path} is not a training checkpoint of this project")
-        saved = config_from_dict(states["config"], str(path))
+        saved = saved_config(states, path)
+        if "G" not in states:
+            raise UserError(f"{path} holds no generator; pass a file that `spade train` wrote")
         data, model = data or saved.data, model or saved.model
         weights = states["G"] if last_weights else states.get("G_average", states["G"])
     else:
@@ -143,10 +157,13 @@ def load_model(
         states = (
             {"E": checkpoint.read_state_dict(beside)} if model.use_vae and beside != path and beside.exists() else {}
         )
+    check_choices(data)
+    check_choices(model)
+    check_norms(model)
     generator = build_generator(data, model)
     checkpoint.load_into(generator, complete(weights, generator.state_dict()), str(path))
     encoder = None
-    if "E" in states:
+    if model.use_vae and "E" in states:
         encoder = build_encoder(data, _encoder_shape(model, states["E"]))
         assert encoder is not None
         checkpoint.load_into(encoder, complete(states["E"], encoder.state_dict()), f"the encoder of {path}")
@@ -155,39 +172,62 @@ def load_model(
 
 
 def run_generate(config: GenerateConfig) -> Path:
-    """`spade generate`: writes every image and a page of them; returns the page."""
-    if config.samples < 1 or config.how_many < 1:
-        raise UserError("--samples and --how_many must be at least 1")
+    """`spade generate`: writes every image and a page of them; returns the page.
+
+    Raises:
+        UserError: as `generate`; or the results cannot be written. Images made until then are kept.
+    """
+    for name in ("samples", "how_many"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least 1")
+    files = _label_files(config)
     loaded = load_model(
         checkpoint_path(config), config.data, config.model, last_weights=config.last_weights, device=config.device
     )
     if config.samples > 1 and not loaded.model.use_vae:
-        raise UserError("--samples needs a model trained with --use_vae; this one makes one image of each mask")
+        raise UserError(
+            f"--samples {config.samples} needs a model trained with --use_vae; this one makes one image of each mask"
+        )
+    if config.style_image:
+        _require_encoder(loaded, f"--style_image {config.style_image}")
     folder = Path(config.results_dir) / (Path(config.checkpoint).stem if config.checkpoint else config.name)
     columns = ["input label", *_column_names(config)]
-    rows = []
-    for batch in _conditions(config, loaded.data):
+    return write_results_page(folder, config.name, columns, _rows(config, loaded, files))
+
+
+def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile]) -> Iterator[PageRow]:
+    """The page's rows, one mask at a time."""
+    for batch in _conditions(config, loaded.data, files):
         label = condition_image(batch.segmap, 0)
         pictures: list[Image.Image | None] = [label]
         for image in _images(loaded, batch, config.style_image, config.samples, config.data.seed):
             pictures.append(to_image(image[0]))
             if config.overlay:
                 pictures.append(overlay(pictures[-1], label))  # type: ignore[arg-type]
-        rows.append((batch.names[0], pictures))
-    return write_results_page(folder, config.name, columns, rows)
+        yield batch.names[0], pictures
 
 
 def checkpoint_path(config: GenerateConfig) -> Path:
-    """The file a GenerateConfig names."""
+    """The file a GenerateConfig names. Raises UserError for a run name that is no folder name."""
     if config.checkpoint:
         return Path(config.checkpoint)
+    check_name(config.name)
     return Path(config.checkpoints_dir) / config.name / f"{config.which_epoch}.safetensors"
 
 
-def _conditions(config: GenerateConfig, data: DataConfig) -> Iterator[Batch]:
-    """The masks, one at a time, without photographs."""
+def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
+    """The config in the state of a training run. Raises UserError when the state has none, or a damaged one."""
+    if "config" not in state:
+        raise UserError(
+            f"{path} holds no config, so it is not a training checkpoint; pass a file that `spade train` wrote"
+        )
+    return config_from_dict(state["config"], str(path))
+
+
+def _conditions(config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile]) -> Iterator[Batch]:
+    """The masks of the files, or of the validation split, one at a time, without photographs."""
     if config.label:
-        for label, instance in _label_files(Path(config.label), config.instance, config.how_many):
+        for label, instance in files:
             yield load_condition(label, data, instance)
         return
     dataset = create_dataset(data, "val", need_images=False)
@@ -197,13 +237,24 @@ def _conditions(config: GenerateConfig, data: DataConfig) -> Iterator[Batch]:
         yield batch
 
 
-def _label_files(label: Path, instance: str, how_many: int) -> Sequence[tuple[Path, Path | None]]:
+def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:
+    for option in ("label", "instance", "style_image"):
+        path = getattr(config, option)
+        if path and not Path(path).exists():
+            raise UserError(f"--{option} {path} does not exist; check the path")
+    if not config.label:
+        if config.instance:
+            raise UserError(f"--instance {config.instance} needs the --label it belongs to")
+        return []
+    label, instance = Path(config.label), Path(config.instance)
+    if config.instance and label.is_dir() != instance.is_dir():
+        raise UserError(f"--label {label} and --instance {instance} must both be files, or both folders")
     if not label.is_dir():
-        return [(label, Path(instance) if instance else None)]
-    files = sorted(p for p in label.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:how_many]
+        return [(label, instance if config.instance else None)]
+    files = sorted(p for p in label.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[: config.how_many]
     if not files:
         raise UserError(f"--label {label} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [(file, Path(instance) / file.name if instance else None) for file in files]
+    return [(file, instance / file.name if config.instance else None) for file in files]
 
 
 def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples: int, seed: int) -> Iterator[Tensor]:
@@ -229,6 +280,15 @@ def _column_names(config: GenerateConfig) -> list[str]:
         if config.overlay:
             names.append(f"overlay{number}")
     return names
+
+
+def _require_encoder(loaded: LoadedModel, what: str) -> nn.Module:
+    if loaded.encoder is None:
+        reason = (
+            "the file of its encoder (*_net_E.pth) is not beside it" if loaded.model.use_vae else "this one was not"
+        )
+        raise UserError(f"{what} needs a model trained with --use_vae and its encoder; {reason}")
+    return loaded.encoder
 
 
 def _encoder_shape(model: ModelConfig, state: dict[str, Tensor]) -> ModelConfig:

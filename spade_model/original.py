@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
+
+_NEEDED = {"fc.weight": (2, 4), "conv_img.weight": (4,), "head_0.norm_0.mlp_shared.0.weight": (4,)}
+"""Parameters of every SPADE generator, and how many dimensions they have."""
 
 
 def infer_generator(
@@ -29,14 +33,17 @@ def infer_generator(
     Raises:
         UserError: not a SPADE generator, or its condition channels contradict label_nc and no_instance.
     """
-    needed = ("fc.weight", "conv_img.weight", "head_0.norm_0.mlp_shared.0.weight")
-    missing = [name for name in needed if name not in state]
-    if missing:
-        raise UserError(f"{source} does not hold a SPADE generator: {missing[0]} is missing")
+    for name, ranks in _NEEDED.items():
+        if name not in state or state[name].dim() not in ranks:
+            what = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
+            raise UserError(
+                f"{source} does not hold a SPADE generator: {name} {what}{_other_network(state)}. Pass the file whose "
+                "name ends in _net_G.pth"
+            )
     shared = state["head_0.norm_0.mlp_shared.0.weight"]
     most = "up_4.conv_0.bias" in state
     ngf = state["conv_img.weight"].shape[1] * (2 if most else 1)
-    mode = "most" if most else model.num_upsampling_layers
+    mode: str = "most" if most else model.num_upsampling_layers
     found: dict[str, Any] = {"netG": "spade", "ngf": ngf, "norm_G": _norm(state, shared.shape[-1])}
     data = _fit_channels(data, shared.shape[1], source)
     if state["fc.weight"].dim() == 2:
@@ -45,12 +52,15 @@ def infer_generator(
         mode, data = _fit_start(data, "most" if most else None, mode, pixels, source)
     else:
         found["use_vae"] = False
-    return data, replace(model, num_upsampling_layers=mode, **found)  # type: ignore[arg-type]
+    return data, replace(model, **found, num_upsampling_layers=mode)  # type: ignore[arg-type]
 
 
 def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fills in what older versions did not save: spectral norm's second vector and batch-norm counters."""
-    result = dict(state)
+    """The state as current versions save it.
+
+    Old ones lack spectral norm's second vector and batch-norm counters, and hold the normalized weight besides.
+    """
+    result = {k: v for k, v in state.items() if not (k.endswith(".weight") and f"{k}_orig" in state)}
     for name, value in wanted.items():
         if name in result:
             continue
@@ -61,6 +71,13 @@ def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
             weight = result[f"{stem}.weight_orig"].flatten(1)
             result[name] = F.normalize(weight.t() @ result[f"{stem}.weight_u"], dim=0, eps=1e-12)
     return result
+
+
+def _other_network(state: Mapping[str, Tensor]) -> str:
+    """What the state is instead of a generator, when it can be told."""
+    if any(name.startswith("discriminator_") for name in state):
+        return "; these are a discriminator's weights"
+    return "; these are an encoder's weights" if "fc_mu.weight" in state else ""
 
 
 def _norm(state: Mapping[str, Tensor], kernel_size: int) -> str:
@@ -91,14 +108,14 @@ def _fit_start(
     from spade_model.networks.generator import start_size
 
     modes = [fixed_mode] if fixed_mode else [preferred, *(m for m in ("normal", "more") if m != preferred)]
-    for crop_size in (data.crop_size, 256, 512, 1024, 128, 64):
-        for mode in modes:
-            try:
-                height, width = start_size(mode, crop_size, data.aspect_ratio)
-            except UserError:
-                continue
-            if height * width == pixels:
-                return mode, replace(data, crop_size=crop_size, load_size=crop_size)
+    sizes = (data.crop_size, 256, 512, 1024, 128, 64)
+    for mode, crop_size in itertools.product(modes, sizes):
+        try:
+            height, width = start_size(mode, crop_size, data.aspect_ratio)
+        except UserError:
+            continue
+        if height * width == pixels:
+            return mode, replace(data, crop_size=crop_size, load_size=crop_size)
     raise UserError(
         f"{source}: its first feature map has {pixels} pixels, which no common crop size gives with aspect_ratio "
         f"{data.aspect_ratio}. Pass --crop_size, --aspect_ratio and --num_upsampling_layers as it was trained"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from spade_model import checkpoint
 from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
 from spade_model.data import Batch, create_dataset, create_loader
 from spade_model.errors import UserError
-from spade_model.networks.generator import check_statistics
+from spade_model.networks.check import check_networks
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
 from spade_model.trainer import Trainer
@@ -32,20 +34,24 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     then goes on from there with continue_train, bitwise as if it had not stopped.
 
     Raises:
-        UserError: the config, the data, or the state to continue from cannot be used; or the losses diverged.
+        UserError: the config, the data, or the state to continue from cannot be used; the disk is full; or the losses
+            diverged. What was saved before stays.
     """
     check_train_config(config)
-    with _processes() as (rank, world_size):
+    with _processes(config.device) as (rank, world_size):
         run = _Run(config, rank, world_size)
-        with RunLog(
-            config.run_dir,
-            total_steps=run.total_steps,
-            first_step=run.trainer.steps,
-            tensorboard=config.tensorboard,
-            progress=progress,
-            quiet=rank > 0,
-        ) as log:
-            run.loop(log)
+        try:
+            with RunLog(
+                config.run_dir,
+                total_steps=run.total_steps,
+                first_step=run.trainer.steps,
+                tensorboard=config.tensorboard,
+                progress=progress,
+                quiet=rank > 0,
+            ) as log:
+                run.loop(log)
+        finally:
+            run.close()
     return config.run_dir
 
 
@@ -61,8 +67,8 @@ class _Run:
                 f"{self.folder} already holds a trained model. Go on with --continue_train, choose another --name, "
                 "or delete the folder"
             )
+        check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
-        check_statistics(config.model, config.data, config.data.batch_size * world_size)
         self.epoch, self.batches_done = 1, 0
         self.epoch_batches = len(self._loader(epoch=1))
         if self.epoch_batches < config.accumulate:
@@ -108,15 +114,19 @@ class _Run:
                 else:
                     self._finish_epoch()
                     saved_at = self.trainer.steps if self._is_kept(self.epoch - 1) else saved_at
-        if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
-            self._save("latest")
+            if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
+                self._save("latest")
         if stop.requested:
             log.write(
-                f"stopped at step {self.trainer.steps}; everything is saved in {self.folder}. "
-                f"Go on with: spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
+                f"stopped at step {self.trainer.steps}; everything is saved in {self.folder}. Go on with: "
+                f"spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
             )
-        elif self.page is not None:
-            self.page.finish()
+
+    def close(self) -> None:
+        """However the run ended, its page must not reload itself any longer."""
+        if self.page is not None:
+            with suppress(UserError):
+                self.page.finish()
 
     def _loader(self, epoch: int, first_batch: int = 0):
         return create_loader(
@@ -134,8 +144,21 @@ class _Run:
         """The batches of each remaining step of the epoch; batches that do not fill a step are left out."""
         self.trainer.set_epoch(self.epoch)
         loader = iter(self._loader(self.epoch, self.batches_done))
-        while len(batches := list(itertools.islice(loader, self.config.accumulate))) == self.config.accumulate:
+        while len(batches := self._next_batches(loader)) == self.config.accumulate:
             yield batches
+
+    def _next_batches(self, loader: Iterator[Batch]) -> list[Batch]:
+        try:
+            return list(itertools.islice(loader, self.config.accumulate))
+        except UserError as error:
+            # Between two steps the state is whole. Several processes cannot save it without the one that failed.
+            if self.world_size > 1 or not self.trainer.steps:
+                raise
+            self._save("latest")
+            raise UserError(
+                f"{error}\nThe run is saved at step {self.trainer.steps}: "
+                "correct the data and go on with --continue_train"
+            ) from error
 
     def _finish_epoch(self) -> None:
         self.epoch, self.batches_done = self.epoch + 1, 0
@@ -150,10 +173,14 @@ class _Run:
         log.step(step, values, epoch=self.epoch)
         broken = [name for name, value in values.items() if not torch.isfinite(losses[name])]
         if broken:
-            raise UserError(
-                f"training diverged at step {step}: {broken[0]} is {values[broken[0]]}. The last saved state in "
-                f"{self.folder} is from before; continue it with a lower --lr or --precision fp32"
-            )
+            raise self._diverged(f"{broken[0]} is {values[broken[0]]}")
+
+    def _diverged(self, what: str) -> UserError:
+        saved = (self.folder / "latest.safetensors").exists()
+        advice = f"The last saved state in {self.folder} is from before; continue it" if saved else "Start again"
+        return UserError(
+            f"training diverged at step {self.trainer.steps}: {what}. {advice} with a lower --lr or --precision fp32"
+        )
 
     def _show(self, log: RunLog, step: int, batch: Batch, fake: torch.Tensor) -> None:
         if self.page is None:
@@ -167,6 +194,9 @@ class _Run:
         self.page.add(step, ["input label", "synthesized image", "real image"], rows)
 
     def _save(self, *names: str) -> None:
+        broken = self.trainer.broken_weight()
+        if broken is not None:
+            raise self._diverged(f"{broken} is not finite")
         average = self.trainer.average
         if average is not None and self.config.ema_bn_batches:
             batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
@@ -191,9 +221,18 @@ class _Run:
                 f"nothing to continue: {path} does not exist. Check --name, --checkpoints_dir and --which_epoch"
             )
         state = checkpoint.load(path)
+        missing = [name for name in ("config", "epoch", "batches_done", "random") if name not in state]
+        if missing:
+            raise UserError(
+                f"{path} holds no {missing[0]}, so no run can go on from it; pass a file that `spade train` wrote"
+            )
         before = config_from_dict(state["config"], str(path))
-        if (before.data.batch_size, before.accumulate) != (self.config.data.batch_size, self.config.accumulate):
-            raise UserError(f"{path} was trained with another --batch_size or --accumulate; continue with the same")
+        for name, old, new in (
+            ("batch_size", before.data.batch_size, self.config.data.batch_size),
+            ("accumulate", before.accumulate, self.config.accumulate),
+        ):
+            if old != new:
+                raise UserError(f"{path} was trained with --{name} {old}, not {new}; continue with the same")
         self.trainer.load_state_dict(state, str(path))
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]
         if len(state["random"]) == self.world_size:
@@ -211,14 +250,19 @@ class _Run:
 
 
 class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one acts as usual."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one acts as usual.
+
+    `requested` is what the last `check` said, and thereby the same in all processes.
+    """
 
     def __init__(self, device: torch.device, world_size: int):
-        self.requested = False
+        self.requested = self._received = False
         self._device, self._world_size = device, world_size
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only, and lets no other set handlers.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self
@@ -229,27 +273,37 @@ class _StopSignal:
 
     def check(self) -> bool:
         """Whether any process was asked to stop; all processes get the same answer."""
+        self.requested = self._received
         if self._world_size > 1:
-            flag = torch.tensor(float(self.requested), device=self._device)
+            flag = torch.tensor(float(self._received), device=self._device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.requested = bool(flag)
         return self.requested
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested = True
+        self._received = True
         signal.signal(number, self._previous[number])
 
 
 @contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """(rank, world size); joins torchrun's processes when it started this one."""
+def _processes(device: str) -> Iterator[tuple[int, int]]:
+    """(rank, world size); joins torchrun's processes when it started this one.
+
+    Raises UserError when the environment is only half of torchrun's.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but the processes cannot find each other: {error}. "
+            "Start them with torchrun, or unset WORLD_SIZE for a single process"
+        ) from error
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -260,11 +314,14 @@ def choose_device(name: str) -> torch.device:
     """The device `--device` names; "auto" is cuda when there is one. Raises UserError when it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:<number>")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name!r} cannot be used here: {reason}. Use --device cpu or auto") from error
     return (
         torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
     )

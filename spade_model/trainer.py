@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -20,6 +21,12 @@ from spade_model.data import Batch
 from spade_model.errors import UserError
 from spade_model.networks import build_discriminator, build_encoder, build_generator, initialize, load_vgg19
 
+# The option was renamed after torch 2.11.
+_BUFFER_OPTION = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,10 +79,13 @@ class Trainer:
                 group["lr"] = rate
 
     def step(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        """One step over `config.accumulate` batches: the generator (every D_steps_per_G-th time), then the discriminator.
+        """One step over `config.accumulate` batches: the generator (every D_steps_per_G-th time), the discriminator.
 
         Returns:
             The losses, weighted as they were optimized and averaged over the batches; and the last generated images.
+
+        Raises:
+            UserError: the photographs have another size than the generated images.
         """
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         # Each (mask, image) pair is judged fake and real at once; the doubled mask is indexed once for both steps.
@@ -107,8 +117,22 @@ class Trainer:
             state["G_average"] = self.average.network.state_dict()
         return state
 
+    def broken_weight(self) -> str | None:
+        """The first weight or norm statistic that is not finite, by network and name; None when all are."""
+        networks = nn.ModuleDict({"G": self.generator, "D": self.discriminator})
+        if self.encoder is not None:
+            networks["E"] = self.encoder
+        return next((name for name, value in networks.state_dict().items() if not value.isfinite().all()), None)
+
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Takes up a saved state. Raises UserError when it belongs to other networks."""
+        """Takes up a saved state. Raises UserError when it is incomplete or belongs to other networks."""
+        for name in ("optimizer_G", "optimizer_D", "scaler_G", "scaler_D", "steps"):
+            if name not in state:
+                raise UserError(
+                    f"{source} holds no {name}, so no run can go on from it; pass a file that `spade train` wrote"
+                )
+        if self.encoder is None and "E" in state:
+            raise UserError(f"{source} was trained with --use_vae; continue with it")
         networks = {"G": self.generator, "D": self.discriminator}
         if self.encoder is not None:
             networks["E"] = self.encoder
@@ -120,8 +144,10 @@ class Trainer:
             checkpoint.load_into(network, state[name], source)
         self.optimizer_G.load_state_dict(state["optimizer_G"])
         self.optimizer_D.load_state_dict(state["optimizer_D"])
-        self.scaler_G.load_state_dict(state["scaler_G"])
-        self.scaler_D.load_state_dict(state["scaler_D"])
+        for scaler, saved in ((self.scaler_G, state["scaler_G"]), (self.scaler_D, state["scaler_D"])):
+            # Empty unless the state was trained with --precision fp16; a scaler then starts anew.
+            if saved:
+                scaler.load_state_dict(saved)
         self.steps = state["steps"]
 
     def _generator_step(self, batches: list[Batch], doubled: list[Segmap]) -> dict[str, Tensor]:
@@ -133,7 +159,7 @@ class Trainer:
             with self._last_only(parallel, i == len(batches) - 1):
                 with self._autocast():
                     terms = self._generator_losses(batch, twice)
-                self.scaler_G.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[union-attr]
+                self.scaler_G.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[arg-type]
             report.append(terms)
         self.discriminator.requires_grad_(True)
         self.scaler_G.step(self.optimizer_G)
@@ -149,13 +175,13 @@ class Trainer:
                 fake = self.generator(batch.segmap, z)
             with self._last_only([self._parallel_discriminator], i == len(batches) - 1):
                 with self._autocast():
-                    on_fake, on_real = self._judge(self._parallel_discriminator, twice, fake, batch.image)
+                    on_fake, on_real = self._judge(self._parallel_discriminator, twice, fake, batch)
                     mode = self.config.gan_mode
                     terms = {
                         "D_Fake": losses.gan_loss(on_fake, mode, is_real=False, for_discriminator=True),
                         "D_real": losses.gan_loss(on_real, mode, is_real=True, for_discriminator=True),
                     }
-                self.scaler_D.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[union-attr]
+                self.scaler_D.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[arg-type]
             report.append(terms)
         self.scaler_D.step(self.optimizer_D)
         self.scaler_D.update()
@@ -169,7 +195,7 @@ class Trainer:
             # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
             terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * _world_size() * config.accumulate
         fake = self._parallel_generator(batch.segmap, z)
-        on_fake, on_real = self._judge(self.discriminator, twice, fake, batch.image)
+        on_fake, on_real = self._judge(self.discriminator, twice, fake, batch)
         terms["GAN"] = losses.gan_loss(on_fake, config.gan_mode, is_real=True, for_discriminator=False)
         if not config.no_ganFeat_loss:
             terms["GAN_Feat"] = losses.feature_matching_loss(on_fake, on_real) * config.lambda_feat
@@ -179,7 +205,11 @@ class Trainer:
             terms["VGG"] = losses.vgg_loss(self.vgg(fake), real) * config.lambda_vgg
         return terms
 
-    def _judge(self, discriminator: nn.Module, twice: Segmap, fake: Tensor, real: Tensor):
+    def _judge(self, discriminator: nn.Module, twice: Segmap, fake: Tensor, batch: Batch):
+        real = batch.image
+        assert real is not None
+        if fake.shape != real.shape:
+            raise _size_error(fake, batch)
         results = discriminator(twice, torch.cat((fake.to(real.dtype), real)))
         count = len(real)
         return [[f[:count] for f in scale] for scale in results], [[f[count:] for f in scale] for scale in results]
@@ -191,7 +221,7 @@ class Trainer:
             return network
         # Buffers stay equal by themselves: spectral vectors follow the weights, norm statistics are synchronized.
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(network, device_ids=devices, **{_BUFFER_OPTION: False})  # type: ignore[arg-type]
 
     def _last_only(self, networks: Sequence[nn.Module | None], last: bool):
         """Exchanges gradients between processes in the last accumulated batch only."""
@@ -212,6 +242,16 @@ def learning_rates(config: TrainConfig, epoch: int) -> tuple[float, float]:
     if config.niter_decay:
         lr -= max(0, epoch - 1 - config.niter) * (config.lr / config.niter_decay)
     return (lr, lr) if config.no_TTUR else (lr / 2, lr * 2)
+
+
+def _size_error(fake: Tensor, batch: Batch) -> UserError:
+    assert batch.image is not None
+    (height, width), (made_height, made_width) = batch.image.shape[2:], fake.shape[2:]
+    return UserError(
+        f"{batch.names[0]} is {width}x{height} pixels after preprocessing, but the generator makes "
+        f"{made_width}x{made_height} of it. Choose --crop_size and --aspect_ratio for the images' size, or a "
+        "--preprocess_mode that gives them this size (resize_and_crop, fixed)"
+    )
 
 
 def _sample(mu: Tensor, logvar: Tensor) -> Tensor:

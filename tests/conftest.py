@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import TINY, Result
 
 SHARED = Path(os.environ.get("SPADE_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -27,6 +29,35 @@ def coco_dir() -> Path:
     return folder
 
 
+# Small tensors: a second thread costs more than it brings, and two test processes share two cores better this way.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """The folder of a finished toy run of two steps. Tests that change it take a copy."""
+    from spade_model.cli import main  # not above: the kernels' tests run without what spade_model needs
+
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", *TINY, "--checkpoints_dir", str(folder), "--name", "run"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def spade(capsys) -> Callable[..., Result]:
+    """The command line in this process: `spade("train", "--lr", "-1")`."""
+
+    from spade_model.cli import main
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run

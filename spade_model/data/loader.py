@@ -135,5 +135,6 @@ def _collate_or_report(samples: Sequence[Sample | UserError], num_labels: int) -
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal; only the training process answers it.
+    # A signal to stop can reach the whole process group; only the training process answers it, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

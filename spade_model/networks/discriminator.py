@@ -8,6 +8,7 @@ from torch import nn
 
 from spade_kernels import LabelMap
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_model.networks.encoder import require_images
 from spade_model.networks.normalization import normalized
 
 Features = list[torch.Tensor]
@@ -67,7 +68,7 @@ class MultiscaleDiscriminator(nn.Module):
         output_nc: int = 3,
     ):
         super().__init__()
-        self.semantic_nc, self.num_D = semantic_nc, num_D
+        self.semantic_nc, self.num_D, self.output_nc = semantic_nc, num_D, output_nc
         for i in range(num_D):
             scale = NLayerDiscriminator(semantic_nc, ndf, norm_D, n_layers_D, output_nc)
             self.add_module(f"discriminator_{i}", scale)
@@ -78,7 +79,11 @@ class MultiscaleDiscriminator(nn.Module):
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W), of the image's size.
             image: (N, output_nc, H, W).
+
+        Raises:
+            TypeError, ValueError: the segmap (see `as_condition`) or the image does not fit.
         """
+        require_images(image, self.output_nc)
         segmap = as_condition(segmap, self.semantic_nc, like=image)
         if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
             raise ValueError(

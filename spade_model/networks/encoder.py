@@ -33,7 +33,8 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(before * 16, z_dim)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and logvar, each (N, z_dim), of images (N, 3, H, W) in [-1, 1]."""
+        """mu and logvar, each (N, z_dim), of images (N, 3, H, W) in [-1, 1]. Raises ValueError for anything else."""
+        require_images(image, 3)
         x = image
         if x.shape[2:] != (self.input_size, self.input_size):
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear")
@@ -41,3 +42,11 @@ class ConvEncoder(nn.Module):
             x = self.get_submodule(f"layer{i}")(x if i == 1 else F.leaky_relu(x, 0.2))
         x = F.leaky_relu(x, 0.2).flatten(1)
         return self.fc_mu(x), self.fc_var(x)
+
+
+def require_images(image: torch.Tensor, channels: int) -> None:
+    """Raises ValueError unless the images are a float tensor (N, channels, H, W)."""
+    if image.dim() != 4 or image.shape[1] != channels or not image.is_floating_point():
+        raise ValueError(
+            f"images must be a float tensor (N, {channels}, H, W), got {image.dtype} of shape {tuple(image.shape)}"
+        )

@@ -11,11 +11,11 @@ from torch.nn.utils import spectral_norm
 
 from spade_kernels import SPADE
 from spade_kernels.functional import Segmap, as_condition, conv2d
-from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
-_DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
+"""How often each `num_upsampling_layers` doubles the first feature map."""
 
 
 class SPADEResnetBlock(nn.Module):
@@ -105,6 +105,9 @@ class SPADEGenerator(nn.Module):
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); resized to each layer.
             z: (N, z_dim) style vectors with `use_vae`; drawn from a standard normal when None.
+
+        Raises:
+            TypeError, ValueError: the segmap (see `as_condition`) or z does not fit.
         """
         segmap = as_condition(segmap, self.semantic_nc)
         x = self.head_0(self._start(segmap, z), segmap)
@@ -124,8 +127,10 @@ class SPADEGenerator(nn.Module):
         count = len(segmap)
         if z is None:
             z = torch.randn(count, self.z_dim, device=segmap.device)
-        if z.shape != (count, self.z_dim):
-            raise ValueError(f"z must have shape {(count, self.z_dim)}, got {tuple(z.shape)}")
+        if z.shape != (count, self.z_dim) or not z.is_floating_point():
+            raise ValueError(
+                f"z must be a float tensor of shape {(count, self.z_dim)}, got {z.dtype} of shape {tuple(z.shape)}"
+            )
         return self.fc(z).view(count, -1, *self.start_size)
 
 
@@ -135,30 +140,18 @@ def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) 
     Raises:
         UserError: unknown option, or the image would be smaller than the doublings make it.
     """
-    if num_upsampling_layers not in _DOUBLINGS:
-        raise UserError(f"num_upsampling_layers {num_upsampling_layers!r} is not one of {', '.join(_DOUBLINGS)}")
-    step = 2 ** _DOUBLINGS[num_upsampling_layers]
+    if num_upsampling_layers not in DOUBLINGS:
+        raise UserError(f"num_upsampling_layers {num_upsampling_layers!r} is not one of {', '.join(DOUBLINGS)}")
+    step = 2 ** DOUBLINGS[num_upsampling_layers]
     width = crop_size // step
     height = round(width / aspect_ratio) if aspect_ratio > 0 else 0
     if width < 1 or height < 1:
         raise UserError(
-            f"crop_size {crop_size} with aspect_ratio {aspect_ratio} is too small for num_upsampling_layers "
-            f"{num_upsampling_layers!r}, which doubles {_DOUBLINGS[num_upsampling_layers]} times; use at least {step} pixels"
+            f"--crop_size {crop_size} with --aspect_ratio {aspect_ratio} is too small for --num_upsampling_layers "
+            f"{num_upsampling_layers}, which doubles {DOUBLINGS[num_upsampling_layers]} times; "
+            f"both sides need at least {step} pixels"
         )
     return height, width
-
-
-def check_statistics(model: ModelConfig, data: DataConfig, batch: int) -> None:
-    """Raises UserError when a normalization would see one value per channel, where a variance does not exist."""
-    if model.netG != "spade":
-        return
-    height, width = start_size(model.num_upsampling_layers, data.crop_size, data.aspect_ratio)
-    values = height * width * (1 if "instance" in model.norm_G else batch)
-    if values == 1:
-        raise UserError(
-            f"the first feature map has one pixel at --crop_size {data.crop_size}, which {model.norm_G} cannot "
-            "normalize; use a larger --crop_size, or a batch norm and a larger --batch_size"
-        )
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:

@@ -25,14 +25,20 @@ def normalized(layer: nn.Conv2d | nn.ConvTranspose2d, norm: str) -> nn.Module:
     Raises:
         UserError: not a norm.
     """
+    check_norm(norm)
     name = norm.removeprefix("spectral")
-    if name not in ("", "none", *_NORMS):
-        raise UserError(
-            f"norm {norm!r}: {name!r} is not one of none, {', '.join(_NORMS)}, each with or without 'spectral'"
-        )
     if norm.startswith("spectral"):
         layer = spectral_norm(layer)
     if name in ("", "none"):
         return layer
     layer.register_parameter("bias", None)
     return nn.Sequential(layer, _NORMS[name](layer.out_channels))
+
+
+def check_norm(norm: str, option: str = "norm") -> None:
+    """Raises UserError for a norm that `normalized` does not know; the message begins with `option`."""
+    name = norm.removeprefix("spectral")
+    if name not in ("", "none", *_NORMS):
+        raise UserError(
+            f"{option} {norm!r}: {name!r} is not one of none, {', '.join(_NORMS)}, each with or without 'spectral'"
+        )

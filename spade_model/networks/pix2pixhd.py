@@ -7,6 +7,7 @@ from torch import nn
 
 from spade_kernels import LabelMap
 from spade_kernels.functional import Segmap, as_condition
+from spade_model.errors import UserError
 from spade_model.networks.normalization import normalized
 
 
@@ -54,6 +55,9 @@ class Pix2PixHDGenerator(nn.Module):
         super().__init__()
         self.semantic_nc = semantic_nc
         border = resnet_initial_kernel_size // 2
+        # What the blocks see must be larger than their reflected border, and have more than one pixel to normalize.
+        in_blocks = max(1, resnet_kernel_size // 2)
+        self.least_side = max(border, in_blocks * 2**resnet_n_downsample) + 1
         first = nn.Conv2d(semantic_nc, ngf, resnet_initial_kernel_size)
         layers: list[nn.Module] = [nn.ReflectionPad2d(border), normalized(first, norm_G), nn.ReLU()]
         width = ngf
@@ -69,6 +73,17 @@ class Pix2PixHDGenerator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
-        """The image, (N, output_nc, H, W) in [-1, 1]. `z` is accepted for symmetry with SPADE and not used."""
+        """The image, (N, output_nc, H, W) in [-1, 1]. `z` is accepted for symmetry with SPADE and not used.
+
+        Raises:
+            UserError: the mask is smaller than the padded convolutions need.
+            TypeError, ValueError: the segmap does not fit otherwise (see `as_condition`).
+        """
         segmap = as_condition(segmap, self.semantic_nc)
+        height, width = segmap.shape[-2:]
+        if min(height, width) < self.least_side:
+            raise UserError(
+                f"the mask is {width}x{height} pixels, but this generator needs at least {self.least_side} on each "
+                "side; use larger images or --preprocess_mode fixed"
+            )
         return self.model(segmap.one_hot() if isinstance(segmap, LabelMap) else segmap)

@@ -9,7 +9,25 @@ from torch import nn
 
 from spade_model.errors import UserError
 
-_WIDTHS = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512]
+_WIDTHS: list[int | str] = [
+    64,
+    64,
+    "pool",
+    128,
+    128,
+    "pool",
+    256,
+    256,
+    256,
+    256,
+    "pool",
+    512,
+    512,
+    512,
+    512,
+    "pool",
+    512,
+]
 _SLICE_ENDS = (1, 6, 11, 20, 29)
 WEIGHTS_URL_NAME = "vgg19-dcbb9e9d.pth"
 
@@ -56,14 +74,17 @@ def load_vgg19(path: str = "") -> VGG19Features:
     file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL_NAME
     if not file.is_file():
         raise UserError(
-            f"no VGG19 weights at {file}. Download {WEIGHTS_URL_NAME} (torchvision's vgg19) and pass it with --vgg_weights, "
-            "or train without the perceptual loss: --no_vgg_loss"
+            f"no VGG19 weights at {file}. Download {WEIGHTS_URL_NAME} (torchvision's vgg19) and pass it with "
+            "--vgg_weights, or train without the perceptual loss: --no_vgg_loss"
         )
     state = read_state_dict(file)
     network = VGG19Features()
     wanted = network.state_dict()
     missing = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
     if missing:
-        raise UserError(f"{file} does not hold VGG19's weights: {missing[0]} is missing or of another shape")
+        raise UserError(
+            f"{file} does not hold VGG19's weights: {missing[0]} is missing or of another shape. "
+            f"Pass {WEIGHTS_URL_NAME} (torchvision's vgg19) with --vgg_weights"
+        )
     network.load_state_dict({k: state[k] for k in wanted})
     return network.eval().requires_grad_(False)

@@ -1,0 +1,73 @@
+"""The choice of kernels, what `build_info` says, and what importing the package costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import spade_kernels
+from spade_kernels import backends, build_info, use_backend
+
+
+@pytest.fixture(autouse=True)
+def _restored_choice(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", "auto")
+
+
+def test_build_info():
+    info = build_info()
+    assert set(info) == {
+        *("spade_kernels", "python", "torch", "numpy", "platform", "threads", "cpu", "gpus", "backend", "backends")
+    }
+    assert info["spade_kernels"] == spade_kernels.__version__
+    assert list(info["backends"]) == ["cuda", "triton", "cpu", "reference"]
+    assert info["backends"]["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in info["backends"].values())
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "cpu", "reference"])
+def test_explicit_choice_is_kept_or_raises_its_reason(monkeypatch, name):
+    for reason in (None, "the fan is too loud"):
+        monkeypatch.setitem(backends._PROBES, name, lambda reason=reason: reason)
+        if reason is None:
+            use_backend(name)
+            assert build_info()["backend"] == name
+        else:
+            use_backend("auto")
+            with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: {reason}"):
+                use_backend(name)
+            assert backends._chosen == "auto"
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch):
+    use_backend("reference")
+    use_backend("auto")
+    for name in ("cpu", "triton", "cuda"):
+        monkeypatch.setitem(backends._PROBES, name, lambda: None)
+        assert backends.current_backend() == name
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"unknown backend 'gpu'; choose one of auto, cuda, triton, cpu, reference"):
+        use_backend("gpu")
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(spade_kernels, name) for name in spade_kernels.__all__)
+
+
+def test_import_brings_in_nothing_optional():
+    """In a fresh process: no Triton, no compiler, no image or model code, and no CUDA context."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import spade_kernels
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print(torch.cuda.is_initialized(), *sorted(name for name in ("torch._dynamo", "triton") if name in sys.modules))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new, state = run.stdout.splitlines()
+    assert not {"triton", "matplotlib", "PIL", "spade_model"} & set(new.split())
+    assert state == "False"

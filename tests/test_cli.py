@@ -1,0 +1,187 @@
+"""The command line: what it offers, how options become a config, and the original's names for them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import TINY, assert_refused, start
+
+import spade_kernels
+from spade_model import cli
+from spade_model.config import DATASET_DEFAULTS, TrainConfig, default_train_config, load_config, save_config
+
+DATA = """
+    dataset_mode dataroot label_dir image_dir instance_dir label_nc contain_dontcare_label no_instance ade20k_shift
+    preprocess_mode load_size crop_size aspect_ratio no_flip batch_size num_workers serial_batches max_dataset_size
+    no_pairing_check coco_no_portraits seed
+"""
+MODEL = """
+    netG ngf norm_G num_upsampling_layers use_vae z_dim resnet_n_downsample resnet_n_blocks resnet_kernel_size
+    resnet_initial_kernel_size norm_E ndf norm_D num_D n_layers_D init_type init_variance
+"""
+TRAIN = """
+    name checkpoints_dir continue_train which_epoch device niter niter_decay max_steps lr no_TTUR beta1 beta2
+    D_steps_per_G accumulate gan_mode lambda_feat no_ganFeat_loss lambda_vgg no_vgg_loss vgg_weights lambda_kld
+    ema_decay ema_bn_batches precision compile print_freq display_freq save_latest_freq save_epoch_freq no_html
+    tensorboard
+"""
+GENERATE = """
+    name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples results_dir how_many
+    overlay device
+"""
+OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + DATA + MODEL, "doctor": "split" + DATA}
+"""What scripts rely on: an option that leaves this list needs an entry among those that are renamed or gone."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The config that `spade train` would run."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(cli, "train", lambda config: seen.append(config) or config.run_dir)
+
+    def parse(*arguments: object) -> TrainConfig:
+        assert cli.main(["train", *map(str, arguments)]) == 0
+        return seen.pop()
+
+    return parse
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_lists_exactly_these_options(spade, command):
+    result = spade(command, "--help")
+    assert (result.status, result.err) == (0, "")
+    # Option names begin a line; those within a description are further to the right.
+    listed = re.findall(r"^[│ ]{0,2}(?:-h, )?--(\w+)", result.out, re.MULTILINE)
+    assert sorted(listed) == sorted(["help", *OPTIONS[command].split()])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_usage(spade, arguments):
+    result = spade(*arguments)
+    assert result.status == 0
+    assert [word for word in ("train", "generate", "doctor", "torchrun") if word not in result.out] == []
+
+
+def test_version(spade):
+    assert spade("--version").out == f"spade-kernels {spade_kernels.__version__}\n"
+
+
+def test_command_as_a_process():
+    process = start(["doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "torch" in out
+    assert "reference" in out
+
+
+def test_error_as_a_process(tmp_path):
+    process = start(["train", "--name", "../x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("spade: --name '../x' must be a plain folder name")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", DATASET_DEFAULTS)
+def test_defaults_of_each_data_set(parsed, mode):
+    assert parsed("--dataset_mode", mode) == default_train_config(mode)
+
+
+def test_defaults_that_the_original_has(parsed):
+    ade = parsed("--dataset_mode", "ade20k").data
+    assert (ade.label_nc, ade.contain_dontcare_label, ade.no_instance, ade.semantic_nc) == (150, True, True, 151)
+    coco = parsed().data
+    assert (coco.dataset_mode, coco.label_nc, coco.semantic_nc, coco.load_size) == ("coco", 182, 184, 286)
+    cityscapes = parsed("--dataset_mode=cityscapes").data
+    assert (cityscapes.label_nc, cityscapes.semantic_nc, cityscapes.image_size) == (35, 36, (256, 512))
+    assert parsed("--dataset_mode", "facades").data.semantic_nc == 13
+
+
+def test_given_options_win_over_defaults(parsed):
+    config = parsed(
+        "--dataset_mode", "ade20k", "--label_nc", "3", "--no_no_instance", "--crop_size=128", "--lr", "1e-3"
+    )
+    assert (config.data.label_nc, config.data.no_instance, config.data.crop_size, config.lr) == (3, False, 128, 1e-3)
+    assert config.data.contain_dontcare_label
+
+
+def test_one_learning_rate_has_other_betas(parsed):
+    assert (parsed().beta1, parsed().beta2) == (0.0, 0.9)
+    alone = parsed("--no_TTUR")
+    assert (alone.no_TTUR, alone.beta1, alone.beta2) == (True, 0.5, 0.999)
+    assert parsed("--no_TTUR", "--beta1", "0.3").beta1 == 0.3
+
+
+def test_pix2pixhd_has_its_own_norm(parsed):
+    assert parsed("--netG", "pix2pixhd").model.norm_G == "instance"
+    assert parsed("--netG", "pix2pixhd", "--norm_G", "spectralbatch").model.norm_G == "spectralbatch"
+    assert parsed("--netG", "spade").model.norm_G == "spectralspadesyncbatch3x3"
+
+
+def test_renamed_options(parsed):
+    config = parsed("--batchSize", "3", "--nThreads=2", "--tf_log")
+    assert (config.data.batch_size, config.data.num_workers, config.tensorboard) == (3, 2, True)
+
+
+def test_dashes_and_underscores_are_the_same(parsed):
+    assert parsed("--crop-size", "512", "--no-flip").data == replace(
+        default_train_config("coco").data, crop_size=512, no_flip=True
+    )
+
+
+@pytest.mark.parametrize("option", cli.GONE)
+def test_options_that_are_gone_say_what_to_do(spade, option):
+    assert_refused(spade("train", option, "1"), f"{option} is not an option here: {cli.GONE[option]}")
+
+
+@pytest.mark.parametrize("option", ["--config", "--load_from_opt_file"])
+def test_config_file_round_trip(parsed, tmp_path, option):
+    config = default_train_config("ade20k", no_TTUR=True)
+    config = replace(config, name="saved", lr=0.5, model=replace(config.model, ngf=7, use_vae=True))
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    assert parsed(option, tmp_path / "config.json") == config
+    assert parsed(option, tmp_path / "config.json", "--ngf", "9").model == replace(config.model, ngf=9)
+
+
+def test_short_config_file(parsed, tmp_path):
+    (tmp_path / "mine.json").write_text('{"name": "mine", "lr": 1, "data": {"label_nc": 5}}')
+    config = parsed("--config", tmp_path / "mine.json")
+    assert (config.name, config.lr, config.data.label_nc, config.niter) == ("mine", 1, 5, TrainConfig().niter)
+
+
+def test_continuing_takes_up_the_runs_options(parsed, trained_run):
+    run = ["--name", "run", "--checkpoints_dir", trained_run.parent, "--continue_train"]
+    config = parsed(*run, "--niter", "7")
+    assert config == replace(load_config(trained_run / "config.json"), continue_train=True, niter=7)
+
+
+def test_continuing_a_moved_run(parsed, trained_run, tmp_path):
+    (tmp_path / "moved").symlink_to(trained_run)
+    config = parsed("--name", "moved", "--checkpoints_dir", tmp_path, "--continue_train")
+    assert config.run_dir == tmp_path / "moved"
+    assert config.model.ngf == 2
+
+
+def test_train_then_generate(spade, tmp_path):
+    run = ["--name", "run", "--checkpoints_dir", tmp_path]
+    trained = spade("train", *TINY, *run, "--no_no_html")
+    assert trained.status == 0
+    assert trained.out == f"saved in {tmp_path / 'run'}; samples and loss curves: {tmp_path / 'run/web/index.html'}\n"
+    made = spade(
+        "generate", *run, "--results_dir", tmp_path / "results", "--how_many", "2", "--overlay", "--device", "cpu"
+    )
+    page = tmp_path / "results/run/index.html"
+    assert (made.status, made.out) == (0, f"images and page: {page}\n")
+    names = {path.relative_to(page.parent / "images") for path in page.parent.rglob("*.png")}
+    columns = ("input_label", "synthesized_image", "overlay")
+    assert names == {Path(column) / f"toy_{i:06d}.png" for column in columns for i in range(2)}
+
+
+def test_doctor_finds_nothing_wrong_with_the_toy_data(spade):
+    result = spade("doctor", "--dataset_mode", "toy")
+    assert (result.status, result.out) == (0, "train: no problems\nval: no problems\n")

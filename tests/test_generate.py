@@ -1,0 +1,174 @@
+"""Generating images: from runs of this project and from the original's files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import small_config
+
+import spade_model
+from spade_model.cli import main
+from spade_model.config import DataConfig, ModelConfig
+from spade_model.data import create_dataset, load_condition
+from spade_model.networks import ConvEncoder, build_encoder, build_generator
+from spade_model.original import infer_generator
+from spade_model.visualize import to_image
+
+SHAPES = {
+    "normal": (ModelConfig(ngf=4), DataConfig(crop_size=64, label_nc=5)),
+    "most, instance norm, no instances": (
+        ModelConfig(ngf=4, num_upsampling_layers="most", norm_G="spadeinstance3x3"),
+        DataConfig(crop_size=256, label_nc=5, no_instance=True),
+    ),
+    "vae, 5x5": (
+        ModelConfig(ngf=3, use_vae=True, z_dim=8, norm_G="spectralspadesyncbatch5x5"),
+        DataConfig(crop_size=128, label_nc=5, contain_dontcare_label=False),
+    ),
+    "vae, more": (
+        ModelConfig(ngf=3, use_vae=True, z_dim=8, num_upsampling_layers="more"),
+        DataConfig(crop_size=128, label_nc=5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_the_original_are_inferred(tmp_path, name):
+    """Written as the original writes them, loaded with nothing but label_nc and crop_size said."""
+    model, data = SHAPES[name]
+    generator = build_generator(data, model).eval()
+    state = generator.state_dict()
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "latest_net_G.pth")
+    given = DataConfig(label_nc=5, crop_size=data.crop_size)
+    mode = "normal" if model.num_upsampling_layers != "more" else "more"
+    loaded = spade_model.load_model(
+        tmp_path / "latest_net_G.pth", given, ModelConfig(num_upsampling_layers=mode), device="cpu"
+    )
+    assert loaded.data.semantic_nc == data.semantic_nc
+    assert replace(loaded.model, norm_E=model.norm_E) == replace(model, norm_E=model.norm_E)
+    segmap = torch.randint(0, 5, (1, 32, 32))
+    planes = torch.nn.functional.one_hot(segmap, data.semantic_nc).permute(0, 3, 1, 2).float()
+    z = torch.randn(1, 8) if model.use_vae else None
+    with torch.no_grad():
+        assert torch.equal(loaded(planes, z), generator(planes, z))
+
+
+def test_files_of_old_torch_versions_load(tmp_path):
+    """Spectral norm without its second vector but with the normalized weight, sync-batch norm without its counter."""
+    model, data = SHAPES["normal"]
+    generator = build_generator(data, model).eval()
+    old = generator.state_dict()
+    for name in [name for name in old if name.endswith(".weight_orig")]:
+        left, _, right = torch.linalg.svd(old[name].flatten(1), full_matrices=False)
+        # In place, so that the generator has the converged vectors too.
+        old[f"{name[:-5]}_u"].copy_(left[:, 0])
+        old[f"{name[:-5]}_v"].copy_(right[0])
+        old[name[:-5]] = old[name] / torch.linalg.matrix_norm(old[name].flatten(1), 2)
+    old = {k: v for k, v in old.items() if not k.endswith(("weight_v", "num_batches_tracked"))}
+    torch.save(old, tmp_path / "latest_net_G.pth")
+    loaded = spade_model.load_model(tmp_path / "latest_net_G.pth", data, device="cpu")
+    planes = torch.rand(1, data.semantic_nc, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(planes), generator(planes), rtol=0, atol=1e-4)
+
+
+def test_vae_crop_size_is_inferred():
+    model, data = SHAPES["vae, 5x5"]
+    state = build_generator(data, model).state_dict()
+    found, _ = infer_generator(state, replace(data, crop_size=999), ModelConfig(), "file")
+    assert found.crop_size == 128
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    config = small_config(tmp_path_factory.mktemp("run"), max_steps=3, model={"use_vae": True}, ema_decay=0.5)
+    return spade_model.train(config)
+
+
+@pytest.fixture
+def label_files(tmp_path):
+    """Three toy masks and their instances as image files."""
+    config = small_config(tmp_path).data
+    for index in range(3):
+        sample = create_dataset(config, "val", need_images=False)[index]
+        for folder, ids in (("labels", sample.condition), ("instances", sample.edges)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(ids.numpy().astype(np.uint8)).save(tmp_path / folder / f"{index}.png")
+    return tmp_path
+
+
+def test_generate_in_python(vae_run, label_files):
+    file = vae_run / "latest.safetensors"
+    where = {"label": label_files / "labels/0.png", "instance": label_files / "instances/0.png"}
+    one, two = spade_model.generate(file, **where, samples=2, seed=3)
+    assert one.size == (32, 32)
+    assert one.tobytes() != two.tobytes(), "styles differ"
+    assert spade_model.generate(file, **where, seed=3)[0].tobytes() == one.tobytes()
+    loaded = spade_model.load_model(file)
+    batch = load_condition(where["label"], loaded.data, where["instance"])
+    z = torch.randn(1, loaded.model.z_dim, generator=torch.Generator().manual_seed(3))
+    assert to_image(loaded(batch.segmap, z)[0]).tobytes() == one.tobytes()
+
+
+def test_style_image(vae_run, label_files):
+    photo = label_files / "photo.png"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(photo)
+    where = {"label": label_files / "labels/0.png", "instance": label_files / "instances/0.png"}
+    mean, varied = spade_model.generate(vae_run / "latest.safetensors", **where, style_image=photo, samples=2)
+    again = spade_model.generate(vae_run / "latest.safetensors", **where, style_image=photo, seed=9)[0]
+    assert mean.tobytes() == again.tobytes(), "the first image takes the style's mean, whatever the seed"
+    assert varied.tobytes() != mean.tobytes()
+
+
+def test_average_and_last_weights_differ(vae_run):
+    file = vae_run / "latest.safetensors"
+    average, last = (spade_model.load_model(file, last_weights=flag).generator for flag in (False, True))
+    assert any((a != b).any() for a, b in zip(average.parameters(), last.parameters(), strict=True))
+
+
+def test_generate_command_on_folders(vae_run, label_files, capsys):
+    command = ["generate", "--name", "run", "--checkpoints_dir", str(vae_run.parent), "--samples", "2", "--overlay"]
+    command += ["--label", str(label_files / "labels"), "--instance", str(label_files / "instances")]
+    assert main([*command, "--results_dir", str(label_files / "out"), "--how_many", "2"]) == 0
+    page = label_files / "out" / "run" / "index.html"
+    assert str(page) in capsys.readouterr().out
+    assert len(list(page.parent.rglob("*.png"))) == 2 * 5, "label, two images, two overlays of two masks"
+
+
+def test_generate_command_on_the_val_split(vae_run, tmp_path):
+    command = ["generate", "--name", "run", "--checkpoints_dir", str(vae_run.parent), "--how_many", "3"]
+    assert main([*command, "--results_dir", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "run").rglob("*.png"))) == 3 * 2
+
+
+def test_original_vae_with_encoder_beside_it(tmp_path, label_files):
+    model, data = SHAPES["vae, 5x5"]
+    data = replace(data, label_nc=7)
+    torch.save(build_generator(data, model).state_dict(), tmp_path / "latest_net_G.pth")
+    encoder = build_encoder(data, replace(model, ngf=5))
+    assert isinstance(encoder, ConvEncoder)
+    torch.save(encoder.state_dict(), tmp_path / "latest_net_E.pth")
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(photo)
+    images = spade_model.generate(
+        tmp_path / "latest_net_G.pth",
+        label_files / "labels/0.png",
+        instance=label_files / "instances/0.png",
+        style_image=photo,
+        data=replace(data, preprocess_mode="fixed"),
+    )
+    assert images[0].size == (128, 128)
+
+
+def test_real_masks(coco_dir, tmp_path):
+    """Trains on real COCO-Stuff masks and photographs, and generates the val masks."""
+    common = ["--name", "coco", "--checkpoints_dir", str(tmp_path)]
+    train = ["train", "--dataset_mode", "coco", "--dataroot", str(coco_dir), *common, "--ngf", "2", "--ndf", "2"]
+    assert main([*train, "--no_vgg_loss", "--max_steps", "2", "--display_freq", "2", "--print_freq", "1"]) == 0
+    assert main(["generate", *common, "--results_dir", str(tmp_path / "results")]) == 0
+    made = sorted((tmp_path / "results" / "coco" / "images" / "synthesized_image").glob("*.png"))
+    assert [p.name for p in made] == sorted(p.name for p in (coco_dir / "val_label").glob("*.png"))
+    assert all(Image.open(p).size == (256, 256) for p in made)

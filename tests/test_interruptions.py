@@ -1,0 +1,172 @@
+"""Whatever ends a run early (Ctrl-C, bad data, NaN, a closed pipe), it says so and what was trained is not lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import TINY, assert_refused, start
+from PIL import Image
+
+from spade_model import checkpoint, losses
+from spade_model.config import load_config
+from spade_model.train import train
+
+REFRESH = 'http-equiv="refresh"'
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen]]:
+    """Processes to end with the test, should it fail."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_the_run_goes_on(spade, tmp_path, processes, number):
+    # With the page: the last --no_html counts.
+    options = ["--name", "run", "--checkpoints_dir", tmp_path, "--niter", "100000", "--no_no_html"]
+    process = start(["train", *TINY, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    processes.append(process)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            break
+    assert REFRESH in (tmp_path / "run/web/index.html").read_text()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert f"saved in {tmp_path / 'run'}" in out
+    assert f"Go on with: spade train --name run --checkpoints_dir {tmp_path} --continue_train" in err
+    assert REFRESH not in (tmp_path / "run/web/index.html").read_text()
+
+    steps = checkpoint.load(tmp_path / "run/latest.safetensors")["steps"]
+    assert steps >= 1
+    resume = ["--name", "run", "--checkpoints_dir", tmp_path, "--continue_train", "--max_steps", steps + 2]
+    assert spade("train", *resume).status == 0
+    assert checkpoint.load(tmp_path / "run/latest.safetensors")["steps"] == steps + 2
+
+
+def test_interrupted_before_training(spade, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spade_model.cli.train", interrupt)
+    result = spade("train", *TINY)
+    assert (result.status, result.err) == (130, "interrupted\n")
+
+
+def nan_loss(results, *arguments, **options):
+    return sum(features[-1].sum() for features in results) * float("nan")
+
+
+@pytest.mark.parametrize("print_freq", [1, 1000])
+def test_nan_stops_the_run_and_keeps_the_state_before(spade, run_copy, monkeypatch, print_freq):
+    monkeypatch.setattr(losses, "gan_loss", nan_loss)
+    before = (run_copy / "latest.safetensors").read_bytes()
+    options = ["--niter", "3", "--print_freq", print_freq, "--save_latest_freq", "1"]
+    run = ["--name", "run", "--checkpoints_dir", run_copy.parent, "--continue_train"]
+    result = spade("train", *run, *options)
+    what = "GAN is nan" if print_freq == 1 else "is not finite"
+    assert_refused(result, "diverged at step 3", what, "The last saved state in", "lower --lr", "--precision fp32")
+    assert (run_copy / "latest.safetensors").read_bytes() == before
+
+
+def test_nan_in_a_fresh_run(spade, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "gan_loss", nan_loss)
+    result = spade("train", *TINY, "--name", "run", "--checkpoints_dir", tmp_path)
+    assert_refused(result, "diverged at step 1", "Start again with a lower --lr")
+
+
+def save_ids(path: Path, value: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.full((32, 32), value, dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_file_in_mid_epoch_saves_first(spade, tmp_path, workers):
+    for number in range(6):
+        save_ids(tmp_path / f"labels/{number}.png", 40 if number == 4 else 1)
+        save_ids(tmp_path / f"images/{number}.png", 100)
+    data = ["--label_dir", tmp_path / "labels", "--image_dir", tmp_path / "images", "--no_instance"]
+    run = ["--name", "run", "--checkpoints_dir", tmp_path / "runs"]
+    options = ["--dataset_mode", "custom", "--serial_batches", "--num_workers", workers, "--max_dataset_size", "6"]
+    result = spade("train", *TINY, *run, *data, *options, "--no_no_html")
+    fix = ["Set --label_nc to at least 41", "saved at step 2", "correct the data", "--continue_train"]
+    assert_refused(result, "labels/4.png", "id 40", "x=0, y=0", *fix)
+    assert REFRESH not in (tmp_path / "runs/run/web/index.html").read_text()
+    save_ids(tmp_path / "labels/4.png", 1)
+    assert spade("train", *run, "--continue_train").status == 0
+    assert checkpoint.load(tmp_path / "runs/run/latest.safetensors")["steps"] == 3
+
+
+def test_photographs_of_another_size(spade, tmp_path):
+    for number in range(2):
+        save_ids(tmp_path / f"labels/{number}.png", 1)
+        save_ids(tmp_path / f"images/{number}.png", 100)
+    data = ["--label_dir", tmp_path / "labels", "--image_dir", tmp_path / "images", "--no_instance"]
+    options = ["--dataset_mode", "custom", "--preprocess_mode", "none", "--crop_size", "64"]
+    result = spade("train", *TINY, *data, *options, "--checkpoints_dir", tmp_path / "runs")
+    assert_refused(result, "is 32x32 pixels", "makes 64x64", "--crop_size", "--preprocess_mode")
+
+
+def test_precision_can_change_from_run_to_run(spade, run_copy):
+    for epochs, precision in enumerate(["fp16", "fp32", "fp16"], start=2):
+        run = ["--name", "run", "--checkpoints_dir", run_copy.parent, "--continue_train"]
+        assert spade("train", *run, "--niter", epochs, "--precision", precision).status == 0
+
+
+def test_out_of_memory(spade, monkeypatch):
+    def exhaust(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
+
+    monkeypatch.setattr("spade_model.cli.train", exhaust)
+    assert_refused(spade("train", *TINY), "Tried to allocate 2 GiB.", "--batch_size", "--crop_size", "bf16")
+
+
+def test_training_in_a_thread(run_copy):
+    """Where no signal handlers can be set."""
+    config = replace(load_config(run_copy / "config.json"), name="other", checkpoints_dir=str(run_copy.parent))
+    thread = threading.Thread(target=train, args=(config,))
+    thread.start()
+    thread.join()
+    assert checkpoint.load(run_copy.parent / "other/latest.safetensors")["steps"] == 2
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["train", "--help"]])
+def test_output_that_nobody_reads(processes, arguments):
+    """As in `spade ... | head`: the reader has gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(arguments, stdout=writer, stderr=subprocess.PIPE)
+    processes.append(process)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+    assert process.returncode == 141
+
+
+def test_debugging_shows_the_traceback(spade, monkeypatch):
+    monkeypatch.setenv("SPADE_DEBUG", "1")
+    result = spade("train", *TINY, "--lr", "-1")
+    assert result.status == 2
+    assert "Traceback" in result.err
+    assert result.err.endswith("must be a finite number greater than 0\n")

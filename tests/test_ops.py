@@ -1,0 +1,209 @@
+"""The registered operators: schemas, fakes, derivatives, determinism."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from spade_kernels import functional, ops
+from spade_kernels.layers import SPADE
+from spade_kernels.normalization import Statistics
+from spade_kernels.testing import forward_backward, random_label_map
+
+N, C, H, W, D, K = 2, 2, 5, 4, 3, 3
+DOUBLE = {"dtype": torch.float64}
+STATS_OVER = ("none", "image", "batch")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Problem:
+    """Arguments of every op for one small label map."""
+
+    def __init__(self, layout: torch.memory_format = torch.contiguous_format, requires_grad: bool = False):
+        self.label_map = random_label_map("noise", (N, H, W), 3, edges=True)
+        self.index = self.label_map.window_index((H, W), K)
+        hidden, rows = self.index
+        self.x = torch.randn(N, C, H, W, **DOUBLE).contiguous(memory_format=layout).requires_grad_(requires_grad)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, **DOUBLE).requires_grad_(requires_grad)
+
+        self.taps = random(self.label_map.num_codes, K * K, D)
+        self.taps.data[0] = 0
+        self.bias, self.hidden = random(D), random(len(hidden), D)
+        self.weight, self.table_bias = random(D, K * K, 2 * C), random(2 * C)
+        self.table, self.dense_table = random(len(rows), 2 * C), random(N * H * W, 2 * C)
+        self.mean, self.rstd = torch.randn(N, C, **DOUBLE), torch.rand(N, C, **DOUBLE) + 0.5
+        self.grad = torch.randn(N, C, H, W, **DOUBLE).contiguous(memory_format=layout)
+
+    def arguments(self, op: str) -> tuple:
+        hidden, rows = self.index
+        stats = (self.x, self.mean, self.rstd)
+        modulate = (*stats, self.table, rows.pixel_row)
+        return {
+            "window_index": (self.label_map.codes, [H + 1, W], K, 1, K // 2),
+            "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.uses_by_tap, True),
+            "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.uses_by_tap, K * K, True),
+            "modulation_table": (self.hidden, self.weight, self.table_bias, rows.windows, *rows.uses_by_tap),
+            "modulation_table_grad": (self.table.detach(), self.hidden, self.weight, *rows.uses_by_tap),
+            "channel_stats": (self.x,),
+            "channel_stats_grad": (self.x, self.mean, self.mean, self.rstd),
+            "modulate": (*modulate, rows.image_rows, *rows.row_pixels, 0.2, "image"),
+            "modulate_table_grad": (self.grad, *modulate, *rows.row_pixels, 0.2),
+            "modulate_input_grad": (self.grad, *modulate, self.mean, self.rstd, 0.2),
+            "modulate dense": (*stats, self.dense_table, None, None, None, None, 1.0, "batch"),
+            "modulate_table_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0),
+            "modulate_input_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0),
+        }[op]
+
+
+OPS = [
+    *("window_index", "hidden_rows", "hidden_rows_grad", "modulation_table", "modulation_table_grad"),
+    *("channel_stats", "channel_stats_grad", "modulate", "modulate_table_grad", "modulate_input_grad"),
+    *("modulate dense", "modulate_table_grad dense", "modulate_input_grad dense"),
+]
+READS_IMAGES = [op for op in OPS if op.startswith(("channel", "modulate"))]
+
+
+def test_every_registered_op_is_listed():
+    assert set(ops._SCHEMAS) == {op.split()[0] for op in OPS}
+
+
+CASES = [(op, "contiguous") for op in OPS] + [(op, "channels_last") for op in READS_IMAGES]
+
+
+@pytest.mark.parametrize(
+    ("op", "layout", "requires_grad"),
+    [(*case, False) for case in CASES] + [(*case, True) for case in CASES if "_grad" not in case[0]],
+)
+def test_opcheck(op, layout, requires_grad):
+    operator = getattr(torch.ops.spade_kernels, op.split()[0]).default
+    torch.library.opcheck(operator, Problem(LAYOUTS[layout], requires_grad).arguments(op))
+
+
+def test_gradient_of_hidden_rows():
+    p = Problem(requires_grad=True)
+    windows, uses = p.index.hidden.windows, p.index.hidden.uses_by_tap
+    outside = torch.ones(p.label_map.num_codes, 1, 1, **DOUBLE)
+    outside[0] = 0
+    for relu in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda taps, bias, relu=relu: ops.hidden_rows(taps * outside, bias, windows, *uses, relu), (p.taps, p.bias)
+        )
+    assert torch.autograd.gradcheck(lambda taps: ops.hidden_rows(taps * outside, None, windows, *uses, True), (p.taps,))
+
+
+def test_gradient_of_modulation_table():
+    p = Problem(requires_grad=True)
+    windows, uses = p.index.modulation.windows, p.index.modulation.uses_by_tap
+    assert torch.autograd.gradcheck(
+        lambda *floats: ops.modulation_table(*floats, windows, *uses), (p.hidden, p.weight, p.table_bias)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_channel_stats(layout):
+    x = Problem(LAYOUTS[layout], requires_grad=True).x
+    assert torch.autograd.gradcheck(ops.channel_stats, (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.channel_stats(x)[1], (x,))
+
+
+def statistics_of(x: Tensor, stats_over: str) -> Statistics:
+    if stats_over == "none":
+        x = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
+    var, mean = torch.var_mean(x.detach(), (2, 3) if stats_over == "image" else (0, 2, 3), correction=0)
+    shape = (-1, x.shape[1])
+    return Statistics(mean.view(shape), (var + 1e-5).rsqrt().view(shape), stats_over)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+@pytest.mark.parametrize("stats_over", STATS_OVER)
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradient_of_modulate(dense, stats_over, slope, layout):
+    p = Problem(LAYOUTS[layout], requires_grad=True)
+    rows = p.index.modulation
+    where = (None,) * 4 if dense else (rows.pixel_row, rows.image_rows, *rows.row_pixels)
+
+    def run(x: Tensor, table: Tensor) -> Tensor:
+        stats = statistics_of(x, stats_over)
+        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, stats.stats_over)
+
+    assert torch.autograd.gradcheck(run, (p.x, p.dense_table if dense else p.table))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "window_index" and "_grad" not in op])
+def test_second_derivatives_raise(op):
+    p = Problem(requires_grad=True)
+    arguments = p.arguments(op)
+    result = getattr(torch.ops.spade_kernels, op.split()[0])(*arguments)
+    total = sum(part.square().sum() for part in (result if isinstance(result, tuple) else (result,)))
+    inputs = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    gradients = torch.autograd.grad(total, inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+def test_statistics_that_require_grad_raise():
+    p = Problem(requires_grad=True)
+    mean, m2 = ops.channel_stats(p.x)
+    y = ops.modulate(p.x, mean, (m2 + 1).rsqrt(), p.dense_table)
+    with pytest.raises(NotImplementedError, match="must be detached"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("op", ["hidden_rows", "modulation_table", "modulate"])
+def test_backward_without_groups_raises(op):
+    p = Problem(requires_grad=True)
+    groups = {id(t) for windows in p.index for t in (*windows.uses_by_tap, *windows.row_pixels)}
+    arguments = [None if id(a) in groups else a for a in p.arguments(op)]
+    y = getattr(torch.ops.spade_kernels, op)(*arguments)
+    with pytest.raises(RuntimeError, match=f"{op}: pass `order` and `starts`"):
+        y.sum().backward()
+
+
+@pytest.fixture
+def _restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("config", ["spadeinstance3x3", "spadesyncbatch3x3"])
+@pytest.mark.parametrize("kind", ["blobs", "constant", "noise"])
+def test_same_bits_every_time(kind, config):
+    """Bitwise equal from run to run, with one thread and with two; the index too is built anew."""
+    layer = SPADE(config, 24, 8)
+    x, grad = torch.randn(2, 24, 40, 40), torch.randn(2, 24, 40, 40)
+
+    def run(threads: int) -> dict[str, Tensor]:
+        torch.set_num_threads(threads)
+        return forward_backward(partial(layer, segmap=random_label_map(kind, (2, 40, 40), 8)), layer, x, grad)
+
+    first = run(1)
+    for repeat in range(10):
+        for name, value in run(1 + repeat % 2).items():
+            assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.usefixtures("_restored_threads")
+def test_convolution_has_the_same_bits_every_time():
+    conv = torch.nn.Conv2d(8, 16, 3)
+    x = torch.zeros(())
+
+    def run(threads: int) -> dict[str, Tensor]:
+        torch.set_num_threads(threads)
+        label_map = random_label_map("blobs", (2, 64, 64), 8)
+        grad = torch.linspace(-1, 1, 2 * 16 * 64 * 64).view(2, 16, 64, 64)
+        return forward_backward(
+            lambda x: x + functional.conv2d(label_map, conv.weight, conv.bias, padding=1), conv, x, grad
+        )
+
+    first = run(1)
+    for repeat in range(10):
+        for name, value in run(1 + repeat % 2).items():
+            assert torch.equal(value, first[name]), name

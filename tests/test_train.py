@@ -1,0 +1,139 @@
+"""Training runs: resuming is bitwise, processes add up, averages and pages appear."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spade_model import checkpoint
+from spade_model.config import ModelConfig, TrainConfig, default_train_config
+from spade_model.generate import generate
+from spade_model.train import train
+
+
+def small_config(folder: Path, **changes) -> TrainConfig:
+    """Toy landscapes of 32 x 32 pixels, 6 batches an epoch, networks of a few channels."""
+    config = default_train_config("toy")
+    data = replace(config.data, crop_size=32, load_size=32, batch_size=2, max_dataset_size=12)
+    data = replace(data, **changes.pop("data", {}))
+    model = replace(ModelConfig(ngf=2, ndf=2, z_dim=4), **changes.pop("model", {}))
+    settings = {"no_vgg_loss": True, "print_freq": 1, "display_freq": 1000, "no_html": True}
+    settings |= {"niter": 3, "niter_decay": 2} | changes
+    return replace(config, name="run", checkpoints_dir=str(folder), data=data, model=model, **settings)
+
+
+def flat(tree, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by path."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path: t for key, value in items for path, t in flat(value, f"{name}/{key}").items()}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    first, second = (checkpoint.load(path / "latest.safetensors") for path in (one, other))
+    assert (first["epoch"], first["batches_done"], first["steps"]) == (
+        second["epoch"],
+        second["batches_done"],
+        second["steps"],
+    )
+    first, second = flat(first), flat(second)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def losses(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+VARIANTS = {
+    "workers 0": {},
+    "workers 2": {"data": {"num_workers": 2}},
+    "vae, average, accumulate": {"model": {"use_vae": True}, "ema_decay": 0.9, "accumulate": 2, "niter": 6},
+    "bf16, instance edges off": {"precision": "bf16", "data": {"no_instance": True}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_run_is_bitwise_the_same(tmp_path, name):
+    """20 steps in one go equal 9, a stop in the middle of an epoch, and 11 more."""
+    variant = VARIANTS[name]
+    whole = train(small_config(tmp_path / "whole", max_steps=20, **variant))
+    train(small_config(tmp_path / "parts", max_steps=9, **variant))
+    parts = train(small_config(tmp_path / "parts", max_steps=20, continue_train=True, **variant))
+    assert_same_state(whole, parts)
+    assert losses(whole) == losses(parts)
+
+
+def test_learning_rate_decays_to_zero_and_epochs_are_kept(tmp_path):
+    run = train(small_config(tmp_path, save_epoch_freq=2))
+    state = checkpoint.load(run / "latest.safetensors")
+    assert state["steps"] == 30
+    assert sorted(p.name for p in run.glob("*.safetensors")) == ["2.safetensors", "4.safetensors", "latest.safetensors"]
+    assert state["optimizer_G"]["param_groups"][0]["lr"] == pytest.approx(0.0001 / 2)
+
+
+def test_continuing_from_a_kept_epoch(tmp_path):
+    run = train(small_config(tmp_path, save_epoch_freq=1, max_steps=20))
+    before = losses(run)
+    train(small_config(tmp_path, save_epoch_freq=1, max_steps=20, continue_train=True, which_epoch="2"))
+    assert losses(run) == before
+
+
+@pytest.mark.parametrize("mode", ["hinge", "ls", "original", "w"])
+def test_every_gan_mode_trains(tmp_path, mode):
+    run = train(small_config(tmp_path, gan_mode=mode, max_steps=2, D_steps_per_G=2))
+    first, second = losses(run)
+    assert "GAN" in first
+    assert "GAN" not in second, "D_steps_per_G 2: the generator steps every other time"
+
+
+def test_page_and_tensorboard(tmp_path):
+    run = train(small_config(tmp_path, max_steps=4, display_freq=2, no_html=False, tensorboard=True))
+    page = (run / "web" / "index.html").read_text()
+    assert page.count("synthesized image") >= 2
+    assert (run / "web" / "losses.png").exists()
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_compiled_networks_train(tmp_path, monkeypatch):
+    """--compile changes speed, not results; the eager backend keeps the test short."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compile_(network, backend="eager"))
+    plain = train(small_config(tmp_path / "plain", max_steps=2))
+    compiled = train(small_config(tmp_path / "compiled", max_steps=2, compile=True))
+    for one, other in zip(losses(plain), losses(compiled), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_pix2pixhd_trains(tmp_path):
+    model = {"netG": "pix2pixhd", "norm_G": "instance", "resnet_n_downsample": 2}
+    train(small_config(tmp_path, max_steps=1, model=model))
+
+
+@pytest.mark.parametrize("no_instance", [False, True])
+def test_rgb_condition_trains_and_generates(tmp_path, no_instance):
+    """label_nc 0: photographs to photographs, with and without instance edges."""
+    noise = np.random.default_rng(0)
+    for folder, mode in (("labels", "RGB"), ("images", "RGB"), ("instances", "L")):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            shape = (40, 40, 3) if mode == "RGB" else (40, 40)
+            Image.fromarray(noise.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / folder / f"{name}.png")
+    folders = {f"{kind}_dir": str(tmp_path / f"{kind}s") for kind in ("label", "image", "instance")}
+    data = {"dataset_mode": "custom", "label_nc": 0, "no_instance": no_instance, "preprocess_mode": "resize_and_crop"}
+    run = train(small_config(tmp_path, max_steps=2, data={**data, **folders}))
+    images = generate(
+        run / "latest.safetensors",
+        tmp_path / "labels" / "a.png",
+        instance=None if no_instance else tmp_path / "instances" / "a.png",
+    )
+    assert images[0].size == (32, 32)
