@@ -1,6 +1,6 @@
 """Trains a small SPADE on procedural landscapes, on a CPU, and shows what it learned.
 
-    python examples/toy_demo.py [--out demo] [--steps 500]
+    python examples/toy_demo.py [--out demo] [--steps 400]
 
 Writes a page with masks, generated and real images of landscapes the network has never seen, and its loss curves,
 and prints how well the generated colours tell the masks, before and after training.
@@ -81,7 +81,7 @@ def write_page(model: LoadedModel, config: TrainConfig, out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     config = demo_config(arguments.out, arguments.steps)
     if config.run_dir.exists():

@@ -1,4 +1,4 @@
-"""One training step in float64, alone or under torchrun; the gradients go to the file given. Run by test_distributed."""
+"""One training step in float64, alone or under torchrun; its gradients go to the file given. For test_distributed."""
 
 from __future__ import annotations
 
