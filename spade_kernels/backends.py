@@ -1,14 +1,66 @@
-"""Which kernels run: what is there, why the rest is not, and the caller's choice."""
+"""Which kernels run: what is there, why the rest is not, and the caller's choice.
+
+The reference is registered for every device. Importing `spade_kernels._C` registers the compiled kernels for CPU
+tensors, which take precedence there.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import platform
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy
 import torch
 
+from spade_kernels import reference
+
+_compiled: Any = None
+_why_no_cpu: str | None = None
+try:
+    _compiled = importlib.import_module("spade_kernels._C")
+except ImportError as error:
+    _why_no_cpu = f"the compiled module is not there ({error}); install with a C++ compiler and --no-build-isolation"
+
 _chosen = "auto"
+_operators: list[str] = []
+_reference_on_cpu: torch.library.Library | None = None
+
+
+def register_reference(library: torch.library.Library, operators: Sequence[str]) -> None:
+    """Gives every operator its plain PyTorch kernel, for all devices."""
+    _operators.extend(operators)
+    for name in operators:
+        library.impl(name, _reference_kernel(name), "CompositeExplicitAutograd")
+
+
+def _reference_kernel(name: str) -> Callable:
+    kernel = getattr(reference, name)
+
+    @functools.wraps(kernel)
+    def run(*args):
+        # Autocast would otherwise reach into the kernel and round its float32 products.
+        with torch.amp.autocast(args[0].device.type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+def _prefer_reference(wanted: bool) -> None:
+    """Puts the reference over the compiled CPU kernels, or takes it away again."""
+    global _reference_on_cpu
+    if wanted and _reference_on_cpu is None and _why_no_cpu is None:
+        _reference_on_cpu = torch.library.Library("spade_kernels", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
+            for name in _operators:
+                _reference_on_cpu.impl(name, _reference_kernel(name), "CPU", allow_override=True)
+    elif not wanted and _reference_on_cpu is not None:
+        _reference_on_cpu._destroy()
+        _reference_on_cpu = None
 
 
 def can_run_reference() -> str | None:
@@ -18,7 +70,7 @@ def can_run_reference() -> str | None:
 
 def can_run_cpu() -> str | None:
     """None, or why the compiled CPU kernels cannot run."""
-    return "this version has no compiled CPU kernels yet"
+    return _why_no_cpu
 
 
 def can_run_triton() -> str | None:
@@ -57,6 +109,7 @@ def use_backend(name: str) -> None:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     _chosen = name
+    _prefer_reference(name == "reference")
 
 
 def current_backend() -> str:
@@ -81,4 +134,5 @@ def build_info() -> dict[str, object]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backend": current_backend(),
         "backends": {name: probe() for name, probe in _PROBES.items()},
+        "compiled": None if _compiled is None else _compiled.build_info(),
     }

@@ -48,6 +48,8 @@ class SPADE(nn.Module):
         # Checked first: what is refused must not have moved the running statistics.
         check_input(x, self.mlp_gamma.out_channels)
         segmap = functional.as_condition(segmap, shared.in_channels, like=x)  # type: ignore[arg-type]
+        # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
+        x = x.contiguous(memory_format=torch.channels_last)
         return functional.spade(
             x,
             segmap,

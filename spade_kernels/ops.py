@@ -7,14 +7,13 @@ First derivatives exist for every float argument but the statistics; asking for 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spade_kernels import reference
+from spade_kernels import backends
 
 _library = torch.library.Library("spade_kernels", "DEF")
 
@@ -51,24 +50,7 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.spade_kernels
 
 
-def _modulate_kernel(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over):
-    return reference.modulate(x, mean, rstd, table, pixel_row, slope)
-
-
-def _without_autocast(kernel):
-    """Autocast would otherwise reach into a reference kernel and round its float32 products."""
-
-    @functools.wraps(kernel)
-    def run(*args):
-        with torch.amp.autocast(args[0].device.type, enabled=False):
-            return kernel(*args)
-
-    return run
-
-
-for _name in _SCHEMAS:
-    _kernel = _modulate_kernel if _name == "modulate" else getattr(reference, _name)
-    _library.impl(_name, _without_autocast(_kernel), "CompositeExplicitAutograd")
+backends.register_reference(_library, list(_SCHEMAS))
 
 
 def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:

@@ -113,13 +113,25 @@ def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tens
     return (grad_mean[:, :, None, None] / pixels + 2 * grad_m2[:, :, None, None] * centred).to(x.dtype)
 
 
-def modulate(x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None, slope: float) -> Tensor:
+def modulate(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    image_rows: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    slope: float,
+    stats_over: str,
+) -> Tensor:
     """leaky_relu((x - mean) * rstd * scale + shift, slope), scale and shift gathered from the table.
 
     Args:
         x: (N, C, h, w); mean, rstd: (N, C) or (1, C).
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
         slope: of the leaky ReLU; 1 is none.
+        image_rows, order, starts, stats_over: needed by the backward only; see `ops.modulate`.
 
     Returns:
         (N, C, h, w) in x's dtype, channels-last.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from command import TINY, Result
 
+import spade_kernels as sk
+
 SHARED = Path(os.environ.get("SPADE_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -31,6 +33,17 @@ def coco_dir() -> Path:
 
 # Small tensors: a second thread costs more than it brings, and two test processes share two cores better this way.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request):
+    """Runs a test on the plain PyTorch kernels and on the compiled ones."""
+    reason = sk.build_info()["backends"][request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    sk.use_backend(request.param)
+    yield request.param
+    sk.use_backend("auto")
 
 
 @pytest.fixture(autouse=True)

@@ -31,13 +31,13 @@ class Golden:
         return label_map if form == "label_map" else label_map.one_hot()
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor, floor: float = 1e-12) -> float:
-    """Largest absolute difference over the largest expected magnitude, or over `floor` if that is larger."""
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the largest expected magnitude."""
     difference = (got.detach().double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp_min(floor)).item()
+    return (difference / expected.double().abs().max().clamp_min(1e-12)).item()
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "", floor: float = 1e-12) -> None:
+def assert_close(got: torch.Tensor, expected: torch.Tensor, limit: float, name: str = "") -> None:
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    error = relative_error(got, expected, floor)
+    error = relative_error(got, expected)
     assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"

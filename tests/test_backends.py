@@ -19,7 +19,19 @@ def _restored_choice(monkeypatch):
 def test_build_info():
     info = build_info()
     assert set(info) == {
-        *("spade_kernels", "python", "torch", "numpy", "platform", "threads", "cpu", "gpus", "backend", "backends")
+        *(
+            "spade_kernels",
+            "python",
+            "torch",
+            "numpy",
+            "platform",
+            "threads",
+            "cpu",
+            "gpus",
+            "backend",
+            "backends",
+            "compiled",
+        )
     }
     assert info["spade_kernels"] == spade_kernels.__version__
     assert list(info["backends"]) == ["cuda", "triton", "cpu", "reference"]

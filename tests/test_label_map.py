@@ -24,6 +24,8 @@ from spade_kernels.testing import (
     relative_error,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 CONDITIONS = [{}, {"edges": True}, {"ignore": True}, {"edges": True, "ignore": True}]
 SHAPE, CLASSES = (2, 13, 10), 5
 

@@ -22,6 +22,8 @@ from spade_kernels.testing import (
     stock_spade,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NORMS = [("instance", True), ("batch", True), ("batch", False), ("syncbatch", True), ("syncbatch", False)]
 CONDITIONS = [{}, {"edges": True}, {"ignore": True}, {"edges": True, "ignore": True}]
 SIZES = [(13, 10), (5, 7), (9, 24)]

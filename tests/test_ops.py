@@ -13,6 +13,8 @@ from spade_kernels.layers import SPADE
 from spade_kernels.normalization import Statistics
 from spade_kernels.testing import forward_backward, random_label_map
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 N, C, H, W, D, K = 2, 2, 5, 4, 3, 3
 DOUBLE = {"dtype": torch.float64}
 STATS_OVER = ("none", "image", "batch")

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from spade_kernels import ops, reference
 from spade_kernels.testing import MASK_KINDS, random_labels
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 CONVOLUTIONS = [(1, 1, 0), (3, 1, 1), (5, 1, 2), (4, 2, 2), (3, 2, 1), (3, 1, 0), (7, 3, 5)]
 
 

@@ -1,0 +1,15 @@
+// The floating-point kernels. Each takes the dtype of x (or of the table) and runs in fixed pieces.
+#pragma once
+
+#include "../ops.h"
+
+namespace spade {
+
+void sum_of_taps(Dtype dtype, const SumOfTapsParams& params);
+void segment_sum(Dtype dtype, const SegmentSumParams& params);
+void channel_stats(Dtype dtype, const ChannelStatsParams& params);
+void modulate(Dtype dtype, const ModulateParams& params);
+void modulate_table_grad(Dtype dtype, const ModulateParams& params);
+void modulate_input_grad(Dtype dtype, const ModulateParams& params);
+
+}  // namespace spade

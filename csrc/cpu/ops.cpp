@@ -1,0 +1,315 @@
+// The operators on CPU tensors: allocation, layout and dtype, then a kernel. Schemas are in spade_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "vector.h"
+#include "window_index.h"
+
+namespace spade {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: throw std::runtime_error("spade_kernels: tensors must be float16, bfloat16, float32 or float64");
+  }
+}
+
+ScalarType accumulator(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor dense(const Tensor& t, ScalarType dtype) {
+  Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+Tensor dense(const Tensor& t) {
+  return dense(t, t.scalar_type());
+}
+
+// x (N, C, h, w) laid out as (N, h, w, C).
+Tensor channels_last(const Tensor& x) {
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor empty_channels_last(const Tensor& x) {
+  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, std::nullopt,
+                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor where_positive(const Tensor& condition, const Tensor& values) {
+  const Tensor result = torch::stable::empty_like(values);
+  const auto copy = [&](auto zero) {
+    using T = decltype(zero);
+    const T* c = static_cast<const T*>(condition.const_data_ptr());
+    const T* v = static_cast<const T*>(values.const_data_ptr());
+    T* out = static_cast<T*>(result.mutable_data_ptr());
+    for (int64_t i = 0; i < values.numel(); ++i) out[i] = c[i] > 0 ? v[i] : zero;
+  };
+  dtype_of(values) == Dtype::f64 ? copy(0.0) : copy(0.0f);
+  return result;
+}
+
+// The source index of each target index, as F.interpolate(mode="nearest") computes it.
+std::vector<int64_t> nearest_indices(int64_t from, int64_t to) {
+  std::vector<int64_t> result(to);
+  const float scale = static_cast<float>(from) / static_cast<float>(to);
+  for (int64_t i = 0; i < to; ++i) result[i] = std::min(static_cast<int64_t>(static_cast<float>(i) * scale), from - 1);
+  return result;
+}
+
+const int64_t* ids(const Tensor& t) {
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+const void* data(const MaybeTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,
+                                                   int64_t kernel_size, int64_t stride, int64_t padding) {
+  const Tensor map = dense(ids_in);
+  const int64_t images = map.size(0), height = size[0], width = size[1];
+  const std::vector<int64_t> rows_of = nearest_indices(map.size(1), height),
+                             cols_of = nearest_indices(map.size(2), width);
+  const int64_t out_height = (height + 2 * padding - kernel_size) / stride + 1;
+  const int64_t out_width = (width + 2 * padding - kernel_size) / stride + 1;
+
+  std::vector<ImageWindows> found(images);
+  in_pieces(images, 1, [&](int64_t n, int64_t) {
+    std::vector<int64_t> resized(height * width);
+    const int64_t* from = ids(map) + n * map.size(1) * map.size(2);
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) resized[y * width + x] = from[rows_of[y] * map.size(2) + cols_of[x]];
+    found[n] = window_index({resized.data(), height, width, kernel_size, stride, padding, out_height, out_width});
+  });
+
+  const int64_t taps = kernel_size * kernel_size;
+  const Tensor image_rows = torch::stable::new_empty(map, {images + 1});
+  int64_t* first_row = static_cast<int64_t*>(image_rows.mutable_data_ptr());
+  first_row[0] = 0;
+  for (int64_t n = 0; n < images; ++n)
+    first_row[n + 1] = first_row[n] + static_cast<int64_t>(found[n].windows.size()) / taps;
+  const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
+  const Tensor pixel_row = torch::stable::new_empty(map, {images, out_height, out_width});
+  in_pieces(images, 1, [&](int64_t n, int64_t) {
+    std::copy(found[n].windows.begin(), found[n].windows.end(),
+              static_cast<int64_t*>(windows.mutable_data_ptr()) + first_row[n] * taps);
+    int64_t* rows = static_cast<int64_t*>(pixel_row.mutable_data_ptr()) + n * out_height * out_width;
+    for (int64_t row : found[n].pixel_row) *rows++ = row + first_row[n];
+  });
+  return {windows, pixel_row, image_rows};
+}
+
+// The sums over taps as a tensor like `like`: see SumOfTapsParams.
+Tensor sum_taps(const Tensor& like, const void* taps, const MaybeTensor& bias, const Tensor& windows, int64_t first_id,
+                int64_t width, bool relu) {
+  const Tensor rows = torch::stable::new_empty(like, {windows.size(0), width}, accumulator(like));
+  sum_of_taps(dtype_of(rows), {taps, data(bias), ids(windows), rows.mutable_data_ptr(), windows.size(0),
+                               windows.size(1), width, first_id, relu});
+  return dense(rows, like.scalar_type());
+}
+
+Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor&,
+                      const MaybeTensor&, bool relu) {
+  const ScalarType acc = accumulator(taps_in);
+  const Tensor taps = dense(taps_in, acc);
+  const MaybeTensor bias_acc = bias ? MaybeTensor(dense(*bias, acc)) : std::nullopt;
+  return sum_taps(taps_in, taps.const_data_ptr(), bias_acc, dense(windows), 0, taps.size(2), relu);
+}
+
+Tensor column_sum(const Tensor& values) {
+  const int64_t all[] = {0, values.size(0)};
+  const Tensor sum = torch::stable::new_empty(values, {values.size(1)});
+  segment_sum(dtype_of(values), {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, values.size(1), 1});
+  return sum;
+}
+
+std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& order_in,
+                                               const Tensor& starts_in, int64_t num_taps, bool relu) {
+  const ScalarType acc = accumulator(grad);
+  const Tensor order = dense(order_in), starts = dense(starts_in);
+  Tensor masked = dense(grad, acc);
+  if (relu) masked = where_positive(dense(rows, acc), masked);
+  const int64_t width = masked.size(1), segments = starts.size(0) - 1;
+  const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
+  segment_sum(dtype_of(masked),
+              {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments, width, num_taps});
+  return {taps, column_sum(masked)};
+}
+
+template <class A>
+Matrix<A> matrix(const void* data, int64_t columns) {
+  return {static_cast<const A*>(data), columns, 1};
+}
+
+template <class A>
+Matrix<A> transposed(const void* data, int64_t columns) {
+  return {static_cast<const A*>(data), 1, columns};
+}
+
+template <class A>
+Tensor modulation_table_of(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& bias,
+                           const Tensor& windows) {
+  const ScalarType acc = accumulator(hidden_in);
+  const Tensor hidden = dense(hidden_in, acc), weight = dense(weight_in, acc);
+  const int64_t rows = hidden.size(0), depth = hidden.size(1), width = weight.size(1) * weight.size(2);
+  const Scratch<A> taps(rows * width);
+  gemm(rows, width, depth, matrix<A>(hidden.const_data_ptr(), depth), matrix<A>(weight.const_data_ptr(), width),
+       taps.data());
+  return sum_taps(hidden_in, taps.data(), dense(bias, acc), dense(windows), 1, weight.size(2), false);
+}
+
+Tensor modulation_table_op(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& windows,
+                           const MaybeTensor&, const MaybeTensor&) {
+  return accumulator(hidden) == ScalarType::Double ? modulation_table_of<double>(hidden, weight, bias, windows)
+                                                   : modulation_table_of<float>(hidden, weight, bias, windows);
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> modulation_table_grad_of(const Tensor& grad_in, const Tensor& hidden_in,
+                                                            const Tensor& weight_in, const Tensor& order_in,
+                                                            const Tensor& starts_in) {
+  const ScalarType acc = accumulator(grad_in);
+  const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc), weight = dense(weight_in, acc);
+  const Tensor order = dense(order_in), starts = dense(starts_in);
+  const int64_t num_taps = weight.size(1), rows = hidden.size(0), depth = hidden.size(1);
+  const int64_t width = num_taps * weight.size(2);
+  const Scratch<A> taps(rows * width);
+  // Id 0, outside the image, comes first and has no hidden row.
+  segment_sum(dtype_of(grad), {grad.const_data_ptr(), ids(order), ids(starts) + num_taps, taps.data(), rows * num_taps,
+                               weight.size(2), num_taps});
+  const Tensor d_hidden = torch::stable::empty_like(hidden), d_weight = torch::stable::empty_like(weight);
+  gemm(rows, depth, width, matrix<A>(taps.data(), width), transposed<A>(weight.const_data_ptr(), width),
+       static_cast<A*>(d_hidden.mutable_data_ptr()));
+  gemm(depth, width, rows, transposed<A>(hidden.const_data_ptr(), depth), matrix<A>(taps.data(), width),
+       static_cast<A*>(d_weight.mutable_data_ptr()));
+  return {d_hidden, d_weight, column_sum(grad)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad, const Tensor& hidden,
+                                                            const Tensor& weight, const Tensor& order,
+                                                            const Tensor& starts) {
+  return accumulator(grad) == ScalarType::Double ? modulation_table_grad_of<double>(grad, hidden, weight, order, starts)
+                                                 : modulation_table_grad_of<float>(grad, hidden, weight, order, starts);
+}
+
+std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  const Tensor x = channels_last(x_in);
+  const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulator(x));
+  const Tensor m2 = torch::stable::empty_like(mean);
+  channel_stats(dtype_of(x), {x.const_data_ptr(), mean.mutable_data_ptr(), m2.mutable_data_ptr(), x.size(0),
+                              x.size(2) * x.size(3), x.size(1)});
+  return {mean, m2};
+}
+
+// The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
+struct ModulateCall {
+  Tensor x, mean, rstd, table;
+  MaybeTensor grad, pixel_row, order, starts, mean_shift, mean_scale;
+  ModulateParams params{};
+
+  ModulateCall(const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in, const Tensor& table_in,
+               const MaybeTensor& pixel_row_in, double slope)
+      : x(channels_last(x_in)),
+        mean(dense(mean_in, accumulator(x_in))),
+        rstd(dense(rstd_in, accumulator(x_in))),
+        table(dense(table_in, accumulator(x_in))) {
+    if (pixel_row_in) pixel_row = dense(*pixel_row_in);
+    params.x = x.const_data_ptr();
+    params.mean = mean.const_data_ptr();
+    params.rstd = rstd.const_data_ptr();
+    params.table = table.const_data_ptr();
+    params.pixel_row = static_cast<const int64_t*>(data(pixel_row));
+    params.images = x.size(0);
+    params.pixels = x.size(2) * x.size(3);
+    params.channels = x.size(1);
+    params.num_rows = table.size(0);
+    params.stats_stride = mean.size(0) == 1 ? 0 : x.size(1);
+    params.slope = slope;
+  }
+
+  void set_grad(const Tensor& grad_in) {
+    grad = channels_last(dense_dtype(grad_in));
+    params.grad = data(grad);
+  }
+
+ private:
+  Tensor dense_dtype(const Tensor& t) const {
+    return t.scalar_type() == x.scalar_type() ? t : torch::stable::to(t, x.scalar_type());
+  }
+};
+
+Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
+                   const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                   double slope, std::string) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
+  const Tensor y = empty_channels_last(x);
+  call.params.out = y.mutable_data_ptr();
+  modulate(dtype_of(x), call.params);
+  return y;
+}
+
+Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
+                              const MaybeTensor& starts, double slope) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
+  call.set_grad(grad);
+  if (order) call.order = dense(*order);
+  if (starts) call.starts = dense(*starts);
+  call.params.order = pixel_row ? static_cast<const int64_t*>(data(call.order)) : nullptr;
+  call.params.starts = static_cast<const int64_t*>(data(call.starts));
+  const Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  call.params.out = sums.mutable_data_ptr();
+  modulate_table_grad(dtype_of(x), call.params);
+  return sums;
+}
+
+Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
+                              const MaybeTensor& mean_scale, double slope) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
+  call.set_grad(grad);
+  if (mean_shift && mean_scale) {
+    call.mean_shift = dense(*mean_shift, accumulator(x));
+    call.mean_scale = dense(*mean_scale, accumulator(x));
+    call.params.mean_shift = data(call.mean_shift);
+    call.params.mean_scale = data(call.mean_scale);
+    call.params.means_stride = mean_shift->size(0) == 1 ? 0 : x.size(1);
+  }
+  const Tensor d_x = empty_channels_last(x);
+  call.params.out = d_x.mutable_data_ptr();
+  modulate_input_grad(dtype_of(x), call.params);
+  return d_x;
+}
+
+}  // namespace
+}  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("window_index", TORCH_BOX(&spade::window_index_op));
+  m.impl("hidden_rows", TORCH_BOX(&spade::hidden_rows_op));
+  m.impl("hidden_rows_grad", TORCH_BOX(&spade::hidden_rows_grad_op));
+  m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
+  m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
+  m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
+  m.impl("modulate", TORCH_BOX(&spade::modulate_op));
+  m.impl("modulate_table_grad", TORCH_BOX(&spade::modulate_table_grad_op));
+  m.impl("modulate_input_grad", TORCH_BOX(&spade::modulate_input_grad_op));
+}

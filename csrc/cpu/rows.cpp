@@ -1,0 +1,79 @@
+// Sums over rows of a table: the forward of hidden_rows and modulation_table, and the segment sum of both backwards.
+#include "kernels.h"
+#include "segments.h"
+
+namespace spade {
+namespace {
+
+constexpr int64_t kBlock = 64;  // columns held in registers while the taps are added
+constexpr int64_t kRowPiece = 64;
+constexpr int64_t kSegmentPiece = 256;  // entries summed in one go; longer segments are cut
+
+template <class A>
+SPADE_INLINE void add_taps(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+  const A* taps = static_cast<const A*>(p.taps);
+  const A* bias = static_cast<const A*>(p.bias);
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t* window = p.windows + r * p.num_taps;
+    A* out = static_cast<A*>(p.rows) + r * p.width;
+    for (int64_t c = 0; c < p.width; c += kBlock) {
+      const int64_t n = std::min(kBlock, p.width - c);
+      A sum[kBlock] = {};
+      for (int64_t t = 0; t < p.num_taps; ++t) {
+        if (window[t] < p.first_id) continue;
+        const A* tap = taps + ((window[t] - p.first_id) * p.num_taps + t) * p.width + c;
+        if (n == kBlock)
+          for (int64_t i = 0; i < kBlock; ++i) sum[i] += tap[i];
+        else
+          for (int64_t i = 0; i < n; ++i) sum[i] += tap[i];
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const A value = bias ? sum[i] + bias[c + i] : sum[i];
+        // Written so that NaN stays NaN.
+        out[c + i] = p.relu && value < 0 ? A(0) : value;
+      }
+    }
+  }
+}
+
+SPADE_EVERY_CPU void add_taps_f32(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+  add_taps<float>(p, begin, end);
+}
+SPADE_EVERY_CPU void add_taps_f64(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+  add_taps<double>(p, begin, end);
+}
+
+template <class A>
+SPADE_INLINE void add_entries(const SegmentSumParams& p, int64_t begin, int64_t end, A* sum) {
+  std::fill_n(sum, p.width, A(0));
+  for (int64_t e = begin; e < end; ++e) {
+    const A* value = static_cast<const A*>(p.values) + (p.order ? p.order[e] / p.divisor : e) * p.width;
+    for (int64_t i = 0; i < p.width; ++i) sum[i] += value[i];
+  }
+}
+
+SPADE_EVERY_CPU void add_entries_f32(const SegmentSumParams& p, int64_t begin, int64_t end, float* sum) {
+  add_entries<float>(p, begin, end, sum);
+}
+SPADE_EVERY_CPU void add_entries_f64(const SegmentSumParams& p, int64_t begin, int64_t end, double* sum) {
+  add_entries<double>(p, begin, end, sum);
+}
+
+}  // namespace
+
+void sum_of_taps(Dtype dtype, const SumOfTapsParams& p) {
+  in_pieces(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {
+    dtype == Dtype::f64 ? add_taps_f64(p, begin, end) : add_taps_f32(p, begin, end);
+  });
+}
+
+void segment_sum(Dtype dtype, const SegmentSumParams& p) {
+  if (dtype == Dtype::f64)
+    sum_segments(p.num_segments, p.starts, kSegmentPiece, p.width, static_cast<double*>(p.sums),
+                 [&](int64_t begin, int64_t end, double* sum) { add_entries_f64(p, begin, end, sum); });
+  else
+    sum_segments(p.num_segments, p.starts, kSegmentPiece, p.width, static_cast<float*>(p.sums),
+                 [&](int64_t begin, int64_t end, float* sum) { add_entries_f32(p, begin, end, sum); });
+}
+
+}  // namespace spade
