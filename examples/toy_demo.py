@@ -1,6 +1,6 @@
 """Trains a small SPADE on procedural landscapes, on a CPU, and shows what it learned.
 
-    python examples/toy_demo.py [--out demo] [--steps 400]
+    python examples/toy_demo.py [--out demo] [--steps 320]
 
 Writes a page with masks, generated and real images of landscapes the network has never seen, and its loss curves,
 and prints how well the generated colours tell the masks, before and after training.
@@ -9,7 +9,9 @@ and prints how well the generated colours tell the masks, before and after train
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+import spade_kernels
 from spade_model.colours import ClassColours
 from spade_model.config import ModelConfig, TrainConfig, default_train_config
 from spade_model.data import Batch, create_dataset, create_loader
@@ -67,21 +71,33 @@ def untrained_model(config: TrainConfig) -> LoadedModel:
     return LoadedModel(generator.eval(), None, config.data, config.model, torch.device("cpu"))
 
 
-def write_page(model: LoadedModel, config: TrainConfig, out: Path) -> Path:
-    rows = []
+def pictures(model: LoadedModel, config: TrainConfig) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Name, and mask, generated and real image, of landscapes that were not trained on."""
     for batch in batches(config, "val", SHOWN):
         generated = model(batch.segmap).cpu()
         for i, name in enumerate(batch.names):
-            rows.append((name, [condition_image(batch.segmap, i), to_image(generated[i]), to_image(batch.image[i])]))
+            yield name, [condition_image(batch.segmap, i), to_image(generated[i]), to_image(batch.image[i])]
+
+
+def write_page(rows: list[tuple[str, list[Image.Image]]], config: TrainConfig, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(config.run_dir / "web" / "losses.png", out / "losses.png")
     return write_results_page(out, "SPADE on toy landscapes it has not seen", ["mask", "generated", "real"], rows)
 
 
+def write_sheet(rows: list[tuple[str, list[Image.Image]]], path: Path, count: int = 8, side: int = 128) -> None:
+    """The README's picture: masks above generated above real images."""
+    sheet = Image.new("RGB", (count * (side + 4), 3 * (side + 4)), "white")
+    for x, (_, images) in enumerate(rows[:count]):
+        for y, image in enumerate(images):
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x * (side + 4), y * (side + 4)))
+    sheet.save(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=320)
     arguments = parser.parse_args()
     config = demo_config(arguments.out, arguments.steps)
     if config.run_dir.exists():
@@ -93,14 +109,20 @@ def main() -> None:
     train(config)
     seconds = time.perf_counter() - started
     model = load_model(config.run_dir / "latest.safetensors")
+    info = spade_kernels.build_info()
     result = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{platform.machine()}, {info['threads']} threads, {info['cpu']}",
+        "backend": info["backend"],
         "steps": arguments.steps,
         "training seconds": round(seconds),
         "agreement of real images": round(colours.agreement(labels_and_images(config, "val", HELD_OUT)), 3),
         "agreement before training": round(before, 3),
         "agreement after training": round(colours.agreement(labels_and_generated(model, config)), 3),
     }
-    page = write_page(model, config, arguments.out)
+    rows = list(pictures(model, config))
+    page = write_page(rows, config, arguments.out)
+    write_sheet(rows, arguments.out / "demo.png")
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print(f"{name:26} {value}")

@@ -14,6 +14,8 @@ from PIL import Image
 from spade_model import checkpoint
 from spade_model.config import ModelConfig, TrainConfig, default_train_config
 from spade_model.generate import generate
+from spade_model.losses import vgg_loss
+from spade_model.networks import VGG19Features, load_vgg19
 from spade_model.train import train
 
 
@@ -137,3 +139,29 @@ def test_rgb_condition_trains_and_generates(tmp_path, no_instance):
         instance=None if no_instance else tmp_path / "instances" / "a.png",
     )
     assert images[0].size == (32, 32)
+
+
+def test_vgg_loss_from_a_weights_file(tmp_path):
+    """The perceptual loss is the L1 distance of five feature maps; zero between an image and itself."""
+    torch.manual_seed(0)
+    vgg = VGG19Features()
+    file = tmp_path / "vgg19.pth"
+    torch.save({**vgg.state_dict(), "classifier.0.weight": torch.zeros(1)}, file)
+    run = train(small_config(tmp_path, max_steps=1, no_vgg_loss=False, vgg_weights=str(file)))
+    assert losses(run)[0]["VGG"] > 0
+    features = load_vgg19(str(file))(torch.rand(1, 3, 32, 32))
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (64, 32, 32),
+        (128, 16, 16),
+        (256, 8, 8),
+        (512, 4, 4),
+        (512, 2, 2),
+    ]
+    assert vgg_loss(features, features) == 0
+
+
+def test_fp16_scales_its_gradients(tmp_path):
+    run = train(small_config(tmp_path, max_steps=2, precision="fp16"))
+    state = checkpoint.load(run / "latest.safetensors")
+    assert state["scaler_G"]["scale"] > 1
+    assert all(np.isfinite(list(line.values())).all() for line in losses(run))
