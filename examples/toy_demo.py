@@ -1,6 +1,6 @@
 """Trains a small SPADE on procedural landscapes, on a CPU, and shows what it learned.
 
-    python examples/toy_demo.py [--out demo] [--steps 320]
+    python examples/toy_demo.py [--out demo] [--steps 600]
 
 Writes a page with masks, generated and real images of landscapes the network has never seen, and its loss curves,
 and prints how well the generated colours tell the masks, before and after training.
@@ -42,6 +42,8 @@ def demo_config(out: Path, steps: int) -> TrainConfig:
         config,
         name="toy",
         checkpoints_dir=str(out),
+        data=replace(config.data, batch_size=4),
+        lr=0.0004,
         model=ModelConfig(ngf=16, ndf=16),
         no_vgg_loss=True,
         max_steps=steps,
@@ -97,7 +99,7 @@ def write_sheet(rows: list[tuple[str, list[Image.Image]]], path: Path, count: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     config = demo_config(arguments.out, arguments.steps)
     if config.run_dir.exists():
