@@ -95,8 +95,7 @@ def spade(
     rows = index.modulation
     code_uses, hidden_uses, row_pixels = _groups(index)
     hidden = ops.hidden_rows(taps, shared[1].to(dtype), index.hidden.windows, *code_uses, True)
-    by_tap = weight.to(dtype).permute(1, 2, 3, 0).flatten(1, 2)
-    table = ops.modulation_table(hidden, by_tap, bias.to(dtype), rows.windows, *hidden_uses)
+    table = ops.modulation_table(hidden, _by_tap(weight.to(dtype)), bias.to(dtype), rows.windows, *hidden_uses)
     return ops.modulate(
         x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *row_pixels, slope, stats.stats_over
     )
@@ -153,8 +152,14 @@ def _groups(index: WindowIndex) -> tuple[Groups, Groups, Groups]:
 
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:
     """(codes, k*k, out): the convolution's response to each code at each tap."""
-    by_channel = weight.permute(1, 2, 3, 0).flatten(1)
-    return (segmap.codebook(weight.dtype) @ by_channel).view(segmap.num_codes, -1, weight.shape[0])
+    by_channel = _by_tap(weight)
+    return segmap.weigh(by_channel.flatten(1)).view(segmap.num_codes, *by_channel.shape[1:])
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """(in, k*k, out) of a convolution weight (out, in, k, k)."""
+    # As one matrix transpose: torch copies a transposed matrix in blocks, but a permuted tensor element by element.
+    return weight.flatten(1).t().contiguous().view(weight.shape[1], -1, weight.shape[0])
 
 
 def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -141,6 +141,16 @@ class LabelMap:
             classes = torch.stack((off, on), 1).flatten(0, 1)
         return F.pad(classes, (0, 0, 1, 0))
 
+    def weigh(self, rows: torch.Tensor) -> torch.Tensor:
+        """codebook @ rows, (num_codes, D), of weight rows (channels, D). Differentiable in `rows`."""
+        if self._pooled_codebook is not None:
+            return self.codebook(rows.dtype) @ rows
+        # The product with a one-hot codebook copies rows, and adds the edge's.
+        classes = F.pad(rows[: self.num_labels], (0, 0, 0, 1))
+        if self.edges is not None:
+            classes = torch.stack((classes, classes + rows[-1]), 1).flatten(0, 1)
+        return F.pad(classes, (0, 0, 1, 0))
+
     def one_hot(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(N, channels, H, W): the dense condition, one plane per class and the edge plane last."""
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)

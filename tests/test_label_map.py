@@ -297,3 +297,13 @@ def test_instance_edges(kind, shape, dtype):
                 expected[n, y, x] |= instances[n, y, x] != instances[n, other_y, other_x]
     assert torch.equal(instance_edges(instances.to(dtype)), expected)
     assert torch.equal(instance_edges(instances[0].to(dtype)), expected[0])
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_weigh_is_the_product_with_the_codebook(edges, pooled):
+    label_map = random_label_map("blobs", (2, 12, 16), 5, edges=edges, ignore=True)
+    label_map = label_map.avg_pool() if pooled else label_map
+    rows = torch.randn(label_map.channels, 7, dtype=torch.float64)
+    expected = label_map.codebook(torch.float64) @ rows
+    assert torch.equal(label_map.weigh(rows), expected)
