@@ -5,6 +5,7 @@ Needs --no-build-isolation, so that the torch that is installed is the torch tha
 """
 
 import os
+import platform
 import shutil
 import sys
 
@@ -36,7 +37,9 @@ def compiled():
         if choice == "auto":
             return [], {}
         sys.exit("SPADE_KERNELS_BUILD=cpu needs torch: install it first and build with pip's --no-build-isolation")
-    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-mprefer-vector-width=512"] if is_x86() else ["-std=c++20", "-O3"]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")
     extension = CppExtension(
         "spade_kernels._C",
         [os.path.join("csrc", source) for source in SOURCES],
@@ -44,12 +47,6 @@ def compiled():
         optional=choice == "auto",
     )
     return [extension], {"build_ext": BuildExtension}
-
-
-def is_x86():
-    import platform
-
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 extensions, commands = compiled()

@@ -1,4 +1,4 @@
-"""How long a SPADE generator takes: the layer as the original writes it, ours, and the network with its layers deleted.
+"""How long a SPADE generator takes: stock operators on one-hot planes, ours, and the network with its layers deleted.
 
     python benchmarks/generator.py [--dataroot coco_stuff] [--masks 4] [--repeats 5] [--out results.json]
 
@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +32,7 @@ from spade_model.networks import SPADEGenerator, initialize
 
 
 def eager_layer(layer, x, segmap, slope=1.0):
-    """The layer as the original writes it, on the one-hot condition."""
+    """Stock operators in the original's order, on the one-hot condition (channels-last, as `LabelMap.one_hot` is)."""
     return stock_spade(layer, x, segmap, slope)
 
 
@@ -91,7 +92,7 @@ def settled_generator(mask: sk.LabelMap, ngf: int) -> SPADEGenerator:
 def masks(dataroot: str, count: int) -> list[sk.LabelMap]:
     """Real masks of a folder in the coco layout, or toy landscapes, 256 x 256."""
     config = default_data_config("coco" if dataroot else "toy")
-    config = config.__class__(**{**config.__dict__, "dataroot": dataroot, "crop_size": 256, "load_size": 256})
+    config = replace(config, dataroot=dataroot, crop_size=256, load_size=256)
     dataset = create_dataset(config, "val", need_images=False)
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
     return [sk.LabelMap(s.condition[None], config.num_labels, s.edges[None]) for s in samples]  # type: ignore[index]

@@ -30,7 +30,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and _world_size() > 1):
+        if not (self.training and world_size() > 1):
             return super().forward(input)
         check_input(input, self.num_features)
         stats = statistics(self, input)
@@ -84,7 +84,7 @@ def instance_statistics(x: Tensor, eps: float) -> Statistics:
 def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Statistics:
     mean, m2 = ops.channel_stats(x.detach())
     pixels = x.shape[2] * x.shape[3]
-    over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and _world_size() > 1
+    over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
     count = torch.full((), float(x.shape[0] * pixels), dtype=mean.dtype, device=mean.device)
     total = mean.mean(0, keepdim=True) if len(mean) > 1 else mean
     m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True)
@@ -101,7 +101,7 @@ def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Statistics:
 def _merge_over_processes(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
     mine = torch.cat((mean[0], m2[0], count.view(1)))
-    gathered = [torch.empty_like(mine) for _ in range(_world_size())]
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(gathered, mine)
     channels = mean.shape[1]
     means, m2s, counts = torch.stack(gathered).split((channels, channels, 1), 1)
@@ -122,5 +122,6 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, m2: Tensor, count: Tenso
         running.lerp_(value.to(running.dtype), momentum)
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Processes of the default group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

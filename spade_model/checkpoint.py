@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spade_model.errors import UserError
+from spade_model.files import replacing
 
 _TENSOR = "__tensor__"
-_TEMPORARY = ".partial"
 
 # torch.load reports damaged files with all of these.
 _DAMAGE = (
@@ -39,25 +38,17 @@ _DAMAGE = (
 def save(path: Path, tree: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors and plain values to `path`.
 
-    The file is written beside its target, flushed to the disk and then renamed over it: whatever happens, `path` holds
-    either the old checkpoint or the new one, whole.
+    Whatever happens, `path` holds either the old checkpoint or the new one, whole (`files.replacing`).
 
     Raises:
         UserError: the folder cannot be written or the disk is full; the old file is untouched.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _take_tensors(tree, "", tensors)
-    temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"tree": json.dumps(skeleton)})
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"tree": json.dumps(skeleton)})
     except (OSError, SafetensorError) as error:
-        # The folder itself may be what cannot be used; that error must not take the place of the first.
-        with suppress(OSError):
-            temporary.unlink()
         kept = f"; the previous {path.name} is untouched" if path.exists() else ""
         raise UserError(
             f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir"
@@ -133,12 +124,6 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
     module.load_state_dict(dict(state))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes half-written files of a killed run."""
-    for path in folder.glob(f"*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
-
-
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """The open file; what goes wrong while it is read, the tree included, is a UserError."""
@@ -196,11 +181,3 @@ def _put_tensors(tree: Any, read) -> Any:
     if isinstance(tree, list):
         return [_put_tensors(v, read) for v in tree]
     return tree
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

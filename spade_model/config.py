@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spade_model.errors import UserError
+from spade_model.files import replacing
 
 DatasetMode = Literal["coco", "ade20k", "cityscapes", "facades", "custom", "toy"]
 PreprocessMode = Literal[
@@ -283,14 +282,8 @@ def check_name(name: str) -> None:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the config as JSON, replacing the file as a whole. Raises OSError when it cannot."""
-    beside = path.with_name(path.name + ".partial")
-    try:
-        beside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        os.replace(beside, path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:

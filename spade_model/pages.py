@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from spade_model.errors import UserError
+from spade_model.files import replacing
 
 PageRow = tuple[str, Sequence[Image.Image | None]]
 """A caption, and one picture (or none) for each column."""
@@ -251,14 +250,10 @@ def _write_page(folder: Path, **content: Any) -> Path:
 
 def _replace_file(path: Path, content: bytes) -> Path:
     """Writes a file so that readers find either the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; make its folder writable or free space") from error
     return path
 

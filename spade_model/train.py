@@ -20,6 +20,7 @@ from spade_model import checkpoint
 from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
 from spade_model.data import Batch, create_dataset, create_loader
 from spade_model.errors import UserError
+from spade_model.files import remove_leftovers
 from spade_model.networks.check import check_networks
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
@@ -241,7 +242,7 @@ class _Run:
     def _prepare_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_leftovers(self.folder)
+            remove_leftovers(self.folder)
             save_config(self.config, self.folder / "config.json")
         except OSError as error:
             raise UserError(

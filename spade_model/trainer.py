@@ -8,12 +8,12 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spade_kernels import LabelMap
 from spade_kernels.functional import Segmap
+from spade_kernels.normalization import world_size
 from spade_model import checkpoint, losses
 from spade_model.average import Average
 from spade_model.config import TrainConfig
@@ -193,7 +193,7 @@ class Trainer:
             mu, logvar = self._parallel_encoder(batch.image)
             z = _sample(mu, logvar)
             # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
-            terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * _world_size() * config.accumulate
+            terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * world_size() * config.accumulate
         fake = self._parallel_generator(batch.segmap, z)
         on_fake, on_real = self._judge(self.discriminator, twice, fake, batch)
         terms["GAN"] = losses.gan_loss(on_fake, config.gan_mode, is_real=True, for_discriminator=False)
@@ -217,7 +217,7 @@ class Trainer:
     def _parallel(self, network: nn.Module) -> nn.Module:
         if self.config.compile:
             network = torch.compile(network)  # type: ignore[assignment]
-        if _world_size() == 1:
+        if world_size() == 1:
             return network
         # Buffers stay equal by themselves: spectral vectors follow the weights, norm statistics are synchronized.
         devices = [self.device] if self.device.type == "cuda" else None
@@ -264,7 +264,3 @@ def _double(segmap: Segmap) -> Segmap:
 
 def _mean(reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([r[name].detach() for r in reports]).mean() for name in reports[0]}
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

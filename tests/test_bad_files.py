@@ -315,7 +315,7 @@ def disk_full(*arguments, **options):
 TREE = {"G": {"a": torch.arange(1000.0)}, "config": {}}
 
 
-@pytest.mark.parametrize("step", ["spade_model.checkpoint.save_file", "spade_model.checkpoint.os.replace"])
+@pytest.mark.parametrize("step", ["spade_model.checkpoint.save_file", "spade_model.files.os.replace"])
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, step):
     file = tmp_path / "latest.safetensors"
     checkpoint.save(file, TREE)
@@ -352,7 +352,7 @@ def test_saving_below_a_file_says_so(tmp_path):
 def test_config_is_replaced_whole(tmp_path, monkeypatch):
     file, config = tmp_path / "config.json", default_train_config("toy")
     save_config(config, file)
-    monkeypatch.setattr("spade_model.config.os.replace", disk_full)
+    monkeypatch.setattr("spade_model.files.os.replace", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_config(replace(config, name="other"), file)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

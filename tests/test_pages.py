@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spade_model.pages.os.replace", full)
+    monkeypatch.setattr("spade_model.files.os.replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_results_page(tmp_path, "new", ["x"], [])
     assert "old" in Page(path).texts
