@@ -17,6 +17,7 @@ SOURCES = [
     "cpu/window_index.cpp",
     "cpu/gemm.cpp",
     "cpu/rows.cpp",
+    "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",
 ]

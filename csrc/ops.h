@@ -18,23 +18,54 @@ struct WindowIndexParams {
   int64_t out_height, out_width;
 };
 
-// rows[r] = act(bias + sum over t of taps[windows[r, t] - first_id, t]), ids below first_id adding nothing.
+// rows[r] = act(bias + sum over t of taps[windows[r, t], t]).
 struct SumOfTapsParams {
-  const void* taps;        // (ids, num_taps, width), acc
+  const void* taps;        // (codes, num_taps, width), acc
   const void* bias;        // (width), acc, or null
   const int64_t* windows;  // (rows, num_taps)
   void* rows;              // (rows, width), acc
-  int64_t num_rows, num_taps, width, first_id;
+  int64_t num_rows, num_taps, width;
   bool relu;
 };
 
 // sums[s] = sum over the entries e of segment s of values[e / divisor], all in acc.
 struct SegmentSumParams {
-  const void* values;     // (count, width)
+  const void* values;     // rows of `width` values, `row` apart
   const int64_t* order;   // null: entries stand in order
   const int64_t* starts;  // (num_segments + 1)
   void* sums;             // (num_segments, width)
-  int64_t num_segments, width, divisor;
+  int64_t num_segments, width, row, divisor;
+};
+
+// The weights of the two convolutions, as one with 2 * channels outputs: scale, then shift. Both have the same strides.
+struct ModulationWeights {
+  const void* gamma;  // element (c, d, t) at c * channel + d * depth_step + t * tap, acc
+  const void* beta;
+  int64_t channels, depth, num_taps;
+  int64_t channel, depth_step, tap;
+};
+
+// table[r] = bias + sum over t of hidden[windows[r, t] - 1] @ weights[t], a window entry of 0 adding nothing.
+struct ModulationTableParams {
+  const void* hidden;  // (num_hidden, depth), acc
+  ModulationWeights weights;
+  const void* panels;      // the weights as weight_panels lays them out, or null
+  const void* bias;        // (2 * channels), acc
+  const int64_t* windows;  // (num_rows, num_taps)
+  void* table;             // (num_rows, 2 * channels), acc
+  int64_t num_hidden, num_rows;
+};
+
+struct ModulationTableGradParams {
+  const void* grad;    // (num_rows, 2 * channels), acc
+  const void* hidden;  // (num_hidden, depth), acc
+  ModulationWeights weights;
+  const int64_t* order;   // uses of each (hidden row, tap), see SegmentSumParams
+  const int64_t* starts;  // (num_hidden * num_taps + 1)
+  void* d_hidden;         // like hidden
+  void* d_gamma;          // (channels, depth, num_taps), dense
+  void* d_beta;
+  int64_t num_hidden;
 };
 
 struct ChannelStatsParams {
@@ -44,21 +75,23 @@ struct ChannelStatsParams {
   int64_t images, pixels, channels;
 };
 
-// The forward pass reads x; the backward passes read grad too.
+// The forward pass reads x; the backward passes read grad too. Every pixel of x stands for upsample x upsample pixels
+// of y and grad, which pixel_row and order count.
 struct ModulateParams {
   const void* x;
   const void* grad;          // of y
   const void* mean;          // (images or 1, channels), acc
   const void* rstd;          // the same
   const void* table;         // (rows, 2 * channels), acc: scale, shift
-  const int64_t* pixel_row;  // (images * pixels), or null: every pixel its own row
+  const int64_t* pixel_row;  // (images * pixels of y), or null: every pixel its own row
   const int64_t* order;      // pixels of each row, for the table's gradient
   const int64_t* starts;
   const void* mean_shift;  // (images or 1, channels), acc, or null: see modulate_input_grad
   const void* mean_scale;
-  void* out;  // y, the table's gradient (acc), or the gradient of x
-  int64_t images, pixels, channels, num_rows;
-  int64_t stats_stride, means_stride;  // 0 where one row of statistics serves all images, else channels
+  void* out;                                          // y, the table's gradient (acc), or the gradient of x
+  int64_t images, height, width, channels, num_rows;  // height and width of x
+  int64_t upsample;                                   // 1 or 2
+  int64_t stats_stride, means_stride;                 // 0 where one row of statistics serves all images, else channels
   double slope;
 };
 

@@ -3,8 +3,9 @@
 __version__ = "0.1.0"
 
 from spade_kernels.backends import build_info, use_backend
+from spade_kernels.freezing import freeze
 from spade_kernels.label_map import LabelMap, instance_edges
 from spade_kernels.layers import SPADE
 from spade_kernels.normalization import SyncBatchNorm2d
 
-__all__ = ["SPADE", "LabelMap", "SyncBatchNorm2d", "build_info", "instance_edges", "use_backend"]
+__all__ = ["SPADE", "LabelMap", "SyncBatchNorm2d", "build_info", "freeze", "instance_edges", "use_backend"]

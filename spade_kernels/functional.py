@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,14 @@ from torch import Tensor
 from spade_kernels import ops
 from spade_kernels.label_map import LabelMap, WindowIndex
 from spade_kernels.normalization import Statistics, check_input
+from spade_kernels.recognize import recognize
 
 Segmap = LabelMap | Tensor
 Groups = tuple[Tensor | None, Tensor | None]
 
 
 def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> Segmap:
-    """The condition as the layers take it: a LabelMap, or a float tensor (N, channels, H, W).
+    """The condition as the layers take it: a LabelMap, or a float tensor (N, channels, H, W) that is not one-hot.
 
     Args:
         segmap: LabelMap; integer label map (N, H, W) or (N, 1, H, W) of ids below `channels`; or float
@@ -33,8 +36,11 @@ def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> S
         if segmap.dim() == 4 and segmap.shape[1] == 1:
             segmap = segmap[:, 0]
         segmap = LabelMap(segmap, channels)
+    elif isinstance(segmap, Tensor) and segmap.dim() == 4:
+        label_map = recognize(segmap)
+        segmap = segmap if label_map is None else label_map
     if isinstance(segmap, LabelMap):
-        count, given = len(segmap), segmap.channels
+        count, given = segmap.shape[0], segmap.channels
     elif isinstance(segmap, Tensor):
         if segmap.dim() != 4:
             raise ValueError(f"a dense segmap must have shape (N, {channels}, H, W), got {tuple(segmap.shape)}")
@@ -54,51 +60,103 @@ def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> S
     return segmap
 
 
+class Weights(NamedTuple):
+    """The convolutions of a SPADE layer, weight and bias each.
+
+    shared: (hidden, channels, k, k) and (hidden,); gamma, beta: (C, hidden, k, k) and (C,); one odd k.
+    """
+
+    shared: tuple[Tensor, Tensor]
+    gamma: tuple[Tensor, Tensor]
+    beta: tuple[Tensor, Tensor]
+
+
+class KeptWeights:
+    """What `spade` otherwise makes of the weights in every call. Without derivatives; for weights that stand still."""
+
+    def __init__(self, weights: Weights):
+        self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
+        self._taps: dict[tuple, Tensor] = {}
+
+    def taps(self, segmap: LabelMap, weight: Tensor) -> Tensor:
+        """The shared convolution's taps for label maps of this one's kind."""
+        kind = (segmap.num_labels, segmap.edges is not None)
+        if segmap.is_pooled:
+            return _taps(segmap, weight)
+        if kind not in self._taps:
+            self._taps[kind] = _taps(segmap, weight)
+        return self._taps[kind]
+
+
+_path = "auto"
+
+# Where benchmarks/crossover.py has the two ways cross: distinct windows per pixel, and pixels of a feature map.
+_DENSE_FROM, _DENSE_FROM_TRAINING = 0.9, 0.7
+_DENSE_PIXELS = 64 * 64
+
+
+@contextlib.contextmanager
+def use_path(name: str) -> Iterator[None]:
+    """Within it, `spade` evaluates label maps the given way; for measurements.
+
+    Args:
+        name: "windows": once per distinct window; "dense": at every pixel; "auto": windows unless nearly every pixel
+            has a window of its own and dense is faster.
+    """
+    global _path
+    if name not in ("auto", "windows", "dense"):
+        raise ValueError(f"unknown path {name!r}; choose one of auto, windows, dense")
+    before, _path = _path, name
+    try:
+        yield
+    finally:
+        _path = before
+
+
 def spade(
     x: Tensor,
     segmap: Segmap,
     stats: Statistics,
-    shared: tuple[Tensor, Tensor],
-    gamma: tuple[Tensor, Tensor],
-    beta: tuple[Tensor, Tensor],
+    weights: Weights,
+    *,
     slope: float = 1.0,
+    gain: Tensor | None = None,
+    upsample: int = 1,
+    kept: KeptWeights | None = None,
 ) -> Tensor:
     """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
 
-        y = leaky_relu(normalize(x) * (1 + gamma) + beta, slope)
+        y = leaky_relu(normalize(x) * (1 + gamma) + beta, slope) * gain
         gamma, beta = conv(relu(conv(resize(segmap))))
 
     Args:
         x: (N, C, h, w) float; computed in float32 (float64 for float64), returned in x's dtype, channels-last.
-        segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w).
+        segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         stats: of x, from `normalization.statistics`.
-        shared: weight (hidden, channels, k, k) and bias (hidden,) of the first convolution.
-        gamma, beta: weight (C, hidden, k, k) and bias (C,).
         slope: leaky ReLU folded in; 1 is none.
+        gain: positive number, for what follows the layer; None is 1.
+        upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
+        kept: of the same weights, where no gradient is wanted.
 
     Returns:
-        (N, C, h, w). First derivatives exist for x, all weights and biases, and a float segmap.
+        (N, C, upsample * h, upsample * w). First derivatives exist for x, all weights and biases, gain, and a float
+        segmap.
     """
-    check_input(x, gamma[0].shape[0])
-    _check_kernels(shared[0], gamma[0], beta[0])
-    segmap = as_condition(segmap, shared[0].shape[1], like=x)
-    weight = torch.cat((gamma[0], beta[0]))
-    bias = torch.cat((gamma[1] + 1, beta[1]))
-    if isinstance(segmap, Tensor):
-        table = _dense_table(segmap, x, shared, weight, bias)
-        return ops.modulate(x, stats.mean, stats.rstd, table, slope=slope, stats_over=stats.stats_over)
-
-    kernel_size = shared[0].shape[-1]
-    index = segmap.window_index(x.shape[2:], kernel_size)
-    dtype = _table_dtype(x, shared[0])
-    taps = _taps(segmap, shared[0].to(dtype))
+    check_input(x, weights.gamma[0].shape[0])
+    _check_kernels(*(weight for weight, _ in weights))
+    if upsample not in (1, 2):
+        raise ValueError(f"upsample must be 1 or 2, got {upsample}")
+    segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
+    size = (x.shape[2] * upsample, x.shape[3] * upsample)
+    how: tuple = (slope, upsample, stats.stats_over)
+    index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
+    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index):
+        table = _dense_table(segmap, size, weights, gain)
+        return ops.modulate(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
+    groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
+    table = _window_table(segmap, index, groups, _table_dtype(x, weights.shared[0]), weights, gain, kept)
     rows = index.modulation
-    code_uses, hidden_uses, row_pixels = _groups(index)
-    hidden = ops.hidden_rows(taps, shared[1].to(dtype), index.hidden.windows, *code_uses, True)
-    table = ops.modulation_table(hidden, _by_tap(weight.to(dtype)), bias.to(dtype), rows.windows, *hidden_uses)
-    return ops.modulate(
-        x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *row_pixels, slope, stats.stats_over
-    )
+    return ops.modulate(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *groups[2], *how)
 
 
 def conv2d(
@@ -127,10 +185,12 @@ def conv2d(
         raise ValueError(f"the weight must be square, got {tuple(weight.shape)}")
     seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
     uses: Groups = seen.uses_by_tap if torch.is_grad_enabled() else (None, None)
-    rows = ops.hidden_rows(_taps(segmap, weight), bias, seen.windows, *uses, False)
-    # The backward of the gather adds up thousands of pixels for a row: that needs the accumulation dtype.
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    return F.embedding(seen.pixel_row, wide).to(rows.dtype).permute(0, 3, 1, 2)
+    # In the accumulation dtype up to here: the backward of the gather adds up thousands of pixels for a row.
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = ops.hidden_rows(
+        _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide), seen.windows, *uses, False
+    )
+    return F.embedding(seen.pixel_row, rows).to(weight.dtype).permute(0, 3, 1, 2)
 
 
 def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
@@ -141,13 +201,6 @@ def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
             f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
             "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
         )
-
-
-def _groups(index: WindowIndex) -> tuple[Groups, Groups, Groups]:
-    """What the backward of the three ops needs; nothing where there will be none."""
-    if not torch.is_grad_enabled():
-        return (None, None), (None, None), (None, None)
-    return index.hidden.uses_by_tap, index.modulation.uses_by_tap, index.modulation.row_pixels
 
 
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:
@@ -166,9 +219,44 @@ def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
-def _dense_table(segmap: Tensor, x: Tensor, shared: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+def _prefers_dense(index: WindowIndex) -> bool:
+    if _path != "auto" or torch.compiler.is_compiling():
+        return _path == "dense"
+    rows, pixels = len(index.modulation), index.modulation.pixel_row.numel()
+    height, width = index.modulation.pixel_row.shape[1:]
+    threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
+    return height * width >= _DENSE_PIXELS and rows > threshold * pixels
+
+
+def _window_table(
+    segmap: LabelMap,
+    index: WindowIndex,
+    groups: Sequence[Groups],
+    dtype: torch.dtype,
+    weights: Weights,
+    gain: Tensor | None,
+    kept: KeptWeights | None,
+) -> Tensor:
+    """(rows, 2C): scale and shift of every distinct window, times gain."""
+    shared, gamma, beta = ((weight.to(dtype), bias.to(dtype)) for weight, bias in weights)
+    taps = kept.taps(segmap, shared[0]) if kept else _taps(segmap, shared[0])
+    hidden = ops.hidden_rows(taps, shared[1], index.hidden.windows, *groups[0], True)
+    bias = torch.cat((gamma[1] + 1, beta[1]))
+    if gain is not None:
+        # The table is linear in hidden rows and bias, which are smaller.
+        hidden, bias = hidden * gain.to(dtype), bias * gain.to(dtype)
+    panels = kept.panels if kept else None
+    return ops.modulation_table(hidden, gamma[0], beta[0], bias, index.modulation.windows, panels, *groups[1])
+
+
+def _dense_table(segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Tensor | None) -> Tensor:
     """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
-    padding = weight.shape[-1] // 2
-    planes = F.interpolate(segmap, size=x.shape[2:], mode="nearest").to(shared[0].dtype)
-    hidden = F.conv2d(planes, *shared, padding=padding).relu()
+    padding = weights.shared[0].shape[-1] // 2
+    weight = torch.cat((weights.gamma[0], weights.beta[0]))
+    bias = torch.cat((weights.gamma[1] + 1, weights.beta[1]))
+    if gain is not None:
+        weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
+    if isinstance(segmap, Tensor):
+        segmap = segmap.to(weights.shared[0].dtype)
+    hidden = conv2d(segmap, *weights.shared, padding=padding, size=size).relu()
     return F.conv2d(hidden, weight, bias, padding=padding).permute(0, 2, 3, 1).flatten(0, 2)

@@ -2,74 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree
 
-from spade_kernels import ops
-
-Segments = tuple[torch.Tensor, torch.Tensor]
-
-# What is kept is made outside inference mode even when asked for inside: training may need the same label map later.
+from spade_kernels.packing import Packable, Slot, pack, unpack
+from spade_kernels.windows import WindowIndex, Windows
 
 
-@dataclass(eq=False)
-class Windows:
-    """The distinct k x k windows of a map of ids, and which of them every pixel sees.
-
-    Attributes:
-        windows: (rows, k*k) int64, the ids under each distinct window; 0 = outside the image.
-        pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
-        image_rows: (N + 1,) int64, image n owns rows image_rows[n] .. image_rows[n + 1] - 1.
-        num_ids: ids in use, 0 included.
-    """
-
-    windows: torch.Tensor
-    pixel_row: torch.Tensor
-    image_rows: torch.Tensor
-    num_ids: int
-
-    @classmethod
-    def of(
-        cls, ids: torch.Tensor, num_ids: int, size: Sequence[int], kernel_size: int, stride: int, padding: int
-    ) -> Windows:
-        """Windows of ids (N, H, W), all positive, after a nearest resize to `size`."""
-        return cls(*ops.window_index(ids, size, kernel_size, stride, padding), num_ids)
-
-    def __len__(self) -> int:
-        return self.windows.shape[0]
-
-    @cached_property
-    @torch.inference_mode(False)
-    def uses_by_tap(self) -> Segments:
-        """Uses of each (id, tap) pair, grouped for a deterministic segment sum."""
-        return ops.group_by_tap(self.windows, self.num_ids)
-
-    @cached_property
-    @torch.inference_mode(False)
-    def row_pixels(self) -> Segments:
-        """Pixels of each row."""
-        return ops.group_by_value(self.pixel_row, len(self))
-
-
-class WindowIndex(NamedTuple):
-    """The two convolutions of a SPADE layer over one resolution of a label map.
-
-    hidden: distinct windows of codes. modulation: distinct windows of hidden rows, counted from 1.
-    """
-
-    hidden: Windows
-    modulation: Windows
-
-
-class LabelMap:
+class LabelMap(Packable):
     """A batch of label maps, the form in which the networks take a segmentation mask.
 
     It replaces the one-hot tensor: the condition vector of a pixel is the row of `codebook` that its code names.
+    The window indexes it has built travel with it to another device or process; slices and `cat` start without.
 
     Args:
         labels: (N, H, W) integer tensor of class ids.
@@ -100,12 +48,17 @@ class LabelMap:
         self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
         self.codes = codes
         self._pooled_codebook: torch.Tensor | None = None
-        self._cache: dict[Any, Any] = {}
+        self._kept: dict[Any, Any] = {}
 
     @property
     def channels(self) -> int:
         """Channels of the condition: num_labels, plus one with edges."""
         return self.num_labels + (self.edges is not None)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether codes stand for averages (`avg_pool`) and not for (label, edge) pairs."""
+        return self._pooled_codebook is not None
 
     @property
     def num_codes(self) -> int:
@@ -155,58 +108,69 @@ class LabelMap:
         """(N, channels, H, W): the dense condition, one plane per class and the edge plane last."""
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
 
-    @torch.inference_mode(False)
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
         """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept."""
         height, width = map(int, size)
-        key = ("codes", height, width, kernel_size, stride, padding)
         if min(height, width) + 2 * padding < kernel_size:
             raise ValueError(
                 f"no {kernel_size}x{kernel_size} window fits size {(height, width)} with padding {padding}"
             )
-        if key not in self._cache:
-            self._cache[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
-        return self._cache[key]
+        key = ("codes", height, width, kernel_size, stride, padding)
+        if key not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
+        return self._kept[key]
 
-    @torch.inference_mode(False)
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
         """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept."""
         height, width = map(int, size)
-        key = ("index", height, width, kernel_size)
-        if key not in self._cache:
-            half = kernel_size // 2
-            hidden = self.windows((height, width), kernel_size, 1, half)
-            ids, num_ids = hidden.pixel_row + 1, len(hidden) + 1
-            self._cache[key] = WindowIndex(hidden, Windows.of(ids, num_ids, (height, width), kernel_size, 1, half))
-        return self._cache[key]
+        half = kernel_size // 2
+        hidden = self.windows((height, width), kernel_size, 1, half)
+        key = ("hidden rows", height, width, kernel_size)
+        if key not in self._kept:
+            with torch.inference_mode(False):
+                # Not len(): where torch.export traces, the number of rows is a symbol.
+                ids, num_ids = hidden.pixel_row + 1, hidden.windows.shape[0] + 1
+                self._kept[key] = Windows.of(ids, num_ids, (height, width), kernel_size, 1, half)
+        return WindowIndex(hidden, self._kept[key])
 
-    @torch.inference_mode(False)
+    def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int = 3, gradients: bool = True) -> LabelMap:
+        """Builds what SPADE layers with kernel_size need at each of the `sizes` (h, w), ahead of their forward pass.
+
+        A data-loader worker that does so leaves the training process nothing to build. Without `gradients`, what only
+        the backward needs is left out. Returns the label map itself.
+        """
+        for size in sizes:
+            index = self.window_index(size, kernel_size)
+            if gradients:
+                index.groups()
+        return self
+
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
 
         Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
         discriminator's coarser scales need no one-hot planes either.
         """
-        if "pooled" not in self._cache:
+        if "pooled" not in self._kept:
             seen = self.windows(self.shape[1:], 3, 2, 1)
-            inside = (seen.windows > 0).sum(1, keepdim=True)
-            codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
-            self._cache["pooled"] = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
-        return self._cache["pooled"]
+            with torch.inference_mode(False):
+                inside = (seen.windows > 0).sum(1, keepdim=True)
+                codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
+                self._kept["pooled"] = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
+        return self._kept["pooled"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
-        """The same label map on `device`: itself if it is there, else a copy whose window indexes are built anew."""
+        """The same label map on `device`: itself if it is there, else a copy, made in one transfer."""
         if torch.device(device) == self.device:
             return self
-
-        def move(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(device, non_blocking=non_blocking)
-
-        return self._copy(move)
+        buffer, layout = pack(self, pinned=non_blocking and self.codes.is_pinned())
+        assert buffer is not None
+        return unpack(buffer.to(device, non_blocking=non_blocking), layout)
 
     def pin_memory(self) -> LabelMap:
         """A copy in page-locked memory."""
-        return self._copy(lambda t: None if t is None else t.pin_memory())
+        return unpack(*pack(self, pinned=True))
 
     def __getitem__(self, images: slice) -> LabelMap:
         """The label maps of some of the images, which stay a batch: `[3:4]`, not `[3]`."""
@@ -214,7 +178,9 @@ class LabelMap:
             raise TypeError(f"a LabelMap takes a slice of images, such as [3:4], got [{images!r}]")
         if not range(len(self))[images]:
             raise ValueError(f"{images} holds none of the {len(self)} images")
-        return self._copy(lambda t: None if t is None else t[images], batch_only=True)
+        part = self._with_codes(self.codes[images], self._pooled_codebook)
+        part.labels, part.edges = self.labels[images], None if self.edges is None else self.edges[images]
+        return part
 
     @staticmethod
     def cat(maps: Sequence[LabelMap]) -> LabelMap:
@@ -242,28 +208,46 @@ class LabelMap:
         """
         if planes.dim() != 4 or planes.shape[1] < 1 + edges:
             raise ValueError(f"expected one-hot planes (N, C, H, W), got shape {tuple(planes.shape)}")
-        classes = planes[:, :-1] if edges else planes
-        binary = ((planes == 0) | (planes == 1)).all(1)
-        wrong = (~(binary & (classes.sum(1) <= 1))).nonzero()
-        if len(wrong):
-            n, y, x = wrong[0].tolist()
+        read = read_one_hot(planes if planes.is_floating_point() else planes.float(), edges)
+        if read is None:
+            binary = ((planes == 0) | (planes == 1)).all(1)
+            two_classes = planes[:, : planes.shape[1] - edges].sum(1) > 1
+            n, y, x = (~binary | two_classes).nonzero()[0].tolist()
             raise ValueError(
                 f"the condition is not one-hot at image {n}, pixel (x={x}, y={y}); pass it as a dense tensor"
             )
-        num_labels = classes.shape[1]
-        labels = torch.where(classes.amax(1) > 0, classes.argmax(1), num_labels)
-        return cls(labels, num_labels, planes[:, -1] > 0 if edges else None, ignore_index=num_labels)
+        return read
 
     def _with_codes(self, codes: torch.Tensor, codebook: torch.Tensor | None) -> LabelMap:
         other = object.__new__(LabelMap)
-        other.__dict__.update(self.__dict__, codes=codes, _pooled_codebook=codebook, _cache={})
+        other.__dict__.update(self.__dict__, codes=codes, _pooled_codebook=codebook, _kept={})
         return other
 
-    def _copy(self, change, batch_only: bool = False) -> LabelMap:
-        codebook = self._pooled_codebook if batch_only else change(self._pooled_codebook)
-        other = self._with_codes(change(self.codes), codebook)
-        other.labels, other.edges = change(self.labels), change(self.edges)
-        return other
+
+def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
+    """`LabelMap.from_one_hot` for float planes of the right shape; None where a pixel is not one-hot."""
+    classes = planes[:, :-1] if edges else planes
+    num_labels = classes.shape[1]
+    if num_labels > 2 / torch.finfo(classes.dtype).eps:
+        classes = classes.float()  # Where the dtype cannot tell two of their numbers apart.
+    # In one pass over the planes, each pixel's sum of the numbers of its classes, from 1.
+    numbers = torch.arange(1, num_labels + 1, dtype=classes.dtype, device=planes.device)
+    with torch.autocast(planes.device.type, enabled=False):
+        labels = (numbers @ classes.flatten(2)).view(-1, *planes.shape[2:]).long() - 1
+    labels = labels.masked_fill((labels < 0) | (labels >= num_labels), num_labels)
+    label_map = LabelMap(labels, num_labels, planes[:, -1] != 0 if edges else None, ignore_index=num_labels)
+    return label_map if is_one_hot_of(planes, label_map) else None
+
+
+def is_one_hot_of(planes: torch.Tensor, label_map: LabelMap) -> bool:
+    """Whether the planes equal `label_map.one_hot()`: its ones are there, and nothing else."""
+    labels, num_labels = label_map.labels, label_map.num_labels
+    has_class = labels < num_labels
+    ones = planes.gather(1, labels.clamp(max=num_labels - 1).unsqueeze(1)).squeeze(1)[has_class]
+    count, same = has_class.sum(), (ones == 1).all()
+    if label_map.edges is not None:
+        count, same = count + label_map.edges.sum(), same & (planes[:, -1] == label_map.edges).all()
+    return bool(same & (planes.count_nonzero() == count))
 
 
 def instance_edges(instances: torch.Tensor) -> torch.Tensor:
@@ -320,3 +304,39 @@ def _check_edges(edges: torch.Tensor, labels: torch.Tensor) -> None:
         raise ValueError(f"edges have shape {tuple(edges.shape)}, labels {tuple(labels.shape)}; they must be the same")
     if edges.device != labels.device:
         raise ValueError(f"edges are on {edges.device}, labels on {labels.device}; move both to one device")
+
+
+_PARTS = ("codes", "labels", "edges", "_pooled_codebook")
+
+
+def _flatten(label_map: LabelMap) -> tuple[list[Any], tuple[int, int | None]]:
+    return [getattr(label_map, name) for name in _PARTS], (label_map.num_labels, label_map.ignore_index)
+
+
+def _flatten_with_keys(label_map: LabelMap) -> tuple[list[Any], tuple[int, int | None]]:
+    parts, context = _flatten(label_map)
+    return list(zip(map(_pytree.GetAttrKey, _PARTS), parts, strict=True)), context
+
+
+def _unflatten(parts: Iterable[Any], context: tuple[int, int | None]) -> LabelMap:
+    label_map = object.__new__(LabelMap)
+    for name, part in zip(_PARTS, parts, strict=True):
+        setattr(label_map, name, part)
+    label_map.num_labels, label_map.ignore_index = context
+    label_map._kept = {}
+    return label_map
+
+
+# So that torch.load, which torch.export.load calls too, takes label maps as it takes tensors.
+torch.serialization.add_safe_globals([LabelMap, Windows, Slot])
+# For torch.export, whose programs then take label maps. What is kept stays out: a program would otherwise take only
+# label maps with the same indexes already built as its example had.
+_pytree.register_pytree_node(
+    LabelMap,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="spade_kernels.LabelMap",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)

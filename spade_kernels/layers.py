@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from spade_kernels import functional
-from spade_kernels.functional import Segmap
-from spade_kernels.normalization import SyncBatchNorm2d, check_input, statistics
+from spade_kernels.freezing import Freezable
+from spade_kernels.functional import KeptWeights, Segmap, Weights
+from spade_kernels.normalization import Moments, SyncBatchNorm2d, check_input, statistics
 
 _HIDDEN = 128
 
 
-class SPADE(nn.Module):
+class SPADE(Freezable):
     """Spatially-adaptive normalization (Park et al., CVPR 2019, section 3.1).
 
     Args:
@@ -36,29 +37,42 @@ class SPADE(nn.Module):
         self.mlp_gamma = nn.Conv2d(_HIDDEN, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = nn.Conv2d(_HIDDEN, norm_nc, kernel_size, padding=padding)
 
-    def forward(self, x: torch.Tensor, segmap: Segmap, slope: float = 1.0) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        segmap: Segmap,
+        slope: float = 1.0,
+        *,
+        gain: torch.Tensor | None = None,
+        upsample: int = 1,
+        moments: Moments | None = None,
+    ) -> torch.Tensor:
         """normalize(x) * (1 + gamma) + beta, with gamma and beta from the condition; see `functional.spade`.
 
         Args:
             x: (N, norm_nc, h, w).
             segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W).
             slope: of a leaky ReLU applied to the result; 1 is none.
+            gain: positive number the result is multiplied by.
+            upsample: 2 for a result twice as large, as if x had been upsampled (nearest) before.
+            moments: `normalization.moments` of x, where another layer has taken them already.
         """
-        shared = self.mlp_shared[0]
         # Checked first: what is refused must not have moved the running statistics.
         check_input(x, self.mlp_gamma.out_channels)
-        segmap = functional.as_condition(segmap, shared.in_channels, like=x)  # type: ignore[arg-type]
+        segmap = functional.as_condition(segmap, self.mlp_shared[0].in_channels, like=x)  # type: ignore[arg-type]
         # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
         x = x.contiguous(memory_format=torch.channels_last)
+        stats = statistics(self.param_free_norm, x, moments, upsample)
         return functional.spade(
-            x,
-            segmap,
-            statistics(self.param_free_norm, x),
-            (shared.weight, shared.bias),  # type: ignore[arg-type]
-            (self.mlp_gamma.weight, self.mlp_gamma.bias),  # type: ignore[arg-type]
-            (self.mlp_beta.weight, self.mlp_beta.bias),  # type: ignore[arg-type]
-            slope,
+            x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=self.kept
         )
+
+    def derive(self) -> KeptWeights:
+        return KeptWeights(self._weights())
+
+    def _weights(self) -> Weights:
+        convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)
+        return Weights(*((c.weight, c.bias) for c in convolutions))  # type: ignore[arg-type]
 
 
 def _parse(config_text: str) -> tuple[type[nn.Module], int]:

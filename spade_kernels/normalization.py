@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from spade_kernels import ops
 
+Moments = tuple[Tensor, Tensor]
+
 
 class Statistics(NamedTuple):
     """What `ops.modulate` needs to know of a normalization.
@@ -40,14 +42,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         table = torch.cat((scale, shift)).unsqueeze(0)
         pixel_row = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
         uses = ops.group_by_value(pixel_row, 1)
-        return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, stats.stats_over)
+        return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_over)
 
 
-def statistics(norm: nn.Module, x: Tensor) -> Statistics:
+def moments(norm: nn.Module, x: Tensor) -> Moments | None:
+    """`ops.channel_stats` of x (N, C, h, w), or None where the norm goes by its running statistics.
+
+    For layers that share x: take them once, hand them to each.
+    """
+    by_running = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    return None if by_running else ops.channel_stats(x.detach())
+
+
+def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Statistics:
     """Mean and 1/std of x under a parameter-free norm module; updates its running statistics in training.
 
     Args:
         norm: nn.InstanceNorm2d, nn.BatchNorm2d or SyncBatchNorm2d. x: (N, C, h, w).
+        taken: `moments(norm, x)`, if they are at hand.
+        upsample: the statistics are those of x with every pixel repeated upsample x upsample times.
 
     Raises:
         ValueError: one value per channel in training, where a variance does not exist.
@@ -55,9 +68,9 @@ def statistics(norm: nn.Module, x: Tensor) -> Statistics:
     if not isinstance(norm, nn.InstanceNorm2d | nn.BatchNorm2d):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if isinstance(norm, nn.InstanceNorm2d):
-        return instance_statistics(x, norm.eps)
+        return instance_statistics(x, norm.eps, taken, upsample)
     if norm.training or norm.running_mean is None:
-        return _batch_statistics(norm, x)
+        return _batch_statistics(norm, x, taken, upsample)
     assert norm.running_var is not None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
@@ -72,25 +85,26 @@ def check_input(x: Tensor, channels: int) -> None:
         raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {channels}")
 
 
-def instance_statistics(x: Tensor, eps: float) -> Statistics:
-    """Each image's own channel statistics (biased variance)."""
+def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:
+    """Each image's own channel statistics (biased variance); arguments as of `statistics`."""
     pixels = x.shape[2] * x.shape[3]
-    if pixels == 1:
+    if pixels * upsample == 1:
         raise ValueError(f"instance norm needs more than one pixel per channel, got x of shape {tuple(x.shape)}")
-    mean, m2 = ops.channel_stats(x.detach())
+    mean, m2 = taken or ops.channel_stats(x.detach())
     return Statistics(mean, (m2 / pixels + eps).rsqrt(), "image")
 
 
-def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Statistics:
-    mean, m2 = ops.channel_stats(x.detach())
+def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor, taken: Moments | None, upsample: int) -> Statistics:
+    mean, m2 = taken or ops.channel_stats(x.detach())
     pixels = x.shape[2] * x.shape[3]
     over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
-    count = torch.full((), float(x.shape[0] * pixels), dtype=mean.dtype, device=mean.device)
+    values = x.shape[0] * pixels * upsample**2
+    count = torch.full((), float(values), dtype=mean.dtype, device=mean.device)
     total = mean.mean(0, keepdim=True) if len(mean) > 1 else mean
-    m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True)
+    m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True) * upsample**2
     if over_world:
         total, m2, count = _merge_over_processes(total, m2, count)
-    elif x.shape[0] * pixels == 1:
+    elif values == 1:
         raise ValueError(
             f"batch norm in training needs more than one value per channel, got x of shape {tuple(x.shape)}"
         )

@@ -24,24 +24,27 @@ _SCHEMAS = {
         "(Tensor grad, Tensor rows, Tensor order, Tensor starts, int num_taps, bool relu) -> (Tensor, Tensor)"
     ),
     "modulation_table": (
-        "(Tensor hidden, Tensor weight, Tensor bias, Tensor windows, Tensor? order, Tensor? starts) -> Tensor"
+        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? panels, Tensor? order,"
+        " Tensor? starts) -> Tensor"
     ),
     "modulation_table_grad": (
-        "(Tensor grad, Tensor hidden, Tensor weight, Tensor order, Tensor starts) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor hidden, Tensor gamma, Tensor beta, Tensor order, Tensor starts)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    "weight_panels": "(Tensor gamma, Tensor beta) -> Tensor",
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
         "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_rows, Tensor? order,"
-        " Tensor? starts, float slope, str stats_over) -> Tensor"
+        " Tensor? starts, float slope, int upsample, str stats_over) -> Tensor"
     ),
     "modulate_table_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? order,"
-        " Tensor? starts, float slope) -> Tensor"
+        " Tensor? starts, float slope, int upsample) -> Tensor"
     ),
     "modulate_input_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
-        " Tensor? mean_scale, float slope) -> Tensor"
+        " Tensor? mean_scale, float slope, int upsample) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -79,10 +82,22 @@ def hidden_rows(
 
 
 def modulation_table(
-    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, order: Tensor | None, starts: Tensor | None
+    hidden: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    windows: Tensor,
+    panels: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Scale and shift of every distinct window: `reference.modulation_table`."""
-    return _ops.modulation_table(hidden, weight, bias, windows, order, starts)
+    return _ops.modulation_table(hidden, gamma, beta, bias, windows, panels, order, starts)
+
+
+def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
+    """Weights that stand still, as `modulation_table` likes them: `reference.weight_panels`. No derivatives."""
+    return _ops.weight_panels(gamma, beta)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +115,7 @@ def modulate(
     order: Tensor | None = None,
     starts: Tensor | None = None,
     slope: float = 1.0,
+    upsample: int = 1,
     stats_over: str = "none",
 ) -> Tensor:
     """Normalize, modulate and activate x: `reference.modulate`.
@@ -110,7 +126,7 @@ def modulate(
             "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
             a gradient for mean and rstd themselves raises.
     """
-    return _ops.modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over)
+    return _ops.modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over)
 
 
 def _accumulation_dtype(t: Tensor) -> torch.dtype:
@@ -145,14 +161,21 @@ def _(grad, rows, order, starts, num_taps, relu):
 
 
 @_fake("modulation_table")
-def _(hidden, weight, bias, windows, order, starts):
-    return hidden.new_empty(windows.shape[0], weight.shape[2])
+def _(hidden, gamma, beta, bias, windows, panels, order, starts):
+    return hidden.new_empty(windows.shape[0], bias.shape[0])
 
 
 @_fake("modulation_table_grad")
-def _(grad, hidden, weight, order, starts):
+def _(grad, hidden, gamma, beta, order, starts):
     acc = _accumulation_dtype(grad)
-    return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, weight.shape, weight.shape[2:]))
+    return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, gamma.shape, beta.shape, grad.shape[1:]))
+
+
+@_fake("weight_panels")
+def _(gamma, beta):
+    channels, depth, height, width = gamma.shape
+    panels = (2 * channels + 31) // 32
+    return gamma.new_empty(panels, height * width, depth, 32, dtype=_accumulation_dtype(gamma))
 
 
 @_fake("channel_stats")
@@ -167,23 +190,23 @@ def _(x, mean, grad_mean, grad_m2):
 
 
 @_fake("modulate")
-def _(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, stats_over):
-    return _channels_last_like(x)
+def _(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over):
+    return _channels_last_like(x, upsample)
 
 
 @_fake("modulate_table_grad")
-def _(grad, x, mean, rstd, table, pixel_row, order, starts, slope):
+def _(grad, x, mean, rstd, table, pixel_row, order, starts, slope, upsample):
     return table.new_empty(table.shape, dtype=_accumulation_dtype(x))
 
 
 @_fake("modulate_input_grad")
-def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope):
+def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsample):
     return _channels_last_like(x)
 
 
-def _channels_last_like(x: Tensor) -> Tensor:
+def _channels_last_like(x: Tensor, upsample: int = 1) -> Tensor:
     n, c, h, w = x.shape
-    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+    return x.new_empty(n, upsample * h, upsample * w, c).permute(0, 3, 1, 2)
 
 
 def _autograd(name: str, setup_context, backward) -> None:
@@ -224,15 +247,16 @@ _autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
-    hidden, weight, _, _, order, starts = inputs
-    ctx.save_for_backward(hidden, weight, order, starts)
+    hidden, gamma, beta, _, _, _, order, starts = inputs
+    ctx.save_for_backward(hidden, gamma, beta, order, starts)
 
 
 def _modulation_table_backward(ctx, grad):
-    hidden, weight, order, starts = ctx.saved_tensors
+    hidden, gamma, beta, order, starts = ctx.saved_tensors
     _require_groups("modulation_table", order, starts)
-    d_hidden, d_weight, d_bias = _ops.modulation_table_grad(grad, hidden, weight, order, starts)
-    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+    d_hidden, d_gamma, d_beta, d_bias = _ops.modulation_table_grad(grad, hidden, gamma, beta, order, starts)
+    d_bias = d_bias.to(hidden.dtype)
+    return d_hidden.to(hidden.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), d_bias, None, None, None, None
 
 
 _autograd("modulation_table", _modulation_table_setup, _modulation_table_backward)
@@ -250,7 +274,7 @@ _autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
 
 
 def _modulate_setup(ctx, inputs, output):
-    x, mean, rstd, table, pixel_row, image_rows, order, starts, ctx.slope, ctx.stats_over = inputs
+    x, mean, rstd, table, pixel_row, image_rows, order, starts, ctx.slope, ctx.upsample, ctx.stats_over = inputs
     ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_rows, order, starts)
 
 
@@ -260,36 +284,37 @@ def _modulate_backward(ctx, grad):
     x, mean, rstd, table, pixel_row, image_rows, order, starts = ctx.saved_tensors
     if pixel_row is not None:
         _require_groups("modulate", order, starts)
-    d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, ctx.slope)
+    how = (ctx.slope, ctx.upsample)
+    d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, *how)
     d_x = None
     if ctx.needs_input_grad[0]:
-        mean_shift, mean_scale = _normalization_means(ctx.stats_over, x, table, d_table, image_rows)
-        d_x = _ops.modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, ctx.slope)
-    return d_x, None, None, d_table.to(table.dtype), None, None, None, None, None, None
+        means = _normalization_means(ctx.stats_over, grad, table, d_table, image_rows)
+        d_x = _ops.modulate_input_grad(grad, x, mean, rstd, table, pixel_row, *means, *how)
+    return d_x, None, None, d_table.to(table.dtype), None, None, None, None, None, None, None
 
 
 _autograd("modulate", _modulate_setup, _modulate_backward)
 
 
 def _normalization_means(
-    stats_over: str, x: Tensor, table: Tensor, d_table: Tensor, image_rows: Tensor | None
+    stats_over: str, grad: Tensor, table: Tensor, d_table: Tensor, image_rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Means of d(xhat) and d(xhat) * xhat over the pixels of the statistics, from the table alone.
+    """Means of d(xhat) and d(xhat) * xhat over the pixels of y that the statistics cover, from the table alone.
 
     Every pixel of a row has the row's scale, so sum(scale * dy) over pixels is sum(scale * d_shift) over rows.
     """
     if stats_over == "none":
         return None, None
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    images, channels, pixels = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
     scale = table[:, :channels].to(d_table.dtype)
     products = torch.cat((scale * d_table[:, channels:], scale * d_table[:, :channels]), 1)
     if stats_over == "image":
         if image_rows is None:
-            sums = products.view(x.shape[0], pixels, -1).sum(1)
+            sums = products.view(images, pixels, -1).sum(1)
         else:
             sums = torch.segment_reduce(products, "sum", offsets=image_rows, axis=0)
         return (sums / pixels).split(channels, 1)
-    count = products.new_full((1, 1), x.shape[0] * pixels)
+    count = products.new_full((1, 1), images * pixels)
     sums = torch.cat((products.sum(0, keepdim=True), count), 1)
     if stats_over == "world":
         dist.all_reduce(sums)

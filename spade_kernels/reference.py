@@ -70,32 +70,59 @@ def hidden_rows_grad(
 
 
 def modulation_table(
-    hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, order: Tensor | None, starts: Tensor | None
+    hidden: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    windows: Tensor,
+    panels: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
 ) -> Tensor:
     """(rows, 2C): the second convolution at each distinct window.
 
-    It is the sum over t of hidden[windows[:, t] - 1] @ weight[:, t], + bias. Each hidden row meets each tap's weights
-    once, however many windows it stands in.
+    It is the sum over t of hidden[windows[:, t] - 1] @ weight[:, t], + bias, gamma's columns first. Each hidden row
+    meets each tap's weights once, however many windows it stands in.
 
     Args:
         hidden: (hidden rows, D); a window entry of 0 contributes nothing.
-        weight: (D, T, 2C), scale columns first; bias (2C,).
-        windows: (rows, T) int64.
+        gamma, beta: (C, D, k, k); bias: (2C,).
+        windows: (rows, k*k) int64.
+        panels: what `weight_panels` made of gamma and beta, if they stand still; the reference does without.
         order, starts: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
     acc = F.pad(_accumulator(hidden), (0, 0, 1, 0))
-    taps = (acc @ weight.to(acc.dtype).flatten(1)).view(-1, *weight.shape[1:])
+    weight = _joint_weight(gamma, beta).to(acc.dtype)
+    taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
     return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
 
 
 def modulation_table_grad(
-    grad: Tensor, hidden: Tensor, weight: Tensor, order: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `hidden`, `weight` and `bias` from the gradient of the table."""
+    grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `hidden`, `gamma`, `beta` and `bias` from the gradient of the table."""
     grad, hidden = _accumulator(grad), _accumulator(hidden)
+    weight = _joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
     taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
-    return taps @ weight.to(grad.dtype).flatten(1).t(), (hidden.t() @ taps).view_as(weight), grad.sum(0)
+    d_weight = (hidden.t() @ taps).view_as(weight).permute(2, 0, 1)
+    d_gamma, d_beta = (part.reshape(gamma.shape) for part in d_weight.split(len(gamma)))
+    return taps @ weight.flatten(1).t(), d_gamma.contiguous(), d_beta.contiguous(), grad.sum(0)
+
+
+def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
+    """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) by 32 output columns, the last panel filled with 0.
+
+    What a backend's `modulation_table` otherwise makes of the weights in every call.
+    """
+    columns = torch.cat((_accumulator(gamma), _accumulator(beta))).flatten(2)
+    columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32))
+    return columns.unflatten(0, (-1, 32)).permute(0, 3, 2, 1).contiguous()
+
+
+def _joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
+    """(D, T, 2C)."""
+    return torch.cat((gamma, beta)).flatten(2).permute(1, 2, 0)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,20 +150,22 @@ def modulate(
     order: Tensor | None,
     starts: Tensor | None,
     slope: float,
+    upsample: int,
     stats_over: str,
 ) -> Tensor:
     """leaky_relu((x - mean) * rstd * scale + shift, slope), scale and shift gathered from the table.
 
     Args:
-        x: (N, C, h, w); mean, rstd: (N, C) or (1, C).
+        x: (N, C, h / upsample, w / upsample); mean, rstd: (N, C) or (1, C).
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
         slope: of the leaky ReLU; 1 is none.
+        upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
         image_rows, order, starts, stats_over: needed by the backward only; see `ops.modulate`.
 
     Returns:
         (N, C, h, w) in x's dtype, channels-last.
     """
-    y, _, _ = _affine(x, mean, rstd, table, pixel_row)
+    y, _, _ = _affine(x, mean, rstd, table, pixel_row, upsample)
     y = F.leaky_relu(y, slope) if slope != 1 else y
     return y.to(x.dtype).permute(0, 3, 1, 2)
 
@@ -151,9 +180,10 @@ def modulate_table_grad(
     order: Tensor | None,
     starts: Tensor | None,
     slope: float,
+    upsample: int,
 ) -> Tensor:
     """Gradient of the table, (rows, 2C), in the accumulation dtype: sums over each row's pixels."""
-    y, xhat, _ = _affine(x, mean, rstd, table, pixel_row)
+    y, xhat, _ = _affine(x, mean, rstd, table, pixel_row, upsample)
     d_shift = _through_leaky_relu(grad, y, slope)
     per_pixel = torch.cat((d_shift * xhat, d_shift), -1).flatten(0, 2)
     if pixel_row is None:
@@ -173,18 +203,22 @@ def modulate_input_grad(
     mean_shift: Tensor | None,
     mean_scale: Tensor | None,
     slope: float,
+    upsample: int,
 ) -> Tensor:
     """Gradient of x, channels-last, in x's dtype.
 
     Args:
-        mean_shift, mean_scale: (N, C) or (1, C) means of d(xhat) and of d(xhat) * xhat over the pixels the statistics
-            were taken from; None where mean and rstd do not depend on x.
+        mean_shift, mean_scale: (N, C) or (1, C) means of d(xhat) and of d(xhat) * xhat over the pixels of y whose
+            statistics were taken; None where mean and rstd do not depend on x.
     """
-    y, xhat, scale = _affine(x, mean, rstd, table, pixel_row)
+    y, xhat, scale = _affine(x, mean, rstd, table, pixel_row, upsample)
     d_xhat = _through_leaky_relu(grad, y, slope) * scale
     if mean_shift is not None and mean_scale is not None:
         d_xhat = d_xhat - mean_shift[:, None, None] - xhat * mean_scale[:, None, None]
-    return (d_xhat * rstd[:, None, None]).to(x.dtype).permute(0, 3, 1, 2)
+    d_x = d_xhat * rstd[:, None, None]
+    if upsample != 1:
+        d_x = d_x.unflatten(2, (-1, upsample)).unflatten(1, (-1, upsample)).sum((2, 4))
+    return d_x.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
@@ -248,10 +282,13 @@ def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
 
 
 def _affine(
-    x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None
+    x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None, upsample: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y before the activation, normalized x and scale, all (N, h, w, C)."""
-    xhat = (_accumulator(x).permute(0, 2, 3, 1).contiguous() - mean[:, None, None]) * rstd[:, None, None]
+    pixels = _accumulator(x).permute(0, 2, 3, 1).contiguous()
+    if upsample != 1:
+        pixels = pixels.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2)
+    xhat = (pixels - mean[:, None, None]) * rstd[:, None, None]
     rows = table.to(xhat.dtype)
     rows = rows.view(*xhat.shape[:3], -1) if pixel_row is None else F.embedding(pixel_row, rows)
     scale, shift = rows.chunk(2, -1)

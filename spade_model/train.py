@@ -8,19 +8,23 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from spade_kernels import LabelMap
 from spade_model import checkpoint
 from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
 from spade_model.data import Batch, create_dataset, create_loader
 from spade_model.errors import UserError
 from spade_model.files import remove_leftovers
+from spade_model.networks import SPADEGenerator
 from spade_model.networks.check import check_networks
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
@@ -71,6 +75,7 @@ class _Run:
         check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
         self.epoch, self.batches_done = 1, 0
+        self.prepare: Callable[[LabelMap], object] | None = None
         self.epoch_batches = len(self._loader(epoch=1))
         if self.epoch_batches < config.accumulate:
             raise UserError(
@@ -78,6 +83,7 @@ class _Run:
             )
         torch.manual_seed(config.data.seed)
         self.trainer = Trainer(config, self.device)
+        self.prepare = index_builder(self.trainer.generator)
         torch.manual_seed(config.data.seed + rank + 1)
         if config.continue_train:
             self._resume(self.folder / f"{config.which_epoch}.safetensors")
@@ -139,6 +145,7 @@ class _Run:
             rank=self.rank,
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
+            prepare=self.prepare,
         )
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
@@ -307,8 +314,19 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
         ) from error
     try:
         yield dist.get_rank(), dist.get_world_size()
+        # Gloo's thread frees the tensors of a collective when the next one comes, and needs Python's lock for it: freed
+        # by the destruction of the group, whose caller holds that lock, they would block it for ever.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def index_builder(generator: nn.Module) -> Callable[[LabelMap], object] | None:
+    """What builds the window indexes of a label map for the generator; None for one that uses none."""
+    if not isinstance(generator, SPADEGenerator):
+        return None
+    kernel_size = generator.head_0.norm_0.mlp_gamma.kernel_size[0]
+    return partial(LabelMap.prepare, sizes=generator.resolutions(), kernel_size=kernel_size)
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -302,15 +303,28 @@ class TestLoader:
         dataset = create_dataset(config, "train")
         script = (
             "import pickle, torch.multiprocessing as m\n"
+            "from functools import partial\n"
+            "from spade_kernels import LabelMap\n"
             "from spade_model.data import create_loader\n"
             "if __name__ == '__main__':\n"
             "    m.set_start_method('spawn')\n"
             "    dataset, config = pickle.load(open('job', 'rb'))\n"
-            "    loader = create_loader(dataset, config, shuffle=True, epoch=5)\n"
+            "    prepare = partial(LabelMap.prepare, sizes=[(8, 8)])\n"
+            "    loader = create_loader(dataset, config, shuffle=True, epoch=5, prepare=prepare)\n"
             "    pickle.dump([batch.names for batch in loader], open('names', 'wb'))\n"
         )
         run_script(script, coco, (dataset, replace(config, num_workers=1)))
         assert pickle.loads((coco / "names").read_bytes()) == [batch.names for batch in batches(config, dataset)]
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_indexes_come_with_the_batch(self, coco, num_workers, monkeypatch):
+        config = small("coco", coco, batch_size=2, num_workers=num_workers)
+        found = batches(config, create_dataset(config, "train"), prepare=partial(LabelMap.prepare, sizes=[(8, 8)]))
+        expected = [LabelMap(b.segmap.labels, b.segmap.num_labels, b.segmap.edges).prepare([(8, 8)]) for b in found]
+        monkeypatch.setattr("spade_kernels.ops.window_index", None)
+        for batch, label_map in zip(found, expected, strict=True):
+            index, expected_index = batch.segmap.window_index((8, 8), 3), label_map.window_index((8, 8), 3)
+            assert torch.equal(index.modulation.pixel_row, expected_index.modulation.pixel_row)
 
     def test_epochs_and_seeds_differ(self, coco):
         config = small("coco", coco, batch_size=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -205,28 +206,73 @@ def test_cat_and_slice_refusals():
 def test_everything_is_built_once():
     label_map = random_label_map("blobs", SHAPE, CLASSES)
     index = label_map.window_index((6, 6), 3)
-    assert label_map.window_index(torch.Size((6, 6)), 3) is index
+    assert label_map.window_index(torch.Size((6, 6)), 3) == index
     assert index.hidden is label_map.windows((6, 6), 3, 1, 1)
     assert index.modulation.row_pixels is index.modulation.row_pixels
     assert label_map.avg_pool() is label_map.avg_pool()
-    assert label_map.window_index((6, 6), 5) is not index
-    assert label_map[:].window_index((6, 6), 3) is not index
+    assert label_map.window_index((6, 6), 5) != index
+    assert label_map[:].window_index((6, 6), 3) != index
     assert label_map.to("cpu") is label_map
 
 
+SIZES = [(6, 5), (13, 10)]
+
+
+def prepared_label_map(seed: int = 0) -> LabelMap:
+    """With everything built that a label map can keep."""
+    label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True, seed=seed).prepare(SIZES)
+    assert label_map.avg_pool().prepare(SIZES).windows((6, 5), 4, 2, 2).uses_by_tap
+    return label_map
+
+
+def tensors(nest) -> dict[str, Tensor]:
+    """Every tensor that an object holds, by where."""
+    if isinstance(nest, Tensor):
+        return {"": nest}
+    parts = dict(enumerate(nest)) if isinstance(nest, tuple) else getattr(nest, "__dict__", nest)
+    if not isinstance(parts, dict):
+        return {}
+    return {f"{key} {where}": t for key, part in parts.items() for where, t in tensors(part).items()}
+
+
+def assert_same(got: LabelMap, expected: LabelMap) -> None:
+    got_tensors, expected_tensors = tensors(got), tensors(expected)
+    assert list(got_tensors) == list(expected_tensors)
+    for where, t in expected_tensors.items():
+        assert got_tensors[where].dtype == t.dtype, where
+        assert torch.equal(got_tensors[where], t), where
+
+
+def test_prepare_builds_all_that_a_layer_needs():
+    layer, x = SPADE("spadebatch3x3", 4, CLASSES + 1), torch.randn(2, 4, 6, 5)
+    label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True)
+    assert label_map.prepare([(6, 5)]) is label_map
+    kept = set(tensors(label_map))
+    forward_backward(lambda x: layer(x, label_map), layer, x, x)
+    assert set(tensors(label_map)) == kept
+    without = random_label_map("blobs", SHAPE, CLASSES, edges=True).prepare([(6, 5)], gradients=False)
+    assert {where for where in kept if "uses_by_tap" in where or "row_pixels" in where} == kept - set(tensors(without))
+
+
 def test_to_another_device():
-    label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True).avg_pool()
+    label_map = prepared_label_map()
     moved = label_map.to("meta")
-    assert moved.device.type == "meta"
+    assert moved.device.type == moved.avg_pool().device.type == "meta"
     assert moved.shape == label_map.shape
-    assert {t.device.type for t in (moved.labels, moved.edges, moved.codebook())} == {"meta"}
+    assert {where: (t.shape, t.dtype) for where, t in tensors(moved).items()} == {
+        where: (t.shape, t.dtype) for where, t in tensors(label_map).items()
+    }
+    assert {t.device.type for t in tensors(moved).values()} == {"meta"}
     assert label_map.device.type == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_pin_memory():
-    pinned = random_label_map("blobs", SHAPE, CLASSES, edges=True).pin_memory()
-    assert all(t.is_pinned() for t in (pinned.codes, pinned.labels, pinned.edges))
+    label_map = prepared_label_map()
+    pinned = label_map.pin_memory()
+    assert all(t.is_pinned() for t in tensors(pinned).values())
+    for copied in (pinned, pinned.to("cuda", non_blocking=True).to("cpu")):
+        assert_same(copied, label_map)
 
 
 def test_what_is_returned_is_not_what_is_kept():
@@ -260,24 +306,39 @@ class _Maps(Dataset):
         return 2
 
     def __getitem__(self, number: int) -> LabelMap:
-        label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True, seed=number)
-        label_map.window_index((6, 5), 3)
-        return label_map
+        return prepared_label_map(number)
 
 
-def test_loader_workers_send_label_maps():
+def test_loader_workers_send_label_maps_with_their_indexes():
     loader = DataLoader(_Maps(), batch_size=None, num_workers=1)
     for number, received in enumerate(loader):
-        expected = random_label_map("blobs", SHAPE, CLASSES, edges=True, seed=number)
-        assert torch.equal(received.one_hot(), expected.one_hot())
-        index, expected_index = received.window_index((6, 5), 3), expected.window_index((6, 5), 3)
-        assert torch.equal(index.modulation.pixel_row, expected_index.modulation.pixel_row)
+        assert_same(received, prepared_label_map(number))
 
 
-def test_pickle_and_deepcopy():
-    label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True, ignore=True)
-    for twin in (pickle.loads(pickle.dumps(label_map)), copy.deepcopy(label_map)):
-        assert torch.equal(twin.one_hot(), label_map.one_hot())
+class _TensorCounter(pickle.Pickler):
+    count = 0
+
+    def reducer_override(self, value):
+        self.count += isinstance(value, Tensor)
+        return NotImplemented
+
+
+def test_pickles_as_one_tensor():
+    counter = _TensorCounter(io.BytesIO())
+    counter.dump(prepared_label_map())
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_copies(inference):
+    label_map, file = prepared_label_map(), io.BytesIO()
+    with torch.inference_mode(inference):
+        torch.save(label_map, file)
+        file.seek(0)
+        copies = [torch.load(file), pickle.loads(pickle.dumps(label_map)), copy.deepcopy(label_map)]
+    for twin in copies:
+        assert_same(twin, label_map)
+        assert not any(t.is_inference() for t in tensors(twin).values())
         assert repr(twin) == repr(label_map) == "LabelMap((2, 13, 10), num_labels=5, edges, device=cpu)"
 
 

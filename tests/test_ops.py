@@ -36,7 +36,7 @@ class Problem:
         self.taps = random(self.label_map.num_codes, K * K, D)
         self.taps.data[0] = 0
         self.bias, self.hidden = random(D), random(len(hidden), D)
-        self.weight, self.table_bias = random(D, K * K, 2 * C), random(2 * C)
+        self.gamma, self.beta, self.table_bias = random(C, D, K, K), random(C, D, K, K), random(2 * C)
         self.table, self.dense_table = random(len(rows), 2 * C), random(N * H * W, 2 * C)
         self.mean, self.rstd = torch.randn(N, C, **DOUBLE), torch.rand(N, C, **DOUBLE) + 0.5
         self.grad = torch.randn(N, C, H, W, **DOUBLE).contiguous(memory_format=layout)
@@ -45,25 +45,28 @@ class Problem:
         hidden, rows = self.index
         stats = (self.x, self.mean, self.rstd)
         modulate = (*stats, self.table, rows.pixel_row)
+        weights = (self.gamma, self.beta)
         return {
             "window_index": (self.label_map.codes, [H + 1, W], K, 1, K // 2),
             "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.uses_by_tap, True),
             "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.uses_by_tap, K * K, True),
-            "modulation_table": (self.hidden, self.weight, self.table_bias, rows.windows, *rows.uses_by_tap),
-            "modulation_table_grad": (self.table.detach(), self.hidden, self.weight, *rows.uses_by_tap),
+            "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.uses_by_tap),
+            "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.uses_by_tap),
+            "weight_panels": (self.gamma.detach(), self.beta.detach()),
             "channel_stats": (self.x,),
             "channel_stats_grad": (self.x, self.mean, self.mean, self.rstd),
-            "modulate": (*modulate, rows.image_rows, *rows.row_pixels, 0.2, "image"),
-            "modulate_table_grad": (self.grad, *modulate, *rows.row_pixels, 0.2),
-            "modulate_input_grad": (self.grad, *modulate, self.mean, self.rstd, 0.2),
-            "modulate dense": (*stats, self.dense_table, None, None, None, None, 1.0, "batch"),
-            "modulate_table_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0),
-            "modulate_input_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0),
+            "modulate": (*modulate, rows.image_rows, *rows.row_pixels, 0.2, 1, "image"),
+            "modulate_table_grad": (self.grad, *modulate, *rows.row_pixels, 0.2, 1),
+            "modulate_input_grad": (self.grad, *modulate, self.mean, self.rstd, 0.2, 1),
+            "modulate dense": (*stats, self.dense_table, None, None, None, None, 1.0, 1, "batch"),
+            "modulate_table_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0, 1),
+            "modulate_input_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0, 1),
         }[op]
 
 
 OPS = [
     *("window_index", "hidden_rows", "hidden_rows_grad", "modulation_table", "modulation_table_grad"),
+    "weight_panels",
     *("channel_stats", "channel_stats_grad", "modulate", "modulate_table_grad", "modulate_input_grad"),
     *("modulate dense", "modulate_table_grad dense", "modulate_input_grad dense"),
 ]
@@ -102,7 +105,7 @@ def test_gradient_of_modulation_table():
     p = Problem(requires_grad=True)
     windows, uses = p.index.modulation.windows, p.index.modulation.uses_by_tap
     assert torch.autograd.gradcheck(
-        lambda *floats: ops.modulation_table(*floats, windows, *uses), (p.hidden, p.weight, p.table_bias)
+        lambda *floats: ops.modulation_table(*floats, windows, None, *uses), (p.hidden, p.gamma, p.beta, p.table_bias)
     )
 
 
@@ -132,12 +135,12 @@ def test_gradient_of_modulate(dense, stats_over, slope, layout):
 
     def run(x: Tensor, table: Tensor) -> Tensor:
         stats = statistics_of(x, stats_over)
-        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, stats.stats_over)
+        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, 1, stats.stats_over)
 
     assert torch.autograd.gradcheck(run, (p.x, p.dense_table if dense else p.table))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "window_index" and "_grad" not in op])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("window_index", "weight_panels") and "_grad" not in op])
 def test_second_derivatives_raise(op):
     p = Problem(requires_grad=True)
     arguments = p.arguments(op)

@@ -31,7 +31,7 @@ def build(case: str) -> nn.Module:
 
 def condition(case: str) -> LabelMap | Tensor:
     label_map = random_label_map("blobs", (4, 12, 9), CLASSES)
-    return label_map.one_hot(torch.float64) if "dense" in case else label_map
+    return label_map.one_hot(torch.float64) + 0.5 if "dense" in case else label_map
 
 
 def compute(case: str, share: slice) -> dict[str, Tensor]:

@@ -7,17 +7,30 @@ namespace {
 constexpr int64_t kPixelPiece = 64;
 constexpr int64_t kSegmentPiece = 256;
 
-// Everything about one pixel: where its channels are, and the scale and shift it takes.
+// A place in an image: x where upsample is 1, else a pixel of x and the pixels of y it stands for.
+struct Place {
+  int64_t image, y, x;
+};
+
+SPADE_INLINE Place place_of(int64_t i, int64_t height, int64_t width) {
+  return {i / (height * width), i / width % height, i % width};
+}
+
+// Everything about one pixel of y: where its channels are, and the scale and shift it takes.
 template <class T>
 struct Pixel {
   using A = acc_t<T>;
   const T* x;
   const A *mean, *rstd, *scale, *shift;
-  int64_t image;
 
   SPADE_INLINE Pixel(const ModulateParams& p, int64_t i) {
-    image = i / p.pixels;
-    x = static_cast<const T*>(p.x) + i * p.channels;
+    int64_t image = i / (p.height * p.width), source = i;
+    if (p.upsample == 2) {
+      const Place at = place_of(i, 2 * p.height, 2 * p.width);
+      image = at.image;
+      source = (image * p.height + at.y / 2) * p.width + at.x / 2;
+    }
+    x = static_cast<const T*>(p.x) + source * p.channels;
     mean = static_cast<const A*>(p.mean) + image * p.stats_stride;
     rstd = static_cast<const A*>(p.rstd) + image * p.stats_stride;
     scale = static_cast<const A*>(p.table) + (p.pixel_row ? p.pixel_row[i] : i) * 2 * p.channels;
@@ -59,27 +72,49 @@ SPADE_INLINE void add_table_grad(const ModulateParams& p, int64_t i, acc_t<T>* s
 
 template <class T>
 SPADE_INLINE void table_grad_of_entries(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) {
-  std::fill_n(sum, 2 * p.channels, acc_t<T>(0));
-  for (int64_t e = begin; e < end; ++e) add_table_grad<T>(p, p.order ? p.order[e] : e, sum);
+  sum_in_blocks(begin, end, 2 * p.channels, sum,
+                [&](int64_t e, acc_t<T>* to) { add_table_grad<T>(p, p.order ? p.order[e] : e, to); });
+}
+
+// The gradient of pixels [begin, end) of x, each from the `shared` pixels of y that show it.
+template <class T, int shared>
+SPADE_INLINE void input_grad_of(const ModulateParams& p, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const A slope = static_cast<A>(p.slope);
+  for (int64_t i = begin; i < end; ++i) {
+    const Place at = place_of(i, p.height, p.width);
+    const int64_t width = 2 * p.width, corner = ((at.image * p.height + at.y) * width + at.x) * 2;
+    const int64_t pixels[] = {shared == 1 ? i : corner, corner + 1, corner + width, corner + width + 1};
+    const T* grad[shared];
+    const A *scale[shared], *shift[shared];
+    for (int s = 0; s < shared; ++s) {
+      const Pixel<T> pixel(p, pixels[s]);
+      grad[s] = static_cast<const T*>(p.grad) + pixels[s] * p.channels;
+      scale[s] = pixel.scale;
+      shift[s] = pixel.shift;
+    }
+    const Pixel<T> pixel(p, pixels[0]);
+    const A* mean_shift = static_cast<const A*>(p.mean_shift) + (p.mean_shift ? at.image * p.means_stride : 0);
+    const A* mean_scale = static_cast<const A*>(p.mean_scale) + (p.mean_scale ? at.image * p.means_stride : 0);
+    T* out = static_cast<T*>(p.out) + i * p.channels;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const A xhat = pixel.xhat(c);
+      A sum = 0;
+#pragma GCC unroll 4
+      for (int s = 0; s < shared; ++s) {
+        const A dy = static_cast<A>(grad[s][c]);
+        A d = (xhat * scale[s][c] + shift[s][c] > 0 ? dy : dy * slope) * scale[s][c];
+        if (p.mean_shift) d -= mean_shift[c] + xhat * mean_scale[c];
+        sum += d;
+      }
+      out[c] = static_cast<T>(sum * pixel.rstd[c]);
+    }
+  }
 }
 
 template <class T>
 SPADE_INLINE void input_grad(const ModulateParams& p, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const A slope = static_cast<A>(p.slope);
-  for (int64_t i = begin; i < end; ++i) {
-    const Pixel<T> pixel(p, i);
-    const T* grad = static_cast<const T*>(p.grad) + i * p.channels;
-    T* out = static_cast<T*>(p.out) + i * p.channels;
-    const A* mean_shift = static_cast<const A*>(p.mean_shift) + (p.mean_shift ? pixel.image * p.means_stride : 0);
-    const A* mean_scale = static_cast<const A*>(p.mean_scale) + (p.mean_scale ? pixel.image * p.means_stride : 0);
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const A xhat = pixel.xhat(c), dy = static_cast<A>(grad[c]);
-      A d = (xhat * pixel.scale[c] + pixel.shift[c] > 0 ? dy : dy * slope) * pixel.scale[c];
-      if (p.mean_shift) d -= mean_shift[c] + xhat * mean_scale[c];
-      out[c] = static_cast<T>(d * pixel.rstd[c]);
-    }
-  }
+  p.upsample == 2 ? input_grad_of<T, 4>(p, begin, end) : input_grad_of<T, 1>(p, begin, end);
 }
 
 #define SPADE_FOR_DTYPE(name, T)                                                                            \
@@ -100,8 +135,9 @@ SPADE_FOR_DTYPE(f16, c10::Half)
 
 using Pass = void (*)(const ModulateParams&, int64_t, int64_t);
 
-void over_pixels(const ModulateParams& p, Pass pass) {
-  in_pieces(p.images * p.pixels, kPixelPiece, [&](int64_t begin, int64_t end) { pass(p, begin, end); });
+void over_pixels(const ModulateParams& p, int64_t upsample, Pass pass) {
+  in_pieces(p.images * p.height * p.width * upsample * upsample, kPixelPiece,
+            [&](int64_t begin, int64_t end) { pass(p, begin, end); });
 }
 
 template <class A, class Entries>
@@ -121,12 +157,12 @@ void over_rows(const ModulateParams& p, Entries entries) {
 
 void modulate(Dtype dtype, const ModulateParams& p) {
   const Pass passes[] = {forward_f32, forward_f64, forward_bf16, forward_f16};
-  over_pixels(p, passes[static_cast<int>(dtype)]);
+  over_pixels(p, p.upsample, passes[static_cast<int>(dtype)]);
 }
 
 void modulate_input_grad(Dtype dtype, const ModulateParams& p) {
   const Pass passes[] = {input_f32, input_f64, input_bf16, input_f16};
-  over_pixels(p, passes[static_cast<int>(dtype)]);
+  over_pixels(p, 1, passes[static_cast<int>(dtype)]);
 }
 
 void modulate_table_grad(Dtype dtype, const ModulateParams& p) {

@@ -7,9 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "gemm.h"
 #include "kernels.h"
-#include "scratch.h"
 #include "vector.h"
 #include "window_index.h"
 
@@ -43,14 +41,19 @@ Tensor dense(const Tensor& t) {
   return dense(t, t.scalar_type());
 }
 
+MaybeTensor dense(const MaybeTensor& t, ScalarType dtype) {
+  if (!t) return std::nullopt;
+  return dense(*t, dtype);
+}
+
 // x (N, C, h, w) laid out as (N, h, w, C).
 Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Tensor empty_channels_last(const Tensor& x) {
-  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, std::nullopt,
-                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
+  return torch::stable::empty({x.size(0), x.size(1), upsample * x.size(2), upsample * x.size(3)}, x.scalar_type(),
+                              std::nullopt, std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 Tensor where_positive(const Tensor& condition, const Tensor& values) {
@@ -117,27 +120,22 @@ std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::
   return {windows, pixel_row, image_rows};
 }
 
-// The sums over taps as a tensor like `like`: see SumOfTapsParams.
-Tensor sum_taps(const Tensor& like, const void* taps, const MaybeTensor& bias, const Tensor& windows, int64_t first_id,
-                int64_t width, bool relu) {
-  const Tensor rows = torch::stable::new_empty(like, {windows.size(0), width}, accumulator(like));
-  sum_of_taps(dtype_of(rows), {taps, data(bias), ids(windows), rows.mutable_data_ptr(), windows.size(0),
-                               windows.size(1), width, first_id, relu});
-  return dense(rows, like.scalar_type());
-}
-
-Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor&,
+Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in, const MaybeTensor&,
                       const MaybeTensor&, bool relu) {
   const ScalarType acc = accumulator(taps_in);
-  const Tensor taps = dense(taps_in, acc);
-  const MaybeTensor bias_acc = bias ? MaybeTensor(dense(*bias, acc)) : std::nullopt;
-  return sum_taps(taps_in, taps.const_data_ptr(), bias_acc, dense(windows), 0, taps.size(2), relu);
+  const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
+  const MaybeTensor bias = dense(bias_in, acc);
+  const Tensor rows = torch::stable::new_empty(taps, {windows.size(0), taps.size(2)});
+  sum_of_taps(dtype_of(rows), {taps.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(),
+                               windows.size(0), windows.size(1), taps.size(2), relu});
+  return dense(rows, taps_in.scalar_type());
 }
 
 Tensor column_sum(const Tensor& values) {
   const int64_t all[] = {0, values.size(0)};
   const Tensor sum = torch::stable::new_empty(values, {values.size(1)});
-  segment_sum(dtype_of(values), {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, values.size(1), 1});
+  segment_sum(dtype_of(values),
+              {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, values.size(1), values.size(1), 1});
   return sum;
 }
 
@@ -149,65 +147,79 @@ std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor&
   if (relu) masked = where_positive(dense(rows, acc), masked);
   const int64_t width = masked.size(1), segments = starts.size(0) - 1;
   const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
-  segment_sum(dtype_of(masked),
-              {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments, width, num_taps});
+  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments,
+                                 width, width, num_taps});
   return {taps, column_sum(masked)};
 }
 
-template <class A>
-Matrix<A> matrix(const void* data, int64_t columns) {
-  return {static_cast<const A*>(data), columns, 1};
-}
+// gamma and beta (C, depth, k, k) in the accumulation type, kept alive beside the parameters that point into them.
+struct WeightsCall {
+  Tensor gamma, beta;
+  ModulationWeights params{};
 
-template <class A>
-Matrix<A> transposed(const void* data, int64_t columns) {
-  return {static_cast<const A*>(data), 1, columns};
-}
+  WeightsCall(const Tensor& gamma_in, const Tensor& beta_in, ScalarType acc)
+      : gamma(converted(gamma_in, acc)), beta(converted(beta_in, acc)) {
+    if (!(strides_fit(gamma) && same_strides())) {
+      gamma = torch::stable::contiguous(gamma);
+      beta = torch::stable::contiguous(beta);
+    }
+    params = {gamma.const_data_ptr(),        beta.const_data_ptr(), gamma.size(0),   gamma.size(1),
+              gamma.size(2) * gamma.size(3), gamma.stride(0),       gamma.stride(1), gamma.stride(3)};
+  }
 
-template <class A>
-Tensor modulation_table_of(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& bias,
-                           const Tensor& windows) {
+ private:
+  static Tensor converted(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  }
+  // Taps must be evenly apart, as in contiguous and in channels-last weights.
+  static bool strides_fit(const Tensor& t) {
+    return t.stride(2) == t.size(3) * t.stride(3);
+  }
+  bool same_strides() const {
+    return gamma.stride(0) == beta.stride(0) && gamma.stride(1) == beta.stride(1) &&
+           gamma.stride(2) == beta.stride(2) && gamma.stride(3) == beta.stride(3);
+  }
+};
+
+Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const Tensor& beta, const Tensor& bias_in,
+                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor&,
+                           const MaybeTensor&) {
   const ScalarType acc = accumulator(hidden_in);
-  const Tensor hidden = dense(hidden_in, acc), weight = dense(weight_in, acc);
-  const int64_t rows = hidden.size(0), depth = hidden.size(1), width = weight.size(1) * weight.size(2);
-  const Scratch<A> taps(rows * width);
-  gemm(rows, width, depth, matrix<A>(hidden.const_data_ptr(), depth), matrix<A>(weight.const_data_ptr(), width),
-       taps.data());
-  return sum_taps(hidden_in, taps.data(), dense(bias, acc), dense(windows), 1, weight.size(2), false);
+  const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
+  const MaybeTensor panels = dense(panels_in, acc);
+  const WeightsCall weights(gamma, beta, acc);
+  const Tensor table = torch::stable::new_empty(hidden, {windows.size(0), 2 * gamma.size(0)});
+  modulation_table(dtype_of(table), {hidden.const_data_ptr(), weights.params, data(panels), bias.const_data_ptr(),
+                                     ids(windows), table.mutable_data_ptr(), hidden.size(0), windows.size(0)});
+  return dense(table, hidden_in.scalar_type());
 }
 
-Tensor modulation_table_op(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& windows,
-                           const MaybeTensor&, const MaybeTensor&) {
-  return accumulator(hidden) == ScalarType::Double ? modulation_table_of<double>(hidden, weight, bias, windows)
-                                                   : modulation_table_of<float>(hidden, weight, bias, windows);
-}
-
-template <class A>
-std::tuple<Tensor, Tensor, Tensor> modulation_table_grad_of(const Tensor& grad_in, const Tensor& hidden_in,
-                                                            const Tensor& weight_in, const Tensor& order_in,
-                                                            const Tensor& starts_in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad_in, const Tensor& hidden_in,
+                                                                    const Tensor& gamma, const Tensor& beta,
+                                                                    const Tensor& order_in, const Tensor& starts_in) {
   const ScalarType acc = accumulator(grad_in);
-  const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc), weight = dense(weight_in, acc);
+  const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc);
   const Tensor order = dense(order_in), starts = dense(starts_in);
-  const int64_t num_taps = weight.size(1), rows = hidden.size(0), depth = hidden.size(1);
-  const int64_t width = num_taps * weight.size(2);
-  const Scratch<A> taps(rows * width);
+  const WeightsCall weights(gamma, beta, acc);
+  const Tensor d_hidden = torch::stable::empty_like(hidden);
+  const auto like_weight = [&] {
+    return torch::stable::new_empty(hidden, {gamma.size(0), gamma.size(1), gamma.size(2), gamma.size(3)});
+  };
+  const Tensor d_gamma = like_weight(), d_beta = like_weight();
   // Id 0, outside the image, comes first and has no hidden row.
-  segment_sum(dtype_of(grad), {grad.const_data_ptr(), ids(order), ids(starts) + num_taps, taps.data(), rows * num_taps,
-                               weight.size(2), num_taps});
-  const Tensor d_hidden = torch::stable::empty_like(hidden), d_weight = torch::stable::empty_like(weight);
-  gemm(rows, depth, width, matrix<A>(taps.data(), width), transposed<A>(weight.const_data_ptr(), width),
-       static_cast<A*>(d_hidden.mutable_data_ptr()));
-  gemm(depth, width, rows, transposed<A>(hidden.const_data_ptr(), depth), matrix<A>(taps.data(), width),
-       static_cast<A*>(d_weight.mutable_data_ptr()));
-  return {d_hidden, d_weight, column_sum(grad)};
+  modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(order),
+                                         ids(starts) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
+                                         d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), hidden.size(0)});
+  return {d_hidden, d_gamma, d_beta, column_sum(grad)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad, const Tensor& hidden,
-                                                            const Tensor& weight, const Tensor& order,
-                                                            const Tensor& starts) {
-  return accumulator(grad) == ScalarType::Double ? modulation_table_grad_of<double>(grad, hidden, weight, order, starts)
-                                                 : modulation_table_grad_of<float>(grad, hidden, weight, order, starts);
+Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
+  const WeightsCall weights(gamma, beta, accumulator(gamma));
+  const ModulationWeights& w = weights.params;
+  const int64_t count = (2 * w.channels + kPanelColumns - 1) / kPanelColumns;
+  const Tensor panels = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
+  weight_panels(dtype_of(panels), w, panels.mutable_data_ptr());
+  return panels;
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
@@ -226,7 +238,7 @@ struct ModulateCall {
   ModulateParams params{};
 
   ModulateCall(const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in, const Tensor& table_in,
-               const MaybeTensor& pixel_row_in, double slope)
+               const MaybeTensor& pixel_row_in, double slope, int64_t upsample)
       : x(channels_last(x_in)),
         mean(dense(mean_in, accumulator(x_in))),
         rstd(dense(rstd_in, accumulator(x_in))),
@@ -238,8 +250,10 @@ struct ModulateCall {
     params.table = table.const_data_ptr();
     params.pixel_row = static_cast<const int64_t*>(data(pixel_row));
     params.images = x.size(0);
-    params.pixels = x.size(2) * x.size(3);
+    params.height = x.size(2);
+    params.width = x.size(3);
     params.channels = x.size(1);
+    params.upsample = upsample;
     params.num_rows = table.size(0);
     params.stats_stride = mean.size(0) == 1 ? 0 : x.size(1);
     params.slope = slope;
@@ -258,9 +272,9 @@ struct ModulateCall {
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                   double slope, std::string) {
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
-  const Tensor y = empty_channels_last(x);
+                   double slope, int64_t upsample, std::string) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
   modulate(dtype_of(x), call.params);
   return y;
@@ -268,8 +282,8 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
-                              const MaybeTensor& starts, double slope) {
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
+                              const MaybeTensor& starts, double slope, int64_t upsample) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.set_grad(grad);
   if (order) call.order = dense(*order);
   if (starts) call.starts = dense(*starts);
@@ -283,8 +297,8 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 
 Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
-                              const MaybeTensor& mean_scale, double slope) {
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope);
+                              const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.set_grad(grad);
   if (mean_shift && mean_scale) {
     call.mean_shift = dense(*mean_shift, accumulator(x));
@@ -307,6 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("hidden_rows", TORCH_BOX(&spade::hidden_rows_op));
   m.impl("hidden_rows_grad", TORCH_BOX(&spade::hidden_rows_grad_op));
   m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
+  m.impl("weight_panels", TORCH_BOX(&spade::weight_panels_op));
   m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
   m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
   m.impl("modulate", TORCH_BOX(&spade::modulate_op));

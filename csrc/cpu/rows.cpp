@@ -1,4 +1,4 @@
-// Sums over rows of a table: the forward of hidden_rows and modulation_table, and the segment sum of both backwards.
+// Sums over rows of a table: the forward of hidden_rows, and the segment sum of every backward.
 #include "kernels.h"
 #include "segments.h"
 
@@ -20,8 +20,7 @@ SPADE_INLINE void add_taps(const SumOfTapsParams& p, int64_t begin, int64_t end)
       const int64_t n = std::min(kBlock, p.width - c);
       A sum[kBlock] = {};
       for (int64_t t = 0; t < p.num_taps; ++t) {
-        if (window[t] < p.first_id) continue;
-        const A* tap = taps + ((window[t] - p.first_id) * p.num_taps + t) * p.width + c;
+        const A* tap = taps + (window[t] * p.num_taps + t) * p.width + c;
         if (n == kBlock)
           for (int64_t i = 0; i < kBlock; ++i) sum[i] += tap[i];
         else
@@ -45,11 +44,10 @@ SPADE_EVERY_CPU void add_taps_f64(const SumOfTapsParams& p, int64_t begin, int64
 
 template <class A>
 SPADE_INLINE void add_entries(const SegmentSumParams& p, int64_t begin, int64_t end, A* sum) {
-  std::fill_n(sum, p.width, A(0));
-  for (int64_t e = begin; e < end; ++e) {
-    const A* value = static_cast<const A*>(p.values) + (p.order ? p.order[e] / p.divisor : e) * p.width;
-    for (int64_t i = 0; i < p.width; ++i) sum[i] += value[i];
-  }
+  sum_in_blocks(begin, end, p.width, sum, [&](int64_t e, A* to) {
+    const A* value = static_cast<const A*>(p.values) + (p.order ? p.order[e] / p.divisor : e) * p.row;
+    for (int64_t i = 0; i < p.width; ++i) to[i] += value[i];
+  });
 }
 
 SPADE_EVERY_CPU void add_entries_f32(const SegmentSumParams& p, int64_t begin, int64_t end, float* sum) {

@@ -1,9 +1,28 @@
 // Segment sums in a fixed order: long segments are cut into pieces, and the pieces' sums are added in order.
 #pragma once
 
+#include "scratch.h"
 #include "vector.h"
 
 namespace spade {
+
+// sum (width values) = the sum of what `add(e, to)` adds for e in [begin, end), first within blocks and then over them:
+// rounding errors grow with the two counts instead of their product.
+template <class A, class Add>
+SPADE_INLINE void sum_in_blocks(int64_t begin, int64_t end, int64_t width, A* sum, const Add& add) {
+  constexpr int64_t kBlock = 16;
+  std::fill_n(sum, width, A(0));
+  if (end - begin <= kBlock) {
+    for (int64_t e = begin; e < end; ++e) add(e, sum);
+    return;
+  }
+  const Scratch<A> block(width);
+  for (int64_t b = begin; b < end; b += kBlock) {
+    std::fill_n(block.data(), width, A(0));
+    for (int64_t e = b; e < std::min(b + kBlock, end); ++e) add(e, block.data());
+    for (int64_t i = 0; i < width; ++i) sum[i] += block.data()[i];
+  }
+}
 
 // sums[s] (width values) = the sum of segment s. `add(begin, end, sum)` writes the sum of the entries [begin, end).
 template <class A, class Add>
@@ -43,12 +62,10 @@ void sum_segments(int64_t num_segments, const int64_t* starts, int64_t piece, in
   });
   in_pieces(longs.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      A* sum = sums + longs[i].segment * width;
-      std::fill_n(sum, width, A(0));
-      for (int64_t j = 0; j < longs[i].count; ++j) {
-        const A* from = partial.data() + (longs[i].first + j) * width;
-        for (int64_t c = 0; c < width; ++c) sum[c] += from[c];
-      }
+      const A* first = partial.data() + longs[i].first * width;
+      sum_in_blocks(0, longs[i].count, width, sums + longs[i].segment * width, [&](int64_t j, A* to) {
+        for (int64_t c = 0; c < width; ++c) to[c] += first[j * width + c];
+      });
     }
   });
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from spade_kernels import LabelMap
 from spade_model.config import DataConfig
 from spade_model.data.dataset import SpadeDataset
 from spade_model.data.sample import Batch, Sample, collate
@@ -47,6 +48,7 @@ def create_loader(
     world_size: int = 1,
     drop_last: bool = True,
     pin_memory: bool = False,
+    prepare: Callable[[LabelMap], object] | None = None,
 ) -> Loader:
     """The batches of one process in one epoch.
 
@@ -56,6 +58,8 @@ def create_loader(
     Args:
         shuffle: take items in the random order of (config.seed, epoch), unless config.serial_batches.
         first_batch: number of batches to skip: where a resumed run goes on.
+        prepare: called with the label map of each batch in the process that reads it, to build what the training step
+            needs of it; must pickle, for workers that are spawned.
 
     Raises:
         UserError: fewer items than one batch with drop_last, or no such first_batch.
@@ -78,7 +82,7 @@ def create_loader(
     loader: DataLoader = DataLoader(
         cast(Dataset, _ReportingDataset(dataset)),
         batch_sampler=remaining,
-        collate_fn=partial(_collate_or_report, num_labels=config.num_labels),
+        collate_fn=partial(_collate_or_report, num_labels=config.num_labels, prepare=prepare),
         num_workers=config.num_workers,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
@@ -121,16 +125,21 @@ class _ReportingDataset:
             return error
 
 
-def _collate_or_report(samples: Sequence[Sample | UserError], num_labels: int) -> Batch | UserError:
+def _collate_or_report(
+    samples: Sequence[Sample | UserError], num_labels: int, prepare: Callable[[LabelMap], object] | None
+) -> Batch | UserError:
     good = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
         good.append(sample)
     try:
-        return collate(good, num_labels)
+        batch = collate(good, num_labels)
     except UserError as error:
         return error
+    if prepare is not None and isinstance(batch.segmap, LabelMap):
+        prepare(batch.segmap)
+    return batch
 
 
 def _start_worker(worker: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import spectral_norm
 
-from spade_kernels import SPADE
+from spade_kernels import SPADE, freeze
+from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_kernels.normalization import moments
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
@@ -28,22 +29,33 @@ class SPADEResnetBlock(nn.Module):
     def __init__(self, fin: int, fout: int, norm_G: str, semantic_nc: int):
         super().__init__()
         fmiddle = min(fin, fout)
-        wrap: Callable[[nn.Module], nn.Module] = spectral_norm if "spectral" in norm_G else _unchanged
-        self.conv_0 = wrap(nn.Conv2d(fin, fmiddle, 3, padding=1))
-        self.conv_1 = wrap(nn.Conv2d(fmiddle, fout, 3, padding=1))
+        spectral = "spectral" in norm_G
+        self.conv_0 = Conv2d(fin, fmiddle, 3, padding=1, spectral=spectral)
+        self.conv_1 = Conv2d(fmiddle, fout, 3, padding=1, spectral=spectral)
         self.norm_0 = SPADE(norm_G, fin, semantic_nc)
         self.norm_1 = SPADE(norm_G, fmiddle, semantic_nc)
         self.learned_shortcut = fin != fout
         if self.learned_shortcut:
-            self.conv_s = wrap(nn.Conv2d(fin, fout, 1, bias=False))
+            self.conv_s = Conv2d(fin, fout, 1, bias=False, spectral=spectral)
             self.norm_s = SPADE(norm_G, fin, semantic_nc)
 
-    def forward(self, x: torch.Tensor, segmap: Segmap) -> torch.Tensor:
-        """(N, fin, h, w) -> (N, fout, h, w)."""
-        shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
-        dx = self.conv_0(self.norm_0(x, segmap, slope=_SLOPE))
-        dx = self.conv_1(self.norm_1(dx, segmap, slope=_SLOPE))
+    def forward(self, x: torch.Tensor, segmap: Segmap, upsample: int = 1) -> torch.Tensor:
+        """(N, fin, h, w) -> (N, fout, upsample * h, upsample * w); upsample 2 as if x had been upsampled (nearest)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        common: dict[str, Any] = {"upsample": upsample, "moments": moments(self.norm_0.param_free_norm, x)}
+        if self.learned_shortcut:
+            shortcut = _convolved(self.conv_s, self.norm_s, x, segmap, **common)
+        else:
+            shortcut = _double(x) if upsample == 2 else x
+        dx = _convolved(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
+        dx = _convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE)
         return shortcut + dx
+
+
+def _convolved(conv: Conv2d, norm: SPADE, x: torch.Tensor, segmap: Segmap, slope: float = 1.0, **how) -> torch.Tensor:
+    """conv(norm(x)), the convolution's spectral norm divided out of the norm's small table."""
+    weight, gain = conv.weight_and_gain()
+    return conv(norm(x, segmap, slope, gain=gain, **how), weight)
 
 
 class SPADEGenerator(nn.Module):
@@ -97,7 +109,7 @@ class SPADEGenerator(nn.Module):
         if num_upsampling_layers == "most":
             self.up_4 = block(ngf, ngf // 2)
             last = ngf // 2
-        self.conv_img = nn.Conv2d(last, 3, 3, padding=1)
+        self.conv_img = Conv2d(last, 3, 3, padding=1)
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
         """The image, (N, 3, H, W) in [-1, 1].
@@ -111,15 +123,17 @@ class SPADEGenerator(nn.Module):
         """
         segmap = as_condition(segmap, self.semantic_nc)
         x = self.head_0(self._start(segmap, z), segmap)
-        x = self.G_middle_0(_double(x), segmap)
-        if self.num_upsampling_layers in ("more", "most"):
-            x = _double(x)
-        x = self.G_middle_1(x, segmap)
+        x = self.G_middle_0(x, segmap, upsample=2)
+        x = self.G_middle_1(x, segmap, upsample=1 if self.num_upsampling_layers == "normal" else 2)
         for block in (self.up_0, self.up_1, self.up_2, self.up_3):
-            x = block(_double(x), segmap)
+            x = block(x, segmap, upsample=2)
         if self.num_upsampling_layers == "most":
-            x = self.up_4(_double(x), segmap)
+            x = self.up_4(x, segmap, upsample=2)
         return self.conv_img(F.leaky_relu(x, _SLOPE)).tanh()
+
+    def freeze(self) -> None:
+        """For inference: eval mode, spectral norm folded, weights packed. Undone by `train()`; see `freeze`."""
+        freeze(self)
 
     def _start(self, segmap: Segmap, z: torch.Tensor | None) -> torch.Tensor:
         if not self.use_vae:
@@ -132,6 +146,11 @@ class SPADEGenerator(nn.Module):
                 f"z must be a float tensor of shape {(count, self.z_dim)}, got {z.dtype} of shape {tuple(z.shape)}"
             )
         return self.fc(z).view(count, -1, *self.start_size)
+
+    def resolutions(self) -> list[tuple[int, int]]:
+        """(height, width) of every feature map that SPADE layers modulate, from the smallest."""
+        height, width = self.start_size
+        return [(height << n, width << n) for n in range(DOUBLINGS[self.num_upsampling_layers] + 1)]
 
 
 def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) -> tuple[int, int]:
@@ -156,7 +175,3 @@ def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def _unchanged(layer: nn.Module) -> nn.Module:
-    return layer

@@ -12,7 +12,7 @@ def initialize(network: nn.Module, init_type: str = "xavier", gain: float = 0.02
 
     Args:
         init_type: "xavier", "xavier_uniform", "normal" (standard deviation `gain`), "kaiming", "orthogonal", or "none"
-            for each layer's own default. `xavier_uniform` uses gain 1, as the original does.
+            to leave each layer its own default. `xavier_uniform` uses gain 1, as the original does.
     """
     draws = {
         "normal": lambda w: nn.init.normal_(w, 0.0, gain),
@@ -27,11 +27,8 @@ def initialize(network: nn.Module, init_type: str = "xavier", gain: float = 0.02
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.weight, 1.0, gain)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            if init_type == "none":
-                module.reset_parameters()
-            else:
-                draws[init_type](getattr(module, "weight_orig", module.weight))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and init_type != "none":
+            draws[init_type](module.weight_orig if hasattr(module, "weight_orig") else module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return network

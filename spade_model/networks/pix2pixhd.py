@@ -86,4 +86,5 @@ class Pix2PixHDGenerator(nn.Module):
                 f"the mask is {width}x{height} pixels, but this generator needs at least {self.least_side} on each "
                 "side; use larger images or --preprocess_mode fixed"
             )
-        return self.model(segmap.one_hot() if isinstance(segmap, LabelMap) else segmap)
+        dtype = next(self.parameters()).dtype
+        return self.model(segmap.one_hot(dtype) if isinstance(segmap, LabelMap) else segmap)

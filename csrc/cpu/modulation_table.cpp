@@ -1,0 +1,267 @@
+// The convolution that makes the table, at the distinct windows only, in columns few enough to stay in cache.
+#include "gemm.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "vector.h"
+
+namespace spade {
+namespace {
+
+constexpr int64_t kColumns = kPanelColumns;
+constexpr int64_t kInCache = int64_t{8} << 20;  // bytes of tap products worked on at a time
+constexpr int64_t kTilesPerTask = 16;
+constexpr int64_t kWindowsPerTask = 256;
+constexpr int64_t kDepthBlock = 8;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t num_panels(const ModulationWeights& w) {
+  return divide_up(2 * w.channels, kColumns);
+}
+
+int64_t panel_size(const ModulationWeights& w) {
+  return w.num_taps * w.depth * kColumns;
+}
+
+// The (depth, taps) weights of output column `column`.
+template <class A>
+const A* column_of(const ModulationWeights& w, int64_t column) {
+  return column < w.channels ? static_cast<const A*>(w.gamma) + column * w.channel
+                             : static_cast<const A*>(w.beta) + (column - w.channels) * w.channel;
+}
+
+// One panel, (taps, depth, kColumns); columns past the last are zero. In blocks of depth that stay in cache.
+template <class A>
+void fill_panel(const ModulationWeights& w, int64_t panel, A* to) {
+  const int64_t first = panel * kColumns, valid = std::min(kColumns, 2 * w.channels - first);
+  if (valid < kColumns) std::fill_n(to, panel_size(w), A(0));
+  for (int64_t block = 0; block < w.depth; block += kDepthBlock) {
+    const int64_t end = std::min(block + kDepthBlock, w.depth);
+    for (int64_t i = 0; i < valid; ++i) {
+      const A* from = column_of<A>(w, first + i);
+      for (int64_t d = block; d < end; ++d)
+        for (int64_t t = 0; t < w.num_taps; ++t)
+          to[(t * w.depth + d) * kColumns + i] = from[d * w.depth_step + t * w.tap];
+    }
+  }
+}
+
+// The panels [first, first + count), made unless the caller keeps them.
+template <class A>
+class Panels {
+ public:
+  Panels(const ModulationTableParams& p, int64_t most)
+      : weights_(p.weights), kept_(static_cast<const A*>(p.panels)), made_(kept_ ? 0 : most * panel_size(p.weights)) {}
+
+  const A* get(int64_t first, int64_t count) const {
+    const int64_t size = panel_size(weights_);
+    if (kept_) return kept_ + first * size;
+    in_pieces(count, 1, [&](int64_t i, int64_t) { fill_panel(weights_, first + i, made_.data() + i * size); });
+    return made_.data();
+  }
+
+ private:
+  const ModulationWeights& weights_;
+  const A* kept_;
+  Scratch<A> made_;
+};
+
+// Multiplies a packed tile of rows with one tap's columns of a panel.
+template <class A>
+void multiply_tile(int64_t depth, const A* tile, const A* panel, A* out, int64_t out_row, bool add) {
+  const Microkernel<A>& kernel = microkernel<A>();
+  for (int64_t c = 0; c < kColumns; c += kernel.columns)
+    kernel.tile(depth, tile, panel + c, kColumns, out + c, out_row, add);
+}
+
+struct Gather {
+  const int64_t* windows;
+  int64_t num_taps;
+};
+
+// out[r] = bias + sum over t of products[windows[r, t] - 1, t], for rows [begin, end) and `valid` columns.
+template <class A>
+SPADE_INLINE void gather(const Gather& g, const A* products, const A* bias, int64_t begin, int64_t end, int64_t valid,
+                         A* out, int64_t out_row) {
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t* window = g.windows + r * g.num_taps;
+    A sum[kColumns] = {};
+    for (int64_t t = 0; t < g.num_taps; ++t) {
+      if (window[t] == 0) continue;
+      const A* from = products + ((window[t] - 1) * g.num_taps + t) * kColumns;
+      for (int64_t i = 0; i < kColumns; ++i) sum[i] += from[i];
+    }
+    A* to = out + r * out_row;
+    if (valid == kColumns)
+      for (int64_t i = 0; i < kColumns; ++i) to[i] = sum[i] + bias[i];
+    else
+      for (int64_t i = 0; i < valid; ++i) to[i] = sum[i] + bias[i];
+  }
+}
+
+SPADE_EVERY_CPU void gather_any(const Gather& g, const float* products, const float* bias, int64_t begin, int64_t end,
+                                int64_t valid, float* out, int64_t out_row) {
+  gather(g, products, bias, begin, end, valid, out, out_row);
+}
+SPADE_EVERY_CPU void gather_any(const Gather& g, const double* products, const double* bias, int64_t begin, int64_t end,
+                                int64_t valid, double* out, int64_t out_row) {
+  gather(g, products, bias, begin, end, valid, out, out_row);
+}
+
+// Each hidden row meets each tap's weights once; every window then adds up its taps' products.
+template <class A>
+void by_tap_products(const ModulationTableParams& p) {
+  const ModulationWeights& w = p.weights;
+  const int64_t tile_rows = microkernel<A>().rows, tiles = divide_up(p.num_hidden, tile_rows);
+  const int64_t panels = num_panels(w), products_size = tiles * tile_rows * w.num_taps * kColumns;
+  const int64_t group = std::clamp(kInCache / (products_size * static_cast<int64_t>(sizeof(A))), int64_t{1}, panels);
+  const Scratch<A> rows(tiles * tile_rows * w.depth), products(group * products_size);
+  in_pieces(tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * tile_rows, last = std::min(end * tile_rows, p.num_hidden);
+    pack(static_cast<const A*>(p.hidden) + first * w.depth, w.depth, 1, last - first, w.depth, tile_rows,
+         rows.data() + first * w.depth);
+  });
+
+  const Panels<A> weights(p, group);
+  const int64_t tile_tasks = divide_up(tiles, kTilesPerTask), window_tasks = divide_up(p.num_rows, kWindowsPerTask);
+  for (int64_t first = 0; first < panels; first += group) {
+    const int64_t count = std::min(group, panels - first);
+    const A* panel = weights.get(first, count);
+    in_pieces(count * w.num_taps * tile_tasks, 1, [&](int64_t task, int64_t) {
+      const int64_t begin = task % tile_tasks * kTilesPerTask, end = std::min(begin + kTilesPerTask, tiles);
+      const int64_t t = task / tile_tasks % w.num_taps, j = task / tile_tasks / w.num_taps;
+      const A* tap = panel + (j * w.num_taps + t) * w.depth * kColumns;
+      for (int64_t i = begin; i < end; ++i)
+        multiply_tile(w.depth, rows.data() + i * tile_rows * w.depth, tap,
+                      products.data() + j * products_size + (i * tile_rows * w.num_taps + t) * kColumns,
+                      w.num_taps * kColumns, false);
+    });
+    in_pieces(count * window_tasks, 1, [&](int64_t task, int64_t) {
+      const int64_t begin = task % window_tasks * kWindowsPerTask, j = task / window_tasks;
+      const int64_t column = (first + j) * kColumns;
+      gather_any({p.windows, w.num_taps}, products.data() + j * products_size, static_cast<const A*>(p.bias) + column,
+                 begin, std::min(begin + kWindowsPerTask, p.num_rows), std::min(kColumns, 2 * w.channels - column),
+                 static_cast<A*>(p.table) + column, 2 * w.channels);
+    });
+  }
+}
+
+// The hidden rows of windows [first, first + count), packed tap by tap as one tile: (taps, depth, rows).
+template <class A>
+void pack_windows(const ModulationTableParams& p, int64_t first, int64_t count, int64_t rows, A* to) {
+  const ModulationWeights& w = p.weights;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < w.num_taps; ++t) {
+      const int64_t id = r < count ? p.windows[(first + r) * w.num_taps + t] : 0;
+      const A* from = static_cast<const A*>(p.hidden) + (id - 1) * w.depth;
+      A* column = to + t * w.depth * rows + r;
+      for (int64_t d = 0; d < w.depth; ++d) column[d * rows] = id == 0 ? A(0) : from[d];
+    }
+}
+
+// Each window's hidden rows meet the weights: as many products as a dense convolution has, and nothing in between.
+template <class A>
+void by_windows(const ModulationTableParams& p) {
+  const ModulationWeights& w = p.weights;
+  const int64_t tile_rows = microkernel<A>().rows, panels = num_panels(w), tile_size = w.num_taps * w.depth * tile_rows;
+  const Panels<A> weights(p, panels);
+  const A* panel = weights.get(0, panels);
+  const Scratch<A> tiles(kTilesPerTask * tile_size);
+  for (int64_t top = 0; top < p.num_rows; top += kTilesPerTask * tile_rows) {
+    const int64_t count = std::min(kTilesPerTask, divide_up(p.num_rows - top, tile_rows));
+    in_pieces(count, 1, [&](int64_t i, int64_t) {
+      const int64_t first = top + i * tile_rows;
+      pack_windows(p, first, std::min(tile_rows, p.num_rows - first), tile_rows, tiles.data() + i * tile_size);
+    });
+    in_pieces(panels, 1, [&](int64_t j, int64_t) {
+      const int64_t column = j * kColumns, valid = std::min(kColumns, 2 * w.channels - column);
+      const A* bias = static_cast<const A*>(p.bias) + column;
+      A sums[kMostTileRows * kColumns];
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t t = 0; t < w.num_taps; ++t)
+          multiply_tile(w.depth, tiles.data() + i * tile_size + t * w.depth * tile_rows,
+                        panel + (j * w.num_taps + t) * w.depth * kColumns, sums, kColumns, t > 0);
+        const int64_t first = top + i * tile_rows, last = std::min(first + tile_rows, p.num_rows);
+        for (int64_t r = first; r < last; ++r) {
+          A* to = static_cast<A*>(p.table) + r * 2 * w.channels + column;
+          for (int64_t c = 0; c < valid; ++c) to[c] = sums[(r - first) * kColumns + c] + bias[c];
+        }
+      }
+    });
+  }
+}
+
+template <class A>
+void table_of(const ModulationTableParams& p) {
+  // Where nearly every window has a hidden row of its own, products per hidden row save nothing and cost their traffic.
+  const bool no_reuse = 5 * p.num_rows <= 6 * p.num_hidden;
+  no_reuse ? by_windows<A>(p) : by_tap_products<A>(p);
+}
+
+// (taps, columns, depth) weights of `columns` output columns from `first` on.
+template <class A>
+void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A* to) {
+  in_pieces(columns, 1, [&](int64_t i, int64_t) {
+    const A* from = column_of<A>(w, first + i);
+    for (int64_t t = 0; t < w.num_taps; ++t)
+      for (int64_t d = 0; d < w.depth; ++d) to[(t * columns + i) * w.depth + d] = from[d * w.depth_step + t * w.tap];
+  });
+}
+
+// Puts the gradient (taps, columns, depth) of some output columns where the convolutions' own gradients are.
+template <class A>
+void scatter_columns(const ModulationTableGradParams& p, int64_t first, int64_t columns, const A* from) {
+  const ModulationWeights& w = p.weights;
+  in_pieces(columns, 1, [&](int64_t i, int64_t) {
+    const int64_t column = first + i;
+    A* to = column < w.channels ? static_cast<A*>(p.d_gamma) + column * w.depth * w.num_taps
+                                : static_cast<A*>(p.d_beta) + (column - w.channels) * w.depth * w.num_taps;
+    for (int64_t t = 0; t < w.num_taps; ++t)
+      for (int64_t d = 0; d < w.depth; ++d) to[d * w.num_taps + t] = from[(t * columns + i) * w.depth + d];
+  });
+}
+
+template <class A>
+void grad_of(Dtype dtype, const ModulationTableGradParams& p) {
+  const ModulationWeights& w = p.weights;
+  const int64_t all = 2 * w.channels, per_column = std::max(p.num_hidden * w.num_taps, int64_t{1});
+  const int64_t fitting = kInCache / (per_column * static_cast<int64_t>(sizeof(A))) / kColumns * kColumns;
+  const int64_t group = std::clamp(fitting, std::min(kColumns, all), all);
+  const Scratch<A> taps(per_column * group), weights(w.num_taps * group * w.depth),
+      d_weights(w.num_taps * group * w.depth);
+  for (int64_t first = 0; first < all; first += group) {
+    const int64_t columns = std::min(group, all - first), width = w.num_taps * columns;
+    segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.order, p.starts, taps.data(),
+                        p.num_hidden * w.num_taps, columns, all, w.num_taps});
+    columns_first(w, first, columns, weights.data());
+    gemm(p.num_hidden, w.depth, width, Matrix<A>{taps.data(), width, 1}, Matrix<A>{weights.data(), w.depth, 1},
+         static_cast<A*>(p.d_hidden), first > 0);
+    gemm(width, w.depth, p.num_hidden, Matrix<A>{taps.data(), 1, width},
+         Matrix<A>{static_cast<const A*>(p.hidden), w.depth, 1}, d_weights.data());
+    scatter_columns(p, first, columns, d_weights.data());
+  }
+}
+
+template <class A>
+void panels_of(const ModulationWeights& w, A* panels) {
+  in_pieces(num_panels(w), 1, [&](int64_t i, int64_t) { fill_panel(w, i, panels + i * panel_size(w)); });
+}
+
+}  // namespace
+
+void modulation_table(Dtype dtype, const ModulationTableParams& p) {
+  dtype == Dtype::f64 ? table_of<double>(p) : table_of<float>(p);
+}
+
+void modulation_table_grad(Dtype dtype, const ModulationTableGradParams& p) {
+  dtype == Dtype::f64 ? grad_of<double>(dtype, p) : grad_of<float>(dtype, p);
+}
+
+void weight_panels(Dtype dtype, const ModulationWeights& weights, void* panels) {
+  dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
+                      : panels_of(weights, static_cast<float*>(panels));
+}
+
+}  // namespace spade

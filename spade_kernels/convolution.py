@@ -1,0 +1,148 @@
+"""The plain convolution of a residual block: spectral norm that costs no pass over the weights, packed when frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_kernels.freezing import Freezable
+
+_EPS = 1e-12
+
+
+class Conv2d(Freezable, nn.Conv2d):
+    """`nn.Conv2d` with stride 1, optionally with spectral norm (Miyato et al. 2018), weights in channels-last layout.
+
+    Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
+    (`weight_orig`, `weight_u`, `weight_v`).
+
+    A training step can spare its passes over the weight: `weight_and_gain()` has the norm beside the weight, whoever
+    makes the input multiplies it by the gain (a SPADE layer on its small table), and `forward(x, weight)` takes both.
+    """
+
+    weight_orig: nn.Parameter
+    weight_u: Tensor
+    weight_v: Tensor
+
+    def __init__(
+        self, fin: int, fout: int, kernel_size: int, *, padding: int = 0, bias: bool = True, spectral: bool = False
+    ):
+        super().__init__(fin, fout, kernel_size, padding=padding, bias=bias)
+        self.spectral = spectral
+        # What oneDNN and cuDNN want for a channels-last input; a contiguous weight is copied in every call.
+        weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
+        if not spectral:
+            self.weight = weight
+            return
+        del self.weight
+        self.register_parameter("weight_orig", weight)
+        self.register_buffer("weight_u", F.normalize(torch.randn(fout), dim=0, eps=_EPS))
+        self.register_buffer("weight_v", F.normalize(torch.randn(weight[0].numel()), dim=0, eps=_EPS))
+
+    def weight_and_gain(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `forward(x * gain, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
+
+        In training with spectral norm, after one power iteration: the parameter, and one over its norm, a positive
+        number. Both have derivatives.
+        """
+        if not (self.spectral and self.training):
+            return None, None
+        return _WithGain.apply(self.weight_orig, *self._iterate())
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(N, fin, h, w) -> (N, fout, h', w').
+
+        Args:
+            weight: of `weight_and_gain`, whose gain x has been multiplied by.
+        """
+        if weight is None:
+            if self.kept is not None:
+                return self.kept(x)
+            weight = self._normalized()
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
+
+    def derive(self) -> _Folded:
+        return _Folded(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
+
+    def _normalized(self) -> Tensor:
+        if not self.spectral:
+            return self.weight
+        if self.training:
+            weight, gain = _WithGain.apply(self.weight_orig, *self._iterate())
+            return weight * gain
+        v = _in_layout_of(self.weight_orig, self.weight_v)
+        return self.weight_orig / torch.dot(self.weight_u, torch.mv(_as_matrix(self.weight_orig), v))
+
+    @torch.no_grad()
+    def _iterate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One power iteration: u, v (in the weight's layout) and 1 / sigma, sigma = u . (W v)."""
+        matrix = _as_matrix(self.weight_orig)
+        v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
+        product = torch.mv(matrix, v)
+        u = F.normalize(product, dim=0, eps=_EPS)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(_from_layout_of(self.weight_orig, v))
+        return u, v, torch.dot(u, product).reciprocal()
+
+
+class _Folded:
+    """A convolution whose weight stands still: oneDNN's own layout on CPU, made for the first input it meets."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]):
+        self.weight, self.bias, self.padding = weight, bias, padding
+        self.packable = weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (self.packable and x.dtype == torch.float32):
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=self.padding)
+        if not self.weight.is_mkldnn:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+            self.weight = reorder(self.weight.to_mkldnn(), self.padding, (1, 1), (1, 1), 1, list(x.shape))
+        how: tuple = (self.padding, (1, 1), (1, 1), 1, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how)
+
+
+def _can_pack() -> bool:
+    """Whether torch has the operators that its own compiler uses for frozen convolutions."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+class _WithGain(torch.autograd.Function):
+    """(weight, 1 / sigma) of a weight (out, in, k, k), u, v and 1 / sigma, where sigma = u . (W v).
+
+    The weight is passed through so that its two gradients meet here: d sigma / dW = u v^T is added in one pass.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(u, v, gain)
+        return weight.view_as(weight), gain.clone()
+
+    @staticmethod
+    def backward(ctx, d_weight: Tensor, d_gain: Tensor):
+        u, v, gain = ctx.saved_tensors
+        matrix = torch.addr(_as_matrix(d_weight), u * (-d_gain * gain.square()), v)
+        return _from_matrix(matrix, d_weight), None, None, None
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(out, k*k*in) of a weight (out, in, k, k): a view of a channels-last one."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _from_matrix(matrix: Tensor, like: Tensor) -> Tensor:
+    out, channels, height, width = like.shape
+    return matrix.view(out, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _in_layout_of(weight: Tensor, v: Tensor) -> Tensor:
+    """v, whose state_dict order is (in, k, k), in the order of `_as_matrix`."""
+    return v.view(weight.shape[1:]).permute(1, 2, 0).flatten()
+
+
+def _from_layout_of(weight: Tensor, v: Tensor) -> Tensor:
+    _, channels, height, width = weight.shape
+    return v.view(height, width, channels).permute(2, 0, 1).flatten()

@@ -1,0 +1,62 @@
+"""Modules that keep what they derive from their weights while the weights stand still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Freezable(nn.Module):
+    """Base of modules with something to derive from their weights: `derive()` says what.
+
+    `freeze()` keeps it; `train()`, loading a state dict and moving the module let it go again. What is kept has no
+    derivatives, so it is used where no gradients are recorded only.
+    """
+
+    _kept: Any = None
+
+    def derive(self) -> Any:
+        """What `kept` returns while the module is frozen."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Any:
+        """What the weights come to, or None where they have to be read: not frozen, recording gradients, or traced."""
+        if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self._kept
+
+    def freeze(self) -> None:
+        """Keeps what the weights come to. A change of the weights in place goes unnoticed until `train()`."""
+        with torch.no_grad():
+            self._kept = self.derive()
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._kept = None
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_kept": None}
+
+
+def freeze(module: nn.Module) -> None:
+    """Puts the module into eval mode and keeps what its layers derive from their weights, for inference.
+
+    SPADE layers keep their weights packed; `Conv2d` keeps its weight with the spectral norm folded in and, on CPU, in
+    oneDNN's own layout. Undone by `module.train()`.
+    """
+    module.eval()
+    for part in module.modules():
+        if isinstance(part, Freezable):
+            part.freeze()

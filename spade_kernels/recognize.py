@@ -1,0 +1,89 @@
+"""One-hot float tensors, as users of SPADE layers have them, recognised as the label maps they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from spade_kernels.label_map import LabelMap, is_one_hot_of, read_one_hot
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_Stamp = tuple[int, int]
+
+
+class _Answer(NamedTuple):
+    label_map: LabelMap | None
+    stamp: _Stamp | None
+
+
+# By identity of the tensor, which it does not keep alive.
+_answers = WeakTensorKeyDictionary()
+
+
+def recognize(planes: Tensor) -> LabelMap | None:
+    """The label map with exactly these condition vectors, or None.
+
+    The answer is remembered with the tensor until PyTorch counts a change of it, so that the layers of one forward pass
+    share one label map. Changes that PyTorch does not count, through `.data` or another library's view of the memory,
+    go unnoticed in a tensor that PyTorch allocated.
+
+    Args:
+        planes: (N, C, H, W) float. Its last plane may be an instance boundary as well as a class: a condition vector
+            with a 1 there and nowhere else is that of "no class" on a boundary.
+
+    Returns:
+        None where a pixel has two classes or another value than 0 and 1; where gradients for the planes are asked for;
+        and where their values cannot be relied on, because the call is being traced or captured.
+    """
+    if not _can_be_read(planes):
+        return None
+    answer, stamp = _answers.get(planes), _stamp(planes)
+    if answer is not None and _still_holds(answer, planes, stamp):
+        return answer.label_map
+    label_map = read_one_hot(planes, edges=planes.shape[1] > 1) if _looks_one_hot(planes) else None
+    _answers[planes] = _Answer(label_map, stamp)
+    return label_map
+
+
+def _can_be_read(planes: Tensor) -> bool:
+    if _is_traced(planes) or type(planes) is not Tensor or planes.layout != torch.strided:
+        return False
+    if planes.is_meta or planes.dtype not in _DTYPES or not planes.numel():
+        return False
+    return not (planes.requires_grad and torch.is_grad_enabled()) and forward_ad._current_level < 0
+
+
+def _is_traced(planes: Tensor) -> bool:
+    # A CUDA graph captured with this mask's windows would use them for every later mask.
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(planes)
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or (planes.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _stamp(planes: Tensor) -> _Stamp | None:
+    """What changes with the tensor's values; None where nothing does: in inference mode, and in foreign memory."""
+    if planes.is_inference() or not (planes.untyped_storage().resizable() or planes.is_shared()):
+        return None
+    return planes._version, planes.data_ptr()
+
+
+def _still_holds(answer: _Answer, planes: Tensor, stamp: _Stamp | None) -> bool:
+    if stamp is not None:
+        return answer.stamp == stamp
+    return answer.label_map is not None and is_one_hot_of(planes, answer.label_map)
+
+
+def _looks_one_hot(planes: Tensor) -> bool:
+    """Whether at most 64 pixels of each image hold only 0 and 1: that tells features and photographs."""
+    rows, columns = (-(-size // 8) for size in planes.shape[2:])
+    few = planes[:, :, ::rows, ::columns]
+    return bool(((few == 0) | (few == 1)).all())

@@ -1,0 +1,76 @@
+"""The distinct windows of a map of ids: the integer half of a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from spade_kernels import ops
+from spade_kernels.packing import Packable
+
+Segments = tuple[torch.Tensor, torch.Tensor]
+
+# What is kept is made outside inference mode even when asked for inside: training may need the same windows later.
+# It is kept in plain attributes: torch.compile cannot trace the lock of a functools.cached_property.
+
+
+@dataclass(eq=False)
+class Windows(Packable):
+    """The distinct k x k windows of a map of ids, and which of them every pixel sees.
+
+    Attributes:
+        windows: (rows, k*k) int64, the ids under each distinct window; 0 = outside the image.
+        pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
+        image_rows: (N + 1,) int64, image n owns rows image_rows[n] .. image_rows[n + 1] - 1.
+        num_ids: ids in use, 0 included.
+    """
+
+    windows: torch.Tensor
+    pixel_row: torch.Tensor
+    image_rows: torch.Tensor
+    num_ids: int
+    _uses_by_tap: Segments | None = None
+    _row_pixels: Segments | None = None
+
+    @classmethod
+    def of(
+        cls, ids: torch.Tensor, num_ids: int, size: Sequence[int], kernel_size: int, stride: int, padding: int
+    ) -> Windows:
+        """Windows of ids (N, H, W), all positive, after a nearest resize to `size`."""
+        return cls(*ops.window_index(ids, size, kernel_size, stride, padding), num_ids)
+
+    def __len__(self) -> int:
+        return self.windows.shape[0]
+
+    @property
+    def uses_by_tap(self) -> Segments:
+        """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
+        if self._uses_by_tap is None:
+            with torch.inference_mode(False):
+                self._uses_by_tap = ops.group_by_tap(self.windows, self.num_ids)
+        return self._uses_by_tap
+
+    @property
+    def row_pixels(self) -> Segments:
+        """Pixels of each row. Built once, and kept."""
+        if self._row_pixels is None:
+            with torch.inference_mode(False):
+                self._row_pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
+        return self._row_pixels
+
+
+class WindowIndex(NamedTuple):
+    """The two convolutions of a SPADE layer over one resolution of a label map.
+
+    hidden: distinct windows of codes. modulation: distinct windows of hidden rows, counted from 1.
+    """
+
+    hidden: Windows
+    modulation: Windows
+
+    def groups(self) -> tuple[Segments, Segments, Segments]:
+        """What the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""
+        return self.hidden.uses_by_tap, self.modulation.uses_by_tap, self.modulation.row_pixels
