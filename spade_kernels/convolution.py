@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class Conv2d(Freezable, nn.Conv2d):
             weight = self._normalized()
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
-    def derive(self) -> _Folded:
-        return _Folded(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
+    def derive(self) -> PackedConv2d:
+        return PackedConv2d(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
 
     def _normalized(self) -> Tensor:
         if not self.spectral:
@@ -88,20 +89,26 @@ class Conv2d(Freezable, nn.Conv2d):
         return u, v, torch.dot(u, product).reciprocal()
 
 
-class _Folded:
-    """A convolution whose weight stands still: oneDNN's own layout on CPU, made for the first input it meets."""
+class PackedConv2d:
+    """A convolution with stride 1 whose weight stands still: on CPU in oneDNN's own layout, made for the first input.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]):
-        self.weight, self.bias, self.padding = weight, bias, padding
+    Args:
+        weight: (out, in, k, k). bias: (out,) or None. padding: on each side. relu: applied to the result.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
+        self.weight, self.bias, self.padding, self.relu = weight, bias, list(padding), relu
         self.packable = weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack()
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (self.packable and x.dtype == torch.float32):
-            return F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=self.padding)
+            y = F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=self.padding)
+            return y.relu() if self.relu else y
         if not self.weight.is_mkldnn:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.weight = reorder(self.weight.to_mkldnn(), self.padding, (1, 1), (1, 1), 1, list(x.shape))
-        how: tuple = (self.padding, (1, 1), (1, 1), 1, "none", [], "")
+            self.weight = reorder(self.weight.to_mkldnn(), self.padding, [1, 1], [1, 1], 1, list(x.shape))
+        then = "relu" if self.relu else "none"
+        how: tuple = (self.padding, [1, 1], [1, 1], 1, then, [], "")
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how)
 
 

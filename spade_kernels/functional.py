@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spade_kernels import ops
+from spade_kernels.convolution import PackedConv2d
 from spade_kernels.label_map import LabelMap, WindowIndex
 from spade_kernels.normalization import Statistics, check_input
 from spade_kernels.recognize import recognize
@@ -75,8 +76,10 @@ class KeptWeights:
     """What `spade` otherwise makes of the weights in every call. Without derivatives; for weights that stand still."""
 
     def __init__(self, weights: Weights):
+        self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
         self._taps: dict[tuple, Tensor] = {}
+        self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
     def taps(self, segmap: LabelMap, weight: Tensor) -> Tensor:
         """The shared convolution's taps for label maps of this one's kind."""
@@ -86,6 +89,14 @@ class KeptWeights:
         if kind not in self._taps:
             self._taps[kind] = _taps(segmap, weight)
         return self._taps[kind]
+
+    def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
+        """The shared convolution with its ReLU, and the joint one."""
+        if self._dense is None:
+            weight, bias = self._weights.shared
+            joint, padding = _joint(self._weights), [weight.shape[-1] // 2] * 2
+            self._dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(*joint, padding)
+        return self._dense
 
 
 _path = "auto"
@@ -151,7 +162,7 @@ def spade(
     how: tuple = (slope, upsample, stats.stats_over)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index):
-        table = _dense_table(segmap, size, weights, gain)
+        table = _dense_table(segmap, size, weights, gain, kept)
         return ops.modulate(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
     table = _window_table(segmap, index, groups, _table_dtype(x, weights.shared[0]), weights, gain, kept)
@@ -249,14 +260,28 @@ def _window_table(
     return ops.modulation_table(hidden, gamma[0], beta[0], bias, index.modulation.windows, panels, *groups[1])
 
 
-def _dense_table(segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Tensor | None) -> Tensor:
+def _dense_table(
+    segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Tensor | None, kept: KeptWeights | None
+) -> Tensor:
     """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
     padding = weights.shared[0].shape[-1] // 2
-    weight = torch.cat((weights.gamma[0], weights.beta[0]))
-    bias = torch.cat((weights.gamma[1] + 1, weights.beta[1]))
-    if gain is not None:
-        weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
-    if isinstance(segmap, Tensor):
-        segmap = segmap.to(weights.shared[0].dtype)
-    hidden = conv2d(segmap, *weights.shared, padding=padding, size=size).relu()
-    return F.conv2d(hidden, weight, bias, padding=padding).permute(0, 2, 3, 1).flatten(0, 2)
+    packed = kept.dense() if kept and gain is None else None
+    if packed and isinstance(segmap, Tensor):
+        planes = F.interpolate(segmap, size=size, mode="nearest").to(weights.shared[0].dtype)
+        hidden = packed[0](planes.contiguous(memory_format=torch.channels_last))
+    else:
+        segmap = segmap.to(weights.shared[0].dtype) if isinstance(segmap, Tensor) else segmap
+        hidden = conv2d(segmap, *weights.shared, padding=padding, size=size).relu()
+    if packed:
+        table = packed[1](hidden)
+    else:
+        weight, bias = _joint(weights)
+        if gain is not None:
+            weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
+        table = F.conv2d(hidden, weight, bias, padding=padding)
+    return table.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _joint(weights: Weights) -> tuple[Tensor, Tensor]:
+    """gamma and beta as one convolution, whose results are scale and shift."""
+    return torch.cat((weights.gamma[0], weights.beta[0])), torch.cat((weights.gamma[1] + 1, weights.beta[1]))
