@@ -53,17 +53,19 @@ class Conv2d(Freezable, nn.Conv2d):
             return None, None
         return _WithGain.apply(self.weight_orig, *self._iterate())
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
             weight: of `weight_and_gain`, whose gain x has been multiplied by.
+            add: added to the result, (N, fout, h', w').
         """
         if weight is None:
             if self.kept is not None:
-                return self.kept(x)
+                return self.kept(x, add)
             weight = self._normalized()
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
+        y = F.conv2d(x, weight, self.bias, padding=self.padding)
+        return y if add is None else y + add
 
     def derive(self) -> PackedConv2d:
         return PackedConv2d(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
@@ -100,16 +102,26 @@ class PackedConv2d:
         self.weight, self.bias, self.padding, self.relu = weight, bias, list(padding), relu
         self.packable = weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not (self.packable and x.dtype == torch.float32):
-            y = F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=self.padding)
-            return y.relu() if self.relu else y
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """The convolution of x, plus `add`."""
+        if not self._packs(x):
+            weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+            y = F.conv2d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), 1, self.padding)
+            y = y.relu() if self.relu else y
+            return y if add is None else y + add
         if not self.weight.is_mkldnn:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
             self.weight = reorder(self.weight.to_mkldnn(), self.padding, [1, 1], [1, 1], 1, list(x.shape))
+        how: tuple = (self.padding, [1, 1], [1, 1], 1)
+        if add is not None:
+            binary = torch.ops.mkldnn._convolution_pointwise.binary
+            return binary(x, add, self.weight, self.bias, *how, "add", 1.0, None, [], None)
         then = "relu" if self.relu else "none"
-        how: tuple = (self.padding, [1, 1], [1, 1], 1, then, [], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how, then, [], "")
+
+    def _packs(self, x: Tensor) -> bool:
+        like_weight = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4
+        return self.packable and like_weight and not torch.is_autocast_enabled("cpu")
 
 
 def _can_pack() -> bool:

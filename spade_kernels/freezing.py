@@ -11,8 +11,8 @@ from torch import nn
 class Freezable(nn.Module):
     """Base of modules with something to derive from their weights: `derive()` says what.
 
-    `freeze()` keeps it; `train()`, loading a state dict and moving the module let it go again. What is kept has no
-    derivatives, so it is used where no gradients are recorded only.
+    `freeze()` keeps it; `train()`, loading a state dict and moving the module, or one that contains it, let it go again.
+    What is kept has no derivatives, so it is used where no gradients are recorded only.
     """
 
     _kept: Any = None

@@ -78,6 +78,7 @@ class KeptWeights:
     def __init__(self, weights: Weights):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
+        self.bias = torch.cat((weights.gamma[1] + 1, weights.beta[1]))
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
@@ -94,8 +95,8 @@ class KeptWeights:
         """The shared convolution with its ReLU, and the joint one."""
         if self._dense is None:
             weight, bias = self._weights.shared
-            joint, padding = _joint(self._weights), [weight.shape[-1] // 2] * 2
-            self._dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(*joint, padding)
+            joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
+            self._dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
         return self._dense
 
 
@@ -159,13 +160,16 @@ def spade(
         raise ValueError(f"upsample must be 1 or 2, got {upsample}")
     segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
+    dtype = _table_dtype(x, weights.shared[0])
+    if gain is not None or dtype != weights.shared[0].dtype:
+        kept = None
     how: tuple = (slope, upsample, stats.stats_over)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index):
         table = _dense_table(segmap, size, weights, gain, kept)
         return ops.modulate(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
-    table = _window_table(segmap, index, groups, _table_dtype(x, weights.shared[0]), weights, gain, kept)
+    table = _window_table(segmap, index, groups, dtype, weights, gain, kept)
     rows = index.modulation
     return ops.modulate(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *groups[2], *how)
 
@@ -252,7 +256,7 @@ def _window_table(
     shared, gamma, beta = ((weight.to(dtype), bias.to(dtype)) for weight, bias in weights)
     taps = kept.taps(segmap, shared[0]) if kept else _taps(segmap, shared[0])
     hidden = ops.hidden_rows(taps, shared[1], index.hidden.windows, *groups[0], True)
-    bias = torch.cat((gamma[1] + 1, beta[1]))
+    bias = kept.bias if kept else torch.cat((gamma[1] + 1, beta[1]))
     if gain is not None:
         # The table is linear in hidden rows and bias, which are smaller.
         hidden, bias = hidden * gain.to(dtype), bias * gain.to(dtype)
@@ -265,7 +269,7 @@ def _dense_table(
 ) -> Tensor:
     """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
     padding = weights.shared[0].shape[-1] // 2
-    packed = kept.dense() if kept and gain is None else None
+    packed = kept.dense() if kept else None
     if packed and isinstance(segmap, Tensor):
         planes = F.interpolate(segmap, size=size, mode="nearest").to(weights.shared[0].dtype)
         hidden = packed[0](planes.contiguous(memory_format=torch.channels_last))
@@ -275,13 +279,13 @@ def _dense_table(
     if packed:
         table = packed[1](hidden)
     else:
-        weight, bias = _joint(weights)
+        weight, bias = _joint_weight(weights), torch.cat((weights.gamma[1] + 1, weights.beta[1]))
         if gain is not None:
             weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
         table = F.conv2d(hidden, weight, bias, padding=padding)
     return table.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _joint(weights: Weights) -> tuple[Tensor, Tensor]:
-    """gamma and beta as one convolution, whose results are scale and shift."""
-    return torch.cat((weights.gamma[0], weights.beta[0])), torch.cat((weights.gamma[1] + 1, weights.beta[1]))
+def _joint_weight(weights: Weights) -> Tensor:
+    """gamma and beta as one convolution."""
+    return torch.cat((weights.gamma[0], weights.beta[0]))

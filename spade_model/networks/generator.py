@@ -48,14 +48,21 @@ class SPADEResnetBlock(nn.Module):
         else:
             shortcut = _double(x) if upsample == 2 else x
         dx = _convolved(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
-        dx = _convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE)
-        return shortcut + dx
+        return _convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
 
 
-def _convolved(conv: Conv2d, norm: SPADE, x: torch.Tensor, segmap: Segmap, slope: float = 1.0, **how) -> torch.Tensor:
-    """conv(norm(x)), the convolution's spectral norm divided out of the norm's small table."""
+def _convolved(
+    conv: Conv2d,
+    norm: SPADE,
+    x: torch.Tensor,
+    segmap: Segmap,
+    slope: float = 1.0,
+    add: torch.Tensor | None = None,
+    **how,
+) -> torch.Tensor:
+    """conv(norm(x)) + add, the convolution's spectral norm divided out of the norm's small table."""
     weight, gain = conv.weight_and_gain()
-    return conv(norm(x, segmap, slope, gain=gain, **how), weight)
+    return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
 
 
 class SPADEGenerator(nn.Module):
