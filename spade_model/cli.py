@@ -1,4 +1,4 @@
-"""The `spade` command: train, generate, doctor."""
+"""The `spade` command: train, generate, bench, doctor."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 import spade_kernels
 from spade_model import checkpoint
+from spade_model.benchmark import tables
+from spade_model.benchmark.command import BenchConfig, run_bench
 from spade_model.config import (
     DataConfig,
     TrainConfig,
@@ -36,6 +38,7 @@ _USAGE = """usage: spade <command> [options]
 commands:
   train      train a model; `torchrun --nproc_per_node N -m spade_model.cli train ...` for several processes
   generate   make images from masks
+  bench      compare times and memory with stock PyTorch, on this machine and your masks
   doctor     show the environment; with --dataroot, check a whole data set
 
 `spade <command> --help` lists the options.
@@ -115,7 +118,12 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "generate": _generate,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0
@@ -168,6 +176,16 @@ def _generate(arguments: list[str]) -> int:
         default = replace(default, data=trained.data, model=trained.model)
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
     print(f"images and page: {run_generate(config)}")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    data = default_data_config(known.get("dataset_mode", "coco" if "dataroot" in known else "toy"))
+    if data.dataset_mode == "toy":
+        data = replace(data, crop_size=256)
+    run = run_bench(_parse(BenchConfig, BenchConfig(data=data), arguments, "spade bench"))
+    print(f"{tables.caption(run)}\n\n{tables.summary(run)}")
     return 0
 
 

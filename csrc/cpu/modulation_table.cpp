@@ -8,7 +8,7 @@ namespace spade {
 namespace {
 
 constexpr int64_t kColumns = kPanelColumns;
-constexpr int64_t kInCache = int64_t{8} << 20;  // bytes of tap products worked on at a time
+constexpr int64_t kInCache = int64_t{4} << 20;  // bytes of tap products worked on at a time
 constexpr int64_t kTilesPerTask = 16;
 constexpr int64_t kWindowsPerTask = 256;
 constexpr int64_t kDepthBlock = 8;

@@ -1,0 +1,58 @@
+"""Providers take turns: repeats are the outermost loop, so that what slows the machine down slows all of them.
+
+A suite is a class whose `turns(config)` lists the parameters of its test in the order in which they run. A fixture of
+the class builds and verifies the providers, which also warms them up; then every test is one timed call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from spade_kernels import LabelMap
+from spade_model.benchmark.masks import bench_masks
+from spade_model.config import default_data_config
+
+
+def masks(config: pytest.Config) -> dict[str, list[LabelMap]]:
+    """The masks by kind, the main kind first."""
+    return _masks(*(config.getoption(name) for name in ("dataroot", "masks", "crop_size")))
+
+
+@cache
+def _masks(dataroot: str, count: int, crop_size: int) -> dict[str, list[LabelMap]]:
+    data = default_data_config("coco" if dataroot else "toy")
+    return bench_masks(replace(data, dataroot=dataroot, crop_size=crop_size), count)
+
+
+def main_kind(config: pytest.Config) -> str:
+    """ "real", or "toy" without a folder of masks."""
+    return next(iter(masks(config)))
+
+
+def long_repeats(config: pytest.Config) -> int:
+    """Repeats of what takes several seconds."""
+    return max(1, config.getoption("repeats") // 2)
+
+
+def generate(metafunc: pytest.Metafunc, names: str) -> None:
+    """Parametrizes a test of a suite with its class's turns."""
+    metafunc.parametrize(names, metafunc.cls.turns(metafunc.config))
+
+
+def timed(benchmark, run: Callable[[], object], suite: str, case: str, provider: str, **extra: float) -> None:
+    """Times one call; report.py puts the calls of a (suite, case, provider) together.
+
+    extra: "MB" becomes a throughput, too; sums over shapes count a case "layers" times.
+    """
+    benchmark.extra_info.update(suite=suite, case=case, provider=provider, extra=extra)
+    benchmark.pedantic(run, rounds=1, iterations=1)
+
+
+def noted(benchmark, value: float, unit: str, suite: str, case: str, provider: str) -> None:
+    """Puts a value that is not a time among the results."""
+    benchmark.extra_info.update(value=value, unit=unit)
+    timed(benchmark, lambda: None, suite, case, provider)

@@ -1,0 +1,101 @@
+"""`spade bench`: a short comparison on this machine and the user's masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spade_kernels import LabelMap
+from spade_model.benchmark import providers, results
+from spade_model.benchmark.environment import environment
+from spade_model.benchmark.masks import bench_masks, distinct_fractions
+from spade_model.benchmark.measure import take_turns, verify
+from spade_model.benchmark.memory import peak_of_step, saved_by_spade
+from spade_model.benchmark.results import BenchRun, Result, save_runs
+from spade_model.config import DataConfig
+from spade_model.errors import UserError
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One run of `spade bench`."""
+
+    ngf: int = 64
+    """Generator width: channels before the last convolution."""
+    masks: int = 2
+    """Masks to time."""
+    repeats: int = 2
+    """Times every provider takes its turn on every mask; half as often in training."""
+    compiled: bool = False
+    """Also torch.compile of the tuned and of the spade-free network (a minute of compiling each)."""
+    out: str = ""
+    """Also write the results to this file, as JSON."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def run_bench(config: BenchConfig) -> BenchRun:
+    """Compares outputs, then measures times and memory; writes `config.out`.
+
+    Raises:
+        UserError: the masks or options cannot be used, or the file cannot be written.
+    """
+    for name in ("ngf", "masks", "repeats"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least 1")
+    kinds = bench_masks(config.data, config.masks, every_kind=False)
+    kind, masks = next(iter(kinds.items()))
+    run = BenchRun(environment(), settings(config.ngf, kinds), [])
+    if config.out:
+        # Before the measurements: a wrong path shall not cost them.
+        save_runs([run], Path(config.out))
+    with tqdm(total=3, disable=None, leave=False) as progress:
+        for part in (_eval, _training, _peak):
+            progress.set_description(part.__name__.strip("_"))
+            run.results.extend(part(config, kind, masks))
+            progress.update()
+    if config.out:
+        save_runs([run], Path(config.out))
+    return run
+
+
+def settings(ngf: int, kinds: dict[str, list[LabelMap]]) -> dict[str, Any]:
+    """What a BenchRun says about the network and the masks."""
+    masks = next(iter(kinds.values()))
+    return {
+        "ngf": ngf,
+        "channels": masks[0].channels,
+        "masks": len(masks),
+        "distinct windows": distinct_fractions(kinds),
+    }
+
+
+def _eval(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
+    names = [n for n in providers.EVAL if n != "ours-dense" and (config.compiled or "compiled" not in n)]
+    runs = providers.eval_runs(providers.settled_generator(masks[0], config.ngf), names)
+    try:
+        verify(runs, masks[0])
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise UserError(f"--compiled: torch.compile does not work here: {error}") from error
+    return [Result.of(results.EVAL, kind, n, v) for n, v in take_turns(runs, masks, config.repeats).items()]
+
+
+def _training(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
+    generator = providers.settled_generator(masks[0], config.ngf)
+    networks = providers.training_networks(generator, ("eager", "tuned", "ours", "spade-free"))
+    runs = {name: providers.training_run(network) for name, network in networks.items()}
+    verify(runs, masks[0])
+    times = take_turns(runs, masks, max(1, config.repeats // 2))
+    saved = {name: saved_by_spade(networks[name], masks[0]) for name in ("eager", "tuned", "ours")}
+    return [
+        *(Result.of(results.TRAINING, kind, name, values) for name, values in times.items()),
+        *(Result.of(results.SAVED, kind, name, [value], "MB") for name, value in saved.items()),
+    ]
+
+
+def _peak(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
+    peaks = {name: peak_of_step(name, masks[0], config.ngf) for name in ("eager", "ours")}
+    return [Result.of(results.PEAK, kind, name, [peak], "MB") for name, peak in peaks.items() if peak is not None]

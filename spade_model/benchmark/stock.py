@@ -1,0 +1,178 @@
+"""The SPADE generator (Park et al. 2019, appendix A) in stock PyTorch operators: what ours is measured against.
+
+Nothing here uses this package's kernels or layers, so that the baselines stay what they are when those get faster.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import remove_spectral_norm, spectral_norm
+
+from spade_kernels import LabelMap
+from spade_model.networks import SPADEGenerator
+
+Variant = Literal["eager", "tuned", "spade-free"]
+_HIDDEN, _SLOPE = 128, 0.2
+
+
+def one_hot(
+    mask: LabelMap,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """(N, channels, H, W) planes of a mask, made from its labels and edges; resized (nearest) to `size` before that."""
+    labels, edges = mask.labels.unsqueeze(1), mask.edges
+    if size is not None:
+        # float64 holds every label exactly.
+        labels = F.interpolate(labels.double(), size=size, mode="nearest").long()
+        edges = None if edges is None else F.interpolate(edges.unsqueeze(1).double(), size=size, mode="nearest")[:, 0]
+    n, _, height, width = labels.shape
+    planes = torch.empty(n, mask.channels, height, width, dtype=dtype, memory_format=memory_format).zero_()
+    planes.scatter_(1, labels, 1.0)
+    if edges is not None:
+        planes[:, -1] = edges
+    return planes
+
+
+class StockSPADE(nn.Module):
+    """The SPADE layer over float planes, with spade_kernels.SPADE's state_dict keys; batch norm, 3 x 3 convolutions."""
+
+    def __init__(self, norm_nc: int, label_nc: int):
+        super().__init__()
+        self.param_free_norm = nn.BatchNorm2d(norm_nc, affine=False)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, _HIDDEN, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(_HIDDEN, norm_nc, 3, padding=1)
+        self.mlp_beta = nn.Conv2d(_HIDDEN, norm_nc, 3, padding=1)
+        self.joint: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        """x (N, norm_nc, h, w), planes (N, label_nc, H, W) -> (N, norm_nc, h, w)."""
+        normalized = self.param_free_norm(x)
+        hidden = self.mlp_shared(F.interpolate(planes, size=x.shape[2:], mode="nearest"))
+        if self.joint is None:
+            gamma, beta = self.mlp_gamma(hidden), self.mlp_beta(hidden)
+        else:
+            gamma, beta = self.joint(hidden).chunk(2, 1)
+        return normalized * (1 + gamma) + beta
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Puts one convolution in the place of gamma's and beta's, also among the parameters."""
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        weight = torch.cat((gamma.weight, beta.weight))
+        self.joint = nn.Conv2d(_HIDDEN, len(weight), 3, padding=1, dtype=weight.dtype)
+        self.joint.weight.copy_(weight)
+        self.joint.bias.copy_(torch.cat((gamma.bias, beta.bias)))  # type: ignore[union-attr, arg-type]
+        del self.mlp_gamma, self.mlp_beta
+
+
+class _Deleted(nn.Module):
+    """Stands where a SPADE layer was."""
+
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        return x
+
+
+class StockBlock(nn.Module):
+    """The generator's residual block."""
+
+    def __init__(self, fin: int, fout: int, label_nc: int):
+        super().__init__()
+        middle = min(fin, fout)
+        self.conv_0 = spectral_norm(nn.Conv2d(fin, middle, 3, padding=1))
+        self.conv_1 = spectral_norm(nn.Conv2d(middle, fout, 3, padding=1))
+        self.norm_0: nn.Module = StockSPADE(fin, label_nc)
+        self.norm_1: nn.Module = StockSPADE(middle, label_nc)
+        self.conv_s: nn.Module | None = None
+        if fin != fout:
+            self.conv_s = spectral_norm(nn.Conv2d(fin, fout, 1, bias=False))
+            self.norm_s: nn.Module = StockSPADE(fin, label_nc)
+
+    def forward(self, x: Tensor, planes: Tensor) -> Tensor:
+        shortcut = x if self.conv_s is None else self.conv_s(self.norm_s(x, planes))
+        dx = self.conv_0(F.leaky_relu(self.norm_0(x, planes), _SLOPE))
+        dx = self.conv_1(F.leaky_relu(self.norm_1(dx, planes), _SLOPE))
+        return shortcut + dx
+
+    def delete_spade(self) -> None:
+        """Leaves the leaky ReLUs alone where SPADE layers were."""
+        self.norm_0, self.norm_1 = _Deleted(), _Deleted()
+        if self.conv_s is not None:
+            self.norm_s = _Deleted()
+
+
+class StockGenerator(nn.Module):
+    """SPADEGenerator with five doublings, without VAE; loads its state_dict until `become` changes the modules.
+
+    Args:
+        semantic_nc: condition channels. ngf: width. start_size: (h, w) of the first feature map, 1/32 of the image.
+    """
+
+    def __init__(self, semantic_nc: int, ngf: int, start_size: tuple[int, int]):
+        super().__init__()
+        self.start_size = start_size
+        self.memory_format, self.needs_whole_mask = torch.contiguous_format, True
+        self.fc = nn.Conv2d(semantic_nc, 16 * ngf, 3, padding=1)
+        widths = {"head_0": 16, "G_middle_0": 16, "G_middle_1": 16, "up_0": 8, "up_1": 4, "up_2": 2, "up_3": 1}
+        fin = 16 * ngf
+        for name, width in widths.items():
+            self.add_module(name, StockBlock(fin, width * ngf, semantic_nc))
+            fin = width * ngf
+        self.conv_img = nn.Conv2d(ngf, 3, 3, padding=1)
+
+    @property
+    def blocks(self) -> list[StockBlock]:
+        return [module for module in self.children() if isinstance(module, StockBlock)]
+
+    def forward(self, mask: LabelMap, z: None = None) -> Tensor:
+        """(N, 3, H, W) in [-1, 1]; makes the one-hot planes, of the whole mask where a SPADE layer reads them."""
+        size = None if self.needs_whole_mask else self.start_size
+        return self.paint(one_hot(mask, size, self.fc.weight.dtype, self.memory_format))
+
+    def paint(self, planes: Tensor) -> Tensor:
+        """The same of planes (N, semantic_nc, H, W): tensors only, as torch.compile likes it."""
+        head, middle_0, *others = self.blocks
+        x = self.fc(F.interpolate(planes, size=self.start_size, mode="nearest"))
+        x = middle_0(_double(head(x, planes)), planes)
+        # The second middle block keeps its size.
+        x = others[0](x, planes)
+        for block in others[1:]:
+            x = block(_double(x), planes)
+        return self.conv_img(F.leaky_relu(x, _SLOPE)).tanh()
+
+    def become(self, variant: Variant) -> StockGenerator:
+        """Changes the modules for the variant, and for the mode (train or eval) that the network is in now.
+
+        "eager" is as the paper writes it: NCHW, gamma and beta one after the other, spectral norm live. The others are
+        channels-last, with spectral norm folded in eval; "tuned" has one convolution for gamma and beta, "spade-free"
+        no SPADE layers.
+        """
+        if variant == "eager":
+            return self
+        for block in self.blocks:
+            if variant == "spade-free":
+                block.delete_spade()
+            for module in list(block.modules()):
+                if isinstance(module, StockSPADE):
+                    module.join()
+                elif hasattr(module, "weight_orig") and not self.training:
+                    remove_spectral_norm(module)
+        self.memory_format, self.needs_whole_mask = torch.channels_last, variant != "spade-free"
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def stock_generator(generator: SPADEGenerator, variant: Variant, *, training: bool) -> StockGenerator:
+    """A copy of `generator`, of norm_G "spectralspadesyncbatch3x3", in stock operators: see `StockGenerator.become`."""
+    weight = generator.conv_img.weight
+    stock = StockGenerator(generator.semantic_nc, generator.conv_img.in_channels, generator.start_size)
+    stock.to(weight.dtype).load_state_dict(generator.state_dict())
+    return stock.train(training).become(variant)
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")

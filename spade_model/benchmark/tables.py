@@ -1,0 +1,81 @@
+"""Results as markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from spade_model.benchmark.musts import judge
+from spade_model.benchmark.results import EVAL, PEAK, SAVED, STEP, TRAINING, BenchRun, Result
+
+_COLUMNS = ("eager", "tuned", "compiled", "ours", "ours-reference", "spade-free", "spade-free-compiled")
+_RATIOS = (("eager", "ours"), ("compiled", "ours"), ("ours", "spade-free"))
+
+
+def caption(run: BenchRun) -> str:
+    """What was measured, on which masks, where and when."""
+    settings, where = run.settings, run.environment
+    distinct = settings["distinct windows"][run.main_masks]
+    size, fraction = list(distinct.items())[-1]
+    masks = f"{settings['masks']} {run.main_masks} mask" + "s" * (settings["masks"] > 1)
+    return (
+        f"SPADEGenerator ngf {settings['ngf']}, {size} pixels, {settings['channels']} condition channels, batch 1, "
+        f"float32; medians (20 % - 80 %) over {masks}, {fraction:.1%} distinct windows; "
+        f"{where['device']}, {where['threads']} threads, {where['isa']}, torch {where['torch']}, "
+        f"{where['date']}, commit {where['commit']}, allocator {where['allocator']}"
+    )
+
+
+def summary(run: BenchRun) -> str:
+    """One row for each whole-network suite, one column for each provider, and the ratios that matter."""
+    rows = [EVAL, TRAINING, STEP, SAVED, PEAK]
+    found = [r for r in run.results if r.suite in rows and r.case == run.main_masks]
+    if not found:
+        return "(no whole network was measured)"
+    providers = [name for name in _COLUMNS if any(r.provider == name for r in found)]
+    ratios = [pair for pair in _RATIOS if set(pair) <= set(providers)]
+    lines = [["", *providers, *(f"{top} / {bottom}" for top, bottom in ratios)]]
+    for suite in rows:
+        here = {r.provider: r for r in found if r.suite == suite}
+        if here:
+            unit = next(iter(here.values())).unit
+            lines.append(
+                [f"{suite}, {unit}"]
+                + [spread(here[p]) if p in here else "" for p in providers]
+                + [f"{here[t].p50 / here[b].p50:.2f}" if {t, b} <= here.keys() else "" for t, b in ratios]
+            )
+    return markdown(lines)
+
+
+def everything(run: BenchRun) -> str:
+    """Every result; the last column is its time over that of ours on the same case."""
+    lines = [["what", "on", "provider", "median (20 % - 80 %)", "/ ours", "notes"]]
+    for r in run.results:
+        ours = run.find(r.suite, r.case, "ours")
+        notes = ", ".join(f"{name} {value:.4g}" for name, value in r.extra.items())
+        ratio = f"{r.p50 / ours.p50:.2f}" if ours else ""
+        lines.append([r.suite, r.case, r.provider, f"{spread(r)} {r.unit}", ratio, notes])
+    return markdown(lines)
+
+
+def musts_table(runs: Mapping[str, BenchRun]) -> str:
+    """The bounds of `musts.MUSTS` and whether they were met, with one column for each named run."""
+    lines = [["row", "must", "aim", *runs]]
+    for verdicts in zip(*map(judge, runs.values()), strict=True):
+        measured = (f"{v.measured:.3g} {v.word}" if v.measured is not None else v.word for v in verdicts)
+        lines.append([verdicts[0].name, verdicts[0].bound, verdicts[0].aim, *measured])
+    return markdown(lines)
+
+
+def spread(result: Result) -> str:
+    """The median, and the percentiles where there is more than one value."""
+    low, middle, high = (f"{v:.0f}" if v >= 1000 else f"{v:.3g}" for v in (result.p20, result.p50, result.p80))
+    return f"{middle} ({low} - {high})" if result.count > 1 else middle
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first line is the header, with aligned columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
