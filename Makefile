@@ -47,7 +47,7 @@ format: install
 REPEATS ?= 5
 RAISED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 # With "=": pytest would take a separate value for a path, and look for a conftest.py there before it knows the option.
-TIME = $(BIN)/python -m pytest -q --benchmark-quiet "--dataroot=$(DATAROOT)" --repeats=$(REPEATS)
+TIME = $(BIN)/python -m pytest -q --benchmark-quiet --benchmark-disable-gc "--dataroot=$(DATAROOT)" --repeats=$(REPEATS)
 bench: install
 	mkdir -p build/bench benchmarks/results
 	$(TIME) benchmarks/bench_*.py --benchmark-json build/bench/default.json

@@ -11,7 +11,7 @@ from torch import nn
 class Freezable(nn.Module):
     """Base of modules with something to derive from their weights: `derive()` says what.
 
-    `freeze()` keeps it; `train()`, loading a state dict and moving the module, or one that contains it, let it go again.
+    `freeze()` keeps it; `train()`, loading a state dict and moving, of the module or one that contains it, let it go.
     What is kept has no derivatives, so it is used where no gradients are recorded only.
     """
 

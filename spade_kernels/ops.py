@@ -53,6 +53,14 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.spade_kernels
 
 
+def _call(op: Any, *arguments: Any) -> Any:
+    """The operator's default overload, past its Python autograd layer where no gradient can be asked for."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op.default(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.default(*arguments)
+
+
 backends.register_reference(_library, list(_SCHEMAS))
 
 
@@ -71,14 +79,14 @@ def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
 
 def window_index(ids: Tensor, size, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Distinct windows, the row of every pixel and the rows of every image: `reference.window_index`."""
-    return _ops.window_index(ids, list(size), kernel_size, stride, padding)
+    return _call(_ops.window_index, ids, list(size), kernel_size, stride, padding)
 
 
 def hidden_rows(
     taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
 ) -> Tensor:
     """The first convolution at every distinct window: `reference.hidden_rows`."""
-    return _ops.hidden_rows(taps, bias, windows, order, starts, relu)
+    return _call(_ops.hidden_rows, taps, bias, windows, order, starts, relu)
 
 
 def modulation_table(
@@ -92,17 +100,17 @@ def modulation_table(
     starts: Tensor | None = None,
 ) -> Tensor:
     """Scale and shift of every distinct window: `reference.modulation_table`."""
-    return _ops.modulation_table(hidden, gamma, beta, bias, windows, panels, order, starts)
+    return _call(_ops.modulation_table, hidden, gamma, beta, bias, windows, panels, order, starts)
 
 
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     """Weights that stand still, as `modulation_table` likes them: `reference.weight_panels`. No derivatives."""
-    return _ops.weight_panels(gamma, beta)
+    return _call(_ops.weight_panels, gamma, beta)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every image and channel: `reference.channel_stats`."""
-    return _ops.channel_stats(x)
+    return _call(_ops.channel_stats, x)
 
 
 def modulate(
@@ -126,7 +134,7 @@ def modulate(
             "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
             a gradient for mean and rstd themselves raises.
     """
-    return _ops.modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over)
+    return _call(_ops.modulate, x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over)
 
 
 def _accumulation_dtype(t: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spade_kernels import freeze
 from spade_kernels.functional import Segmap
 from spade_model import checkpoint
 from spade_model.config import (
@@ -74,7 +75,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A generator in eval mode, with what it was trained on.
+    """A frozen generator, with what it was trained on.
 
     encoder is None without use_vae, or when the file holds none.
     """
@@ -168,7 +169,9 @@ def load_model(
         assert encoder is not None
         checkpoint.load_into(encoder, complete(states["E"], encoder.state_dict()), f"the encoder of {path}")
         encoder = encoder.eval().to(where)
-    return LoadedModel(generator.eval().to(where), encoder, data, model, where)
+    generator.to(where)
+    freeze(generator)
+    return LoadedModel(generator, encoder, data, model, where)
 
 
 def run_generate(config: GenerateConfig) -> Path:
