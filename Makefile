@@ -50,9 +50,10 @@ RAISED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 TIME = $(BIN)/python -m pytest -q --benchmark-quiet --benchmark-disable-gc "--dataroot=$(DATAROOT)" --repeats=$(REPEATS)
 bench: install
 	mkdir -p build/bench benchmarks/results
-	$(TIME) benchmarks/bench_*.py --benchmark-json build/bench/default.json
+	for suite in ops layers generator training; do \
+	  $(TIME) benchmarks/bench_$$suite.py --benchmark-json build/bench/$$suite.json || exit 1; done
 	$(RAISED) $(TIME) benchmarks/bench_generator.py --benchmark-json build/bench/raised.json
-	$(BIN)/python benchmarks/report.py build/bench/default.json build/bench/raised.json --out benchmarks/results --plots build/bench
+	$(BIN)/python benchmarks/report.py build/bench/*.json --out benchmarks/results --plots build/bench
 
 fuzz: install
 	SPADE_FUZZ=10000 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py

@@ -40,7 +40,8 @@ def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
             storage = saved.untyped_storage()
             if inside() and storage.data_ptr() not in owned:
                 kept[storage.data_ptr()] = storage
-            return saved
+            # Detached: a saved output would hold the node that holds it, and no graph would ever be freed.
+            return saved.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
             generator(mask)
