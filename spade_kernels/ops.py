@@ -7,6 +7,7 @@ First derivatives exist for every float argument but the statistics; asking for 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -51,13 +52,15 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
 
 _ops = torch.ops.spade_kernels
+# Private to torch; without it every call passes through the Python that records gradients.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
 def _call(op: Any, *arguments: Any) -> Any:
     """The operator's default overload, past its Python autograd layer where no gradient can be asked for."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op.default(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return op.default(*arguments)
 
 
