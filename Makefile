@@ -58,12 +58,13 @@ bench: install
 fuzz: install
 	SPADE_FUZZ=10000 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py
 
+# Not "python -m pytest": that would find the package in the current folder before the sanitized one.
 SANITIZE := -fsanitize=address,undefined
 asan: install
 	CFLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -DSPADE_ONE_TARGET" \
 	LDFLAGS="$(SANITIZE)" SPADE_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=build/asan/lib $(BIN)/python -m pytest -q -k "cpu and not compile and not export" \
+	PYTHONPATH=build/asan/lib $(BIN)/pytest -q -k "cpu and not compile and not export" \
 	tests/test_ops.py tests/test_window_index.py tests/test_label_map.py tests/test_layers.py
 
 clean:
