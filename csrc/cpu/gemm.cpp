@@ -11,9 +11,9 @@ namespace {
 
 // Products added up in registers before they are added to the rest: longer sums of one running total lose digits.
 constexpr int64_t kDepth = 32;
-constexpr int64_t kMostRows = 96;  // of a task, fewer where there would be too few tasks
+// Rows of a task: all of them read all of b, few leave a thread idle.
+constexpr int64_t kFewestRows = 24, kMostRows = 96;
 constexpr int64_t kTasks = 8;
-constexpr int64_t kTileColumns = 256;
 
 // A tile of `rows` x (vectors * lanes): see Microkernel.
 template <class A, int lanes, int rows, int vectors>
@@ -80,44 +80,51 @@ int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
+// The tiles of out's rows [top, bottom), from all of b: no thread waits for another between two blocks of depth.
 template <class A>
-void multiply(int64_t m, int64_t n, int64_t k, Matrix<A> a, Matrix<A> b, A* out, bool add) {
+void multiply_rows(int64_t top, int64_t bottom, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();
-  if (!add) std::fill_n(out, k == 0 ? m * n : 0, A(0));
-  const Scratch<A> packed_b(kDepth * round_up(n, kernel.columns));
-  const int64_t task_rows = std::min(round_up((m + kTasks - 1) / kTasks, kernel.rows), kMostRows);
-  const int64_t column_tiles = (n + kTileColumns - 1) / kTileColumns, row_tiles = (m + task_rows - 1) / task_rows;
+  const Scratch<A> packed_a(round_up(bottom - top, kernel.rows) * kDepth);
+  std::array<A, kDepth * kMostTileColumns> edge;
+  std::array<A, kMostTileRows * kMostTileColumns> sums;
   for (int64_t block = 0; block < k; block += kDepth) {
     const int64_t depth = std::min(kDepth, k - block);
     const bool more = add || block > 0;
-    in_pieces(n, kernel.columns, [&](int64_t begin, int64_t end) {
-      pack(b.data + block * b.row + begin * b.column, b.column, b.row, end - begin, depth, kernel.columns,
-           packed_b.data() + begin * depth);
-    });
-    in_pieces(row_tiles * column_tiles, 1, [&](int64_t task, int64_t) {
-      const int64_t top = task / column_tiles * task_rows, left = task % column_tiles * kTileColumns;
-      const int64_t bottom = std::min(top + task_rows, m), right = std::min(left + kTileColumns, n);
-      const Scratch<A> packed_a(task_rows * depth);
-      pack(a.data + top * a.row + block * a.column, a.row, a.column, bottom - top, depth, kernel.rows, packed_a.data());
-      std::array<A, kMostTileRows * kMostTileColumns> sums;
-      for (int64_t j = left; j < right; j += kernel.columns)
-        for (int64_t i = top; i < bottom; i += kernel.rows) {
-          const A *from_a = packed_a.data() + (i - top) * depth, *from_b = packed_b.data() + j * depth;
-          const int64_t rows = std::min(kernel.rows, bottom - i), columns = std::min(kernel.columns, right - j);
-          A* to = out + i * n + j;
-          if (rows == kernel.rows && columns == kernel.columns) {
-            kernel.tile(depth, from_a, from_b, kernel.columns, to, n, more);
-            continue;
-          }
-          kernel.tile(depth, from_a, from_b, kernel.columns, sums.data(), kernel.columns, false);
-          for (int64_t r = 0; r < rows; ++r, to += n)
-            for (int64_t c = 0; c < columns; ++c) {
-              const A sum = sums[r * kernel.columns + c];
-              to[c] = more ? to[c] + sum : sum;
-            }
+    pack(a.data + top * a.row + block * a.column, a.row, a.column, bottom - top, depth, kernel.rows, packed_a.data());
+    for (int64_t j = 0; j < n; j += kernel.columns) {
+      const int64_t columns = std::min(kernel.columns, n - j);
+      const A* from_b = b.data + block * b.row + j;
+      int64_t b_row = b.row;
+      if (columns < kernel.columns) {
+        pack(from_b, 1, b.row, columns, depth, kernel.columns, edge.data());
+        from_b = edge.data();
+        b_row = kernel.columns;
+      }
+      for (int64_t i = top; i < bottom; i += kernel.rows) {
+        const A* from_a = packed_a.data() + (i - top) * depth;
+        const int64_t rows = std::min(kernel.rows, bottom - i);
+        A* to = out + i * n + j;
+        if (rows == kernel.rows && columns == kernel.columns) {
+          kernel.tile(depth, from_a, from_b, b_row, to, n, more);
+          continue;
         }
-    });
+        kernel.tile(depth, from_a, from_b, b_row, sums.data(), kernel.columns, false);
+        for (int64_t r = 0; r < rows; ++r, to += n)
+          for (int64_t c = 0; c < columns; ++c) {
+            const A sum = sums[r * kernel.columns + c];
+            to[c] = more ? to[c] + sum : sum;
+          }
+      }
+    }
   }
+}
+
+template <class A>
+void multiply(int64_t m, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
+  if (k == 0 && !add) std::fill_n(out, m * n, A(0));
+  const int64_t task_rows =
+      std::clamp(round_up((m + kTasks - 1) / kTasks, microkernel<A>().rows), kFewestRows, kMostRows);
+  in_pieces(m, task_rows, [&](int64_t top, int64_t bottom) { multiply_rows(top, bottom, n, k, a, b, out, add); });
 }
 
 }  // namespace
@@ -148,11 +155,11 @@ const Microkernel<A>& microkernel() {
 template const Microkernel<float>& microkernel();
 template const Microkernel<double>& microkernel();
 
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Matrix<float> b, float* out, bool add) {
+void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Rows<float> b, float* out, bool add) {
   multiply(m, n, k, a, b, out, add);
 }
 
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Matrix<double> b, double* out, bool add) {
+void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Rows<double> b, double* out, bool add) {
   multiply(m, n, k, a, b, out, add);
 }
 

@@ -11,10 +11,17 @@ struct Matrix {
   int64_t row, column;
 };
 
+// A matrix whose rows are dense, `row` apart.
+template <class A>
+struct Rows {
+  const A* data;
+  int64_t row;
+};
+
 // out (m, n), dense, = a (m, k) @ b (k, n), added to what is there if asked. Every element is summed in one fixed
 // order.
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Matrix<float> b, float* out, bool add = false);
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Matrix<double> b, double* out, bool add = false);
+void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Rows<float> b, float* out, bool add = false);
+void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Rows<double> b, double* out, bool add = false);
 
 // What this machine multiplies with, in registers: a tile out (rows, columns), or added to it, = a @ b from a panel a
 // (depth, rows) and a matrix b (depth, columns). `b_row` and `out_row` say how far apart the rows of b and out are.

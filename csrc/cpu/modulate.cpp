@@ -62,11 +62,14 @@ SPADE_INLINE void add_table_grad(const ModulateParams& p, int64_t i, acc_t<T>* s
   const A slope = static_cast<A>(p.slope);
   const Pixel<T> pixel(p, i);
   const T* grad = static_cast<const T*>(p.grad) + i * p.channels;
+  A *d_scale = sum, *d_shift = sum + p.channels;
+  // Neither a branch nor a pointer that may overlap, or the compiler takes channel after channel.
+#pragma GCC ivdep
   for (int64_t c = 0; c < p.channels; ++c) {
-    const A xhat = pixel.xhat(c), dy = static_cast<A>(grad[c]);
-    const A d = xhat * pixel.scale[c] + pixel.shift[c] > 0 ? dy : dy * slope;
-    sum[c] += d * xhat;
-    sum[p.channels + c] += d;
+    const A xhat = pixel.xhat(c), kept = xhat * pixel.scale[c] + pixel.shift[c] > 0 ? A(1) : slope;
+    const A d = static_cast<A>(grad[c]) * kept;
+    d_scale[c] += d * xhat;
+    d_shift[c] += d;
   }
 }
 

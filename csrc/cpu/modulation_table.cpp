@@ -236,10 +236,10 @@ void grad_of(Dtype dtype, const ModulationTableGradParams& p) {
     segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.order, p.starts, taps.data(),
                         p.num_hidden * w.num_taps, columns, all, w.num_taps});
     columns_first(w, first, columns, weights.data());
-    gemm(p.num_hidden, w.depth, width, Matrix<A>{taps.data(), width, 1}, Matrix<A>{weights.data(), w.depth, 1},
+    gemm(p.num_hidden, w.depth, width, Matrix<A>{taps.data(), width, 1}, Rows<A>{weights.data(), w.depth},
          static_cast<A*>(p.d_hidden), first > 0);
     gemm(width, w.depth, p.num_hidden, Matrix<A>{taps.data(), 1, width},
-         Matrix<A>{static_cast<const A*>(p.hidden), w.depth, 1}, d_weights.data());
+         Rows<A>{static_cast<const A*>(p.hidden), w.depth}, d_weights.data());
     scatter_columns(p, first, columns, d_weights.data());
   }
 }
