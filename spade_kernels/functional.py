@@ -78,7 +78,7 @@ class KeptWeights:
     def __init__(self, weights: Weights):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
-        self.bias = torch.cat((weights.gamma[1] + 1, weights.beta[1]))
+        self.bias = _joint_bias(weights)
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
@@ -102,9 +102,9 @@ class KeptWeights:
 
 _path = "auto"
 
-# Where benchmarks/crossover.py has the two ways cross: distinct windows per pixel, and pixels of a feature map.
-_DENSE_FROM, _DENSE_FROM_TRAINING = 0.9, 0.7
-_DENSE_PIXELS = 64 * 64
+# Where benchmarks/crossover.py has the two ways cross: hidden windows per pixel, and pixels of a feature map.
+_DENSE_FROM, _DENSE_FROM_TRAINING = 0.9, 0.65
+_DENSE_PIXELS = 32 * 32
 
 
 @contextlib.contextmanager
@@ -199,13 +199,14 @@ def conv2d(
     if weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"the weight must be square, got {tuple(weight.shape)}")
     seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
-    uses: Groups = seen.uses_by_tap if torch.is_grad_enabled() else (None, None)
-    # In the accumulation dtype up to here: the backward of the gather adds up thousands of pixels for a row.
+    uses, pixels = (seen.uses_by_tap, seen.row_pixels) if torch.is_grad_enabled() else ((None, None),) * 2
+    # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = ops.hidden_rows(
-        _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide), seen.windows, *uses, False
-    )
-    return F.embedding(seen.pixel_row, rows).to(weight.dtype).permute(0, 3, 1, 2)
+    taps, bias = _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide)
+    rows = ops.hidden_rows(taps, bias, seen.windows, *uses, False)
+    # Every pixel's row is a window of one tap.
+    pixel_rows = ops.hidden_rows(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
+    return pixel_rows.to(weight.dtype).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
 
 
 def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
@@ -237,10 +238,9 @@ def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 def _prefers_dense(index: WindowIndex) -> bool:
     if _path != "auto" or torch.compiler.is_compiling():
         return _path == "dense"
-    rows, pixels = len(index.modulation), index.modulation.pixel_row.numel()
-    height, width = index.modulation.pixel_row.shape[1:]
+    images, height, width = index.hidden.pixel_row.shape
     threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
-    return height * width >= _DENSE_PIXELS and rows > threshold * pixels
+    return height * width >= _DENSE_PIXELS and len(index.hidden) > threshold * images * height * width
 
 
 def _window_table(
@@ -256,7 +256,7 @@ def _window_table(
     shared, gamma, beta = ((weight.to(dtype), bias.to(dtype)) for weight, bias in weights)
     taps = kept.taps(segmap, shared[0]) if kept else _taps(segmap, shared[0])
     hidden = ops.hidden_rows(taps, shared[1], index.hidden.windows, *groups[0], True)
-    bias = kept.bias if kept else torch.cat((gamma[1] + 1, beta[1]))
+    bias = kept.bias if kept else _joint_bias(Weights(shared, gamma, beta))
     if gain is not None:
         # The table is linear in hidden rows and bias, which are smaller.
         hidden, bias = hidden * gain.to(dtype), bias * gain.to(dtype)
@@ -279,7 +279,7 @@ def _dense_table(
     if packed:
         table = packed[1](hidden)
     else:
-        weight, bias = _joint_weight(weights), torch.cat((weights.gamma[1] + 1, weights.beta[1]))
+        weight, bias = _joint_weight(weights), _joint_bias(weights)
         if gain is not None:
             weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
         table = F.conv2d(hidden, weight, bias, padding=padding)
@@ -289,3 +289,8 @@ def _dense_table(
 def _joint_weight(weights: Weights) -> Tensor:
     """gamma and beta as one convolution."""
     return torch.cat((weights.gamma[0], weights.beta[0]))
+
+
+def _joint_bias(weights: Weights) -> Tensor:
+    """Its bias, so that it gives scale = 1 + gamma, and shift = beta."""
+    return torch.cat((weights.gamma[1] + 1, weights.beta[1]))
