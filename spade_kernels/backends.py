@@ -1,66 +1,114 @@
 """Which kernels run: what is there, why the rest is not, and the caller's choice.
 
-The reference is registered for every device. Importing `spade_kernels._C` registers the compiled kernels for CPU
-tensors, which take precedence there.
+The reference is registered for every device. Importing `spade_kernels._C` registers compiled kernels for CPU tensors,
+`spade_kernels._C_cuda` for CUDA tensors; they take precedence there. Triton kernels, and whatever else the table below
+or `use_backend` asks for, are put over both.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.util
 import platform
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
 
 import numpy
 import torch
 
 from spade_kernels import reference
 
-_compiled: Any = None
-_why_no_cpu: str | None = None
-try:
-    _compiled = importlib.import_module("spade_kernels._C")
-except ImportError as error:
-    _why_no_cpu = f"the compiled module is not there ({error}); install with a C++ compiler and --no-build-isolation"
+# Who has kernels of an operator for CUDA tensors, the one to take first. By design, until a device has been measured.
+_ON_CUDA = {
+    "window_index": ("cuda",),
+    "hidden_rows": ("triton",),
+    "hidden_rows_grad": ("triton",),
+    "modulation_table": ("triton",),
+    "modulation_table_grad": ("triton",),
+    "weight_panels": ("triton",),
+    "channel_stats": ("cuda", "triton"),
+    "channel_stats_grad": ("cuda", "triton"),
+    "modulate": ("cuda", "triton"),
+    "modulate_table_grad": ("cuda", "triton"),
+    "modulate_input_grad": ("cuda", "triton"),
+}
+_TRITON_STEMS = {
+    "weight_panels": "modulation_table",
+    "modulate_table_grad": "modulate",
+    "modulate_input_grad": "modulate",
+}
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, and why it is not there."""
+    try:
+        return importlib.import_module(f"spade_kernels.{name}"), ""
+    except ImportError as error:
+        return None, f"the compiled module is not there ({error}); install with a compiler and --no-build-isolation"
+
+
+_cpu, _why_no_cpu = _load("_C")
+_cuda, _why_no_cuda = _load("_C_cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
 
 _chosen = "auto"
 _operators: list[str] = []
-_reference_on_cpu: torch.library.Library | None = None
+_overriding: torch.library.Library | None = None
 
 
-def register_reference(library: torch.library.Library, operators: Sequence[str]) -> None:
-    """Gives every operator its plain PyTorch kernel, for all devices."""
+def register(library: torch.library.Library, operators: Sequence[str]) -> None:
+    """Gives every operator its plain PyTorch kernel, for all devices, and whatever there is above it."""
     _operators.extend(operators)
     for name in operators:
-        library.impl(name, _reference_kernel(name), "CompositeExplicitAutograd")
+        library.impl(name, _python_kernel(name, "reference"), "CompositeExplicitAutograd")
+    _override()
 
 
-def _reference_kernel(name: str) -> Callable:
-    kernel = getattr(reference, name)
+def _python_kernel(name: str, backend: str) -> Callable:
+    def kernel() -> Callable:
+        if backend == "reference":
+            return getattr(reference, name)
+        stem = _TRITON_STEMS.get(name, name.removesuffix("_grad"))
+        return getattr(importlib.import_module(f"spade_kernels.triton.{stem}"), name)
 
-    @functools.wraps(kernel)
     def run(*args):
         # Autocast would otherwise reach into the kernel and round its float32 products.
         with torch.amp.autocast(args[0].device.type, enabled=False):
-            return kernel(*args)
+            return kernel()(*args)
 
     return run
 
 
-def _prefer_reference(wanted: bool) -> None:
-    """Puts the reference over the compiled CPU kernels, or takes it away again."""
-    global _reference_on_cpu
-    if wanted and _reference_on_cpu is None and _why_no_cpu is None:
-        _reference_on_cpu = torch.library.Library("spade_kernels", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
-            for name in _operators:
-                _reference_on_cpu.impl(name, _reference_kernel(name), "CPU", allow_override=True)
-    elif not wanted and _reference_on_cpu is not None:
-        _reference_on_cpu._destroy()
-        _reference_on_cpu = None
+def _override() -> None:
+    """Puts the kernels that calls are to take over those that the compiled modules registered."""
+    global _overriding
+    if _overriding is not None:
+        _overriding._destroy()
+    _overriding = torch.library.Library("spade_kernels", "IMPL")
+    compiled = {"cpu": "cpu" if _cpu else None, "cuda": "cuda" if _cuda else None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
+        for device, below in compiled.items():
+            for name, backend in kernels_on(device).items():
+                is_there = below in _candidates(name, device) if backend == "reference" else backend != below
+                if is_there:
+                    _overriding.impl(name, _python_kernel(name, backend), device.upper(), allow_override=True)
+
+
+def _candidates(name: str, device: str) -> tuple[str, ...]:
+    return {"cpu": ("cpu",), "cuda": _ON_CUDA[name]}[device]
+
+
+def kernels_on(device: str) -> dict[str, str]:
+    """By operator, the backend whose kernel a tensor on "cpu" or "cuda" takes."""
+    there = {"cpu": _cpu is not None, "cuda": _cuda is not None, "triton": _why_no_triton() is None}
+    taken = {}
+    for name in _operators:
+        candidates = [backend for backend in _candidates(name, device) if there[backend]]
+        if _chosen in candidates or _chosen == "reference":
+            candidates = [_chosen]
+        taken[name] = candidates[0] if candidates else "reference"
+    return taken
 
 
 def can_run_reference() -> str | None:
@@ -70,17 +118,29 @@ def can_run_reference() -> str | None:
 
 def can_run_cpu() -> str | None:
     """None, or why the compiled CPU kernels cannot run."""
-    return _why_no_cpu
+    return None if _cpu else _why_no_cpu
 
 
 def can_run_triton() -> str | None:
     """None, or why the Triton kernels cannot run."""
-    return "this version has no Triton kernels yet"
+    return _why_no_triton() or _why_no_device()
 
 
 def can_run_cuda() -> str | None:
     """None, or why the compiled CUDA kernels cannot run."""
-    return "this version has no CUDA kernels yet"
+    return _why_no_device() if _cuda else _why_no_cuda
+
+
+def _why_no_triton() -> str | None:
+    if not (torch.version.cuda or torch.version.hip):
+        return "this PyTorch is built without CUDA and without ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    return None
+
+
+def _why_no_device() -> str | None:
+    return None if torch.cuda.is_available() else "there is no GPU that PyTorch can use"
 
 
 _PROBES: dict[str, Callable[[], str | None]] = {
@@ -109,7 +169,7 @@ def use_backend(name: str) -> None:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     _chosen = name
-    _prefer_reference(name == "reference")
+    _override()
 
 
 def current_backend() -> str:
@@ -134,5 +194,6 @@ def build_info() -> dict[str, object]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backend": current_backend(),
         "backends": {name: probe() for name, probe in _PROBES.items()},
-        "compiled": None if _compiled is None else _compiled.build_info(),
+        "kernels": kernels_on("cuda" if torch.cuda.is_available() else "cpu"),
+        "compiled": {module.__name__: module.build_info() for module in (_cpu, _cuda) if module},
     }

@@ -199,7 +199,10 @@ def conv2d(
     if weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"the weight must be square, got {tuple(weight.shape)}")
     seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
-    uses, pixels = (seen.uses_by_tap, seen.row_pixels) if torch.is_grad_enabled() else ((None, None),) * 2
+    uses: Groups = (None, None)
+    pixels: Groups = (None, None)
+    if torch.is_grad_enabled():
+        uses, pixels = seen.uses_by_tap, seen.row_pixels
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     taps, bias = _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide)

@@ -64,7 +64,7 @@ def _call(op: Any, *arguments: Any) -> Any:
         return op.default(*arguments)
 
 
-backends.register_reference(_library, list(_SCHEMAS))
+backends.register(_library, list(_SCHEMAS))
 
 
 def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:

@@ -202,10 +202,13 @@ def _doctor(arguments: list[str]) -> int:
 def _print_environment() -> None:
     info = spade_kernels.build_info()
     backends: Any = info.pop("backends")
+    kernels: Any = info.pop("kernels")
     for name, value in info.items():
         print(f"{name:14} {value}")
     for name, reason in backends.items():
         print(f"{'  ' + name:14} {'can run' if reason is None else 'cannot run: ' + reason}")
+        if used := [operator for operator, taken in kernels.items() if taken == name]:
+            print(f"    runs {', '.join(used)}")
 
 
 def _check_data(config: DoctorConfig) -> int:

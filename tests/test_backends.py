@@ -12,8 +12,9 @@ from spade_kernels import backends, build_info, use_backend
 
 
 @pytest.fixture(autouse=True)
-def _restored_choice(monkeypatch):
-    monkeypatch.setattr(backends, "_chosen", "auto")
+def _restored_choice():
+    yield
+    use_backend("auto")
 
 
 def test_build_info():
@@ -30,6 +31,7 @@ def test_build_info():
             "gpus",
             "backend",
             "backends",
+            "kernels",
             "compiled",
         )
     }
@@ -59,6 +61,44 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
     for name in ("cpu", "triton", "cuda"):
         monkeypatch.setitem(backends._PROBES, name, lambda: None)
         assert backends.current_backend() == name
+
+
+@pytest.fixture
+def _gpu_kernels(monkeypatch):
+    """As on a machine where everything is installed; nothing is registered."""
+    monkeypatch.setattr(backends, "_override", lambda: None)
+    monkeypatch.setattr(backends, "_cuda", backends)
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends._PROBES, name, lambda: None)
+
+
+@pytest.mark.usefixtures("_gpu_kernels")
+def test_kernels_of_cuda_tensors():
+    auto = backends.kernels_on("cuda")
+    assert auto == {name: candidates[0] for name, candidates in backends._ON_CUDA.items()}
+    use_backend("triton")
+    assert backends.kernels_on("cuda") == auto | dict.fromkeys(
+        [name for name, candidates in backends._ON_CUDA.items() if "triton" in candidates], "triton"
+    )
+    use_backend("cuda")
+    assert backends.kernels_on("cuda") == auto
+    use_backend("reference")
+    assert set(backends.kernels_on("cuda").values()) == {"reference"}
+
+
+@pytest.mark.usefixtures("_gpu_kernels")
+def test_what_is_missing_falls_to_the_next(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda", None)
+    kernels = backends.kernels_on("cuda")
+    assert kernels.pop("window_index") == "reference"
+    assert set(kernels.values()) == {"triton"}
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: "it is not here")
+    assert set(backends.kernels_on("cuda").values()) == {"reference"}
+
+
+def test_every_operator_has_a_place_in_the_table():
+    assert set(backends._ON_CUDA) == set(backends._operators)
 
 
 def test_unknown_backend():
