@@ -7,5 +7,15 @@ from spade_kernels.freezing import freeze
 from spade_kernels.label_map import LabelMap, instance_edges
 from spade_kernels.layers import SPADE
 from spade_kernels.normalization import SyncBatchNorm2d
+from spade_kernels.static import StaticLabelMap
 
-__all__ = ["SPADE", "LabelMap", "SyncBatchNorm2d", "build_info", "freeze", "instance_edges", "use_backend"]
+__all__ = [
+    "SPADE",
+    "LabelMap",
+    "StaticLabelMap",
+    "SyncBatchNorm2d",
+    "build_info",
+    "freeze",
+    "instance_edges",
+    "use_backend",
+]

@@ -142,7 +142,8 @@ def spade(
         gamma, beta = conv(relu(conv(resize(segmap))))
 
     Args:
-        x: (N, C, h, w) float; computed in float32 (float64 for float64), returned in x's dtype, channels-last.
+        x: (N, C, h, w) float; summed up in float32 (float64 for float64), returned in x's dtype, channels-last. The
+            weights enter products in x's dtype on CUDA devices, in float32 elsewhere.
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         stats: of x, from `normalization.statistics`.
         slope: leaky ReLU folded in; 1 is none.
@@ -235,7 +236,10 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+    if torch.float64 in (x.dtype, weight.dtype):
+        return torch.float64
+    # Tensor cores multiply these, and add up in float32; elsewhere float32 is as fast.
+    return x.dtype if x.is_cuda else torch.float32
 
 
 def _prefers_dense(index: WindowIndex) -> bool:
@@ -256,13 +260,14 @@ def _window_table(
     kept: KeptWeights | None,
 ) -> Tensor:
     """(rows, 2C): scale and shift of every distinct window, times gain."""
-    shared, gamma, beta = ((weight.to(dtype), bias.to(dtype)) for weight, bias in weights)
+    wide = torch.promote_types(dtype, torch.float32)
+    shared, gamma, beta = ((weight.to(dtype), bias.to(wide)) for weight, bias in weights)
     taps = kept.taps(segmap, shared[0]) if kept else _taps(segmap, shared[0])
     hidden = ops.hidden_rows(taps, shared[1], index.hidden.windows, *groups[0], True)
     bias = kept.bias if kept else _joint_bias(Weights(shared, gamma, beta))
     if gain is not None:
         # The table is linear in hidden rows and bias, which are smaller.
-        hidden, bias = hidden * gain.to(dtype), bias * gain.to(dtype)
+        hidden, bias = hidden * gain.to(dtype), bias * gain.to(wide)
     panels = kept.panels if kept else None
     return ops.modulation_table(hidden, gamma[0], beta[0], bias, index.modulation.windows, panels, *groups[1])
 

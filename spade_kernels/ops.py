@@ -243,7 +243,7 @@ for _name in (
 
 def _hidden_rows_setup(ctx, inputs, output):
     taps, bias, _, order, starts, ctx.relu = inputs
-    ctx.num_taps, ctx.dtype, ctx.has_bias = taps.shape[1], taps.dtype, bias is not None
+    ctx.num_taps, ctx.dtype, ctx.bias_dtype = taps.shape[1], taps.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(output, order, starts)
 
 
@@ -251,14 +251,15 @@ def _hidden_rows_backward(ctx, grad):
     rows, order, starts = ctx.saved_tensors
     _require_groups("hidden_rows", order, starts)
     taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.num_taps, ctx.relu)
-    return taps.to(ctx.dtype), bias.to(ctx.dtype) if ctx.has_bias else None, None, None, None, None
+    return taps.to(ctx.dtype), None if ctx.bias_dtype is None else bias.to(ctx.bias_dtype), None, None, None, None
 
 
 _autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
-    hidden, gamma, beta, _, _, _, order, starts = inputs
+    hidden, gamma, beta, bias, _, _, order, starts = inputs
+    ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(hidden, gamma, beta, order, starts)
 
 
@@ -266,8 +267,8 @@ def _modulation_table_backward(ctx, grad):
     hidden, gamma, beta, order, starts = ctx.saved_tensors
     _require_groups("modulation_table", order, starts)
     d_hidden, d_gamma, d_beta, d_bias = _ops.modulation_table_grad(grad, hidden, gamma, beta, order, starts)
-    d_bias = d_bias.to(hidden.dtype)
-    return d_hidden.to(hidden.dtype), d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), d_bias, None, None, None, None
+    d_weights = d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), d_bias.to(ctx.bias_dtype)
+    return d_hidden.to(hidden.dtype), *d_weights, None, None, None, None
 
 
 _autograd("modulation_table", _modulation_table_setup, _modulation_table_backward)
@@ -323,7 +324,8 @@ def _normalization_means(
         if image_rows is None:
             sums = products.view(images, pixels, -1).sum(1)
         else:
-            sums = torch.segment_reduce(products, "sum", offsets=image_rows, axis=0)
+            every = torch.arange(len(products), device=products.device)
+            sums = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].flatten(1)
         return (sums / pixels).split(channels, 1)
     count = products.new_full((1, 1), images * pixels)
     sums = torch.cat((products.sum(0, keepdim=True), count), 1)

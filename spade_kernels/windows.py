@@ -45,6 +45,19 @@ class Windows(Packable):
     def __len__(self) -> int:
         return self.windows.shape[0]
 
+    def padded(self, rows: int, num_ids: int) -> Windows:
+        """The same with `rows` rows, those added seen by no pixel, and room for ids below `num_ids`."""
+        windows = torch.nn.functional.pad(self.windows, (0, 0, 0, rows - len(self)))
+        return Windows(windows, self.pixel_row, self.image_rows, num_ids)
+
+    def with_segments_of(self, other: Windows) -> Windows:
+        """Itself, with those segments built that the other has."""
+        if other._uses_by_tap is not None:
+            _ = self.uses_by_tap
+        if other._row_pixels is not None:
+            _ = self.row_pixels
+        return self
+
     @property
     def uses_by_tap(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""

@@ -1,0 +1,79 @@
+"""Label maps at a fixed place in memory: what a CUDA graph reads."""
+
+from __future__ import annotations
+
+import torch
+
+from spade_kernels.label_map import LabelMap
+from spade_kernels.packing import pack, unpack
+from spade_kernels.windows import Windows
+
+_FEWEST = 64
+
+
+class StaticLabelMap:
+    """A place for label maps of one shape, whose window indexes have room for more rows than the first one needs.
+
+    A CUDA graph replays with the addresses and shapes it was captured with. Capture it with `label_map`, then fill in
+    one label map after the other and replay. The rows to spare are used by no pixel; results are the same without.
+
+    Args:
+        example: its window indexes say what is kept room for: `prepare` it for every size the network modulates, with
+            `gradients` if the graph holds a backward. Rows are rounded up by at most a quarter, 64 at the least.
+
+    Attributes:
+        label_map: what to give the network; on the example's device.
+    """
+
+    def __init__(self, example: LabelMap):
+        self._buffer, layout = pack(_padded(example, None))
+        self.label_map = unpack(self._buffer, layout)
+
+    def copy_(self, other: LabelMap) -> LabelMap:
+        """Puts another label map here, in one transfer, after building what its indexes lack. Returns `label_map`.
+
+        Raises:
+            ValueError: its size, classes or edges differ, or it has more distinct windows than there is room for.
+        """
+        mine = self.label_map
+        for name in ("shape", "num_labels", "ignore_index", "is_pooled"):
+            if getattr(mine, name) != getattr(other, name):
+                raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
+        if (mine.edges is None) != (other.edges is None):
+            raise ValueError("of the label map and the place, one has edges and one has not")
+        buffer, _ = pack(_padded(other, mine), pinned=mine.device.type == "cuda" and other.device.type == "cpu")
+        assert self._buffer is not None
+        assert buffer is not None
+        self._buffer.copy_(buffer, non_blocking=True)
+        return mine
+
+
+def _padded(label_map: LabelMap, like: LabelMap | None) -> LabelMap:
+    """A twin with the window indexes of `like`, in their sizes; with its own, rounded up, where that is None."""
+    if label_map.is_pooled:
+        raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
+    twin = label_map._with_codes(label_map.codes, None)
+    twin.labels = label_map.labels.long()  # The same layout whatever integers the labels came as.
+    for key, windows in (like or label_map)._kept.items():
+        if not isinstance(windows, Windows):
+            continue
+        kind, height, width, kernel_size, *how = key
+        if kind == "codes":
+            found, num_ids = label_map.windows((height, width), kernel_size, *how), windows.num_ids
+        else:
+            hidden, found = label_map.window_index((height, width), kernel_size)
+            num_ids = windows.num_ids if like else _bucket(len(hidden), hidden.pixel_row) + 1
+        rows = len(windows) if like else _bucket(len(found), found.pixel_row)
+        if len(found) > rows:
+            raise ValueError(
+                f"the label map has {len(found)} distinct {kernel_size}x{kernel_size} windows at {height} x {width}, "
+                f"the place has room for {rows}; make a new StaticLabelMap of it"
+            )
+        padded = found.padded(rows, num_ids)
+        twin._kept[key] = padded.with_segments_of(windows)
+    return twin
+
+
+def _bucket(rows: int, pixel_row: torch.Tensor) -> int:
+    step = max(_FEWEST, 1 << max(rows.bit_length() - 3, 0))
+    return min(-(-rows // step) * step, pixel_row.numel())
