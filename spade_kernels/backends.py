@@ -72,8 +72,9 @@ def _python_kernel(name: str, backend: str) -> Callable:
         return getattr(importlib.import_module(f"spade_kernels.triton.{stem}"), name)
 
     def run(*args):
-        # Autocast would otherwise reach into the kernel and round its float32 products.
-        with torch.amp.autocast(args[0].device.type, enabled=False):
+        # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
+        # current device.
+        with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return kernel()(*args)
 
     return run

@@ -15,12 +15,18 @@ MASK_KINDS = ("blobs", "noise", "stripes", "constant", "islands")
 
 
 def random_labels(kind: str, shape: tuple[int, int, int], num_labels: int, seed: int = 0) -> Tensor:
-    """(N, H, W) int64 class ids below num_labels.
+    """(N, H, W) int64 class ids below num_labels, the same on every device; on the default one.
 
     Args:
         kind: "blobs" (regions with ragged borders, as in a photograph), "noise" (every pixel on its own), "stripes"
             (diagonal), "constant" (one class per image) or "islands" (one class with single pixels of others).
     """
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        return _labels(kind, shape, num_labels, seed).to(device)
+
+
+def _labels(kind: str, shape: tuple[int, int, int], num_labels: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     n, height, width = shape
 
@@ -50,9 +56,13 @@ def random_label_map(
     """`random_labels` as a LabelMap; `edges` adds a random boundary, `ignore` makes one pixel in eight no class."""
     labels = random_labels(kind, shape, num_labels, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    plane = torch.rand(shape, generator=generator) < 0.2 if edges else None
+
+    def somewhere(part: float) -> Tensor:
+        return (torch.rand(shape, generator=generator, device="cpu") < part).to(labels.device)
+
+    plane = somewhere(0.2) if edges else None
     if ignore:
-        labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.125, 255)
+        labels = labels.masked_fill(somewhere(0.125), 255)
     return LabelMap(labels, num_labels, plane, ignore_index=255 if ignore else None)
 
 

@@ -35,14 +35,23 @@ def coco_dir() -> Path:
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+ON_GPU = ["triton", "cuda"] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu", *ON_GPU])
 def backend(request):
-    """Runs a test on the plain PyTorch kernels and on the compiled ones."""
+    """Runs a test on the plain PyTorch kernels, on the compiled ones, and where there is a GPU on those for it.
+
+    Tests make their tensors on the default device, which is the one the kernels are for.
+    """
     reason = sk.build_info()["backends"][request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     sk.use_backend(request.param)
+    if request.param in ON_GPU:
+        torch.set_default_device("cuda")
     yield request.param
+    torch.set_default_device(None)
     sk.use_backend("auto")
 
 
