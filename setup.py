@@ -1,17 +1,20 @@
 """Builds the package; metadata is in pyproject.toml.
 
-SPADE_KERNELS_BUILD chooses what is compiled: `cpu`, `none`, or `auto` (the default): cpu where there is a C++ compiler.
-Needs --no-build-isolation, so that the torch that is installed is the torch that is built against.
+SPADE_KERNELS_BUILD chooses what is compiled: `cpu`, `cuda` (both), `none`, or `auto` (the default): what this machine
+has the compilers for, and an install without it where they fail. Needs --no-build-isolation, so that the torch that is
+installed is the torch that is built against.
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
 
-SOURCES = [
+CPU_SOURCES = [
     "module.cpp",
     "cpu/ops.cpp",
     "cpu/window_index.cpp",
@@ -21,33 +24,128 @@ SOURCES = [
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",
 ]
-TORCH_TARGET = "0x020b000000000000"
+CUDA_SOURCES = [
+    "cuda/module.cpp",
+    "cuda/ops.cpp",
+    "cuda/window_index.cu",
+    "cuda/channel_stats.cu",
+    "cuda/modulate.cu",
+    "cuda/modulate_table_grad.cu",
+]
+TORCH_TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DTORCH_TARGET_VERSION_TEXT="2.11"']
+# What to build for where there is no GPU to ask, and the first nvcc that can.
+ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
+CHOICES = ("auto", "cpu", "none", "cuda")
 
 
 def compiled():
     """(ext_modules, cmdclass) for what SPADE_KERNELS_BUILD asks for."""
     choice = os.environ.get("SPADE_KERNELS_BUILD", "auto")
-    if choice not in ("auto", "cpu", "none"):
-        sys.exit(f"SPADE_KERNELS_BUILD={choice!r} is not one of auto, cpu, none")
+    if choice not in CHOICES:
+        sys.exit(f"SPADE_KERNELS_BUILD={choice!r} is not one of {', '.join(CHOICES)}")
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if choice == "none" or (choice == "auto" and not (has_compiler and sys.platform == "linux")):
         return [], {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError:
         if choice == "auto":
             return [], {}
-        sys.exit("SPADE_KERNELS_BUILD=cpu needs torch: install it first and build with pip's --no-build-isolation")
+        sys.exit(
+            f"SPADE_KERNELS_BUILD={choice} needs torch: install it first and build with pip's --no-build-isolation"
+        )
+
+    class Build(BuildExtension):
+        """One extension after another, so that an optional one that fails leaves the others."""
+
+        def build_extensions(self):
+            every = self.extensions
+            for extension in every:
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    if not extension.optional:
+                        raise
+                    print(f"warning: {extension.name} was not built: {error}", file=sys.stderr)
+            self.extensions = every
+
+    extensions = [cpu_extension()]
+    if choice != "cpu":
+        reason = why_no_cuda()
+        if reason is None:
+            extensions.append(cuda_extension())
+        elif choice == "cuda":
+            sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
+    for extension in extensions:
+        extension.optional = choice == "auto"
+    return extensions, {"build_ext": Build}
+
+
+def cpu_extension():
+    from torch.utils.cpp_extension import CppExtension
+
     flags = ["-std=c++20", "-O3", "-fno-math-errno"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
-    extension = CppExtension(
-        "spade_kernels._C",
-        [os.path.join("csrc", source) for source in SOURCES],
-        extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", '-DTORCH_TARGET_VERSION_TEXT="2.11"'],
-        optional=choice == "auto",
+    return CppExtension("spade_kernels._C", sources(CPU_SOURCES), extra_compile_args=[*flags, *TORCH_TARGET])
+
+
+def cuda_extension():
+    from torch.utils.cpp_extension import CUDAExtension
+
+    version = nvcc_version()
+    built_for = architectures(version)
+    flags = ["-std=c++20", "-O3", "-DUSE_CUDA", *TORCH_TARGET]
+    texts = [f'-DSPADE_NVCC_TEXT="{version[0]}.{version[1]}"', f'-DSPADE_ARCHITECTURES_TEXT="{built_for}"']
+    nvcc = [*flags, "--expt-relaxed-constexpr", "-lineinfo"]
+    return CUDAExtension(
+        "spade_kernels._C_cuda", sources(CUDA_SOURCES), extra_compile_args={"cxx": [*flags, *texts], "nvcc": nvcc}
     )
-    return [extension], {"build_ext": BuildExtension}
+
+
+def sources(names):
+    return [os.path.join("csrc", name) for name in names]
+
+
+def why_no_cuda():
+    """None, or what is missing to build the CUDA kernels."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"the installed torch {torch.__version__} was built without CUDA"
+    version = nvcc_version()
+    if version is None:
+        return "there is no nvcc; install the CUDA toolkit, or set CUDA_HOME to where it is"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc {version[0]}.{version[1]} does not fit the CUDA {torch.version.cuda} of the installed torch"
+    return None
+
+
+def nvcc_version():
+    """(major, minor), or None without an nvcc that runs."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        return None
+    try:
+        text = subprocess.run([os.path.join(CUDA_HOME, "bin", "nvcc"), "--version"], capture_output=True, text=True)
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text.stdout)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def architectures(nvcc):
+    """What the CUDA kernels are built for; sets TORCH_CUDA_ARCH_LIST where torch could not tell by itself."""
+    import torch
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if torch.cuda.device_count() > 0:
+            return "of the GPUs at hand"
+        known = [name for name, first in ARCHITECTURES.items() if nvcc >= first]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(known) + "+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
 extensions, commands = compiled()

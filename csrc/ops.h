@@ -75,6 +75,16 @@ struct ChannelStatsParams {
   int64_t images, pixels, channels;
 };
 
+// out = grad_mean / pixels + 2 * grad_m2 * (x - mean).
+struct ChannelStatsGradParams {
+  const void* x;
+  const void* mean;  // (images, channels), acc, as the gradients are
+  const void* grad_mean;
+  const void* grad_m2;
+  void* out;  // like x
+  int64_t images, pixels, channels;
+};
+
 // The forward pass reads x; the backward passes read grad too. Every pixel of x stands for upsample x upsample pixels
 // of y and grad, which pixel_row and order count.
 struct ModulateParams {

@@ -1,0 +1,254 @@
+// Mean and sum of squared deviations: of a piece of an image's pixels by one block, then of all pieces. Every count is
+// small and every tree has one shape, so sums keep their precision and their bits. Values are taken from the image's
+// first pixel: means of pieces would otherwise be rounded to a channel's magnitude, and their differences with them.
+#include "access.h"
+#include "kernels.h"
+
+namespace spade::cuda {
+namespace {
+
+constexpr int kBatch = 4;  // pixels a thread has in registers, for a mean first and deviations second
+constexpr int kPixelsOfThread = 16;
+constexpr uint32_t kMergeLanes = 32, kMergeRows = 32;
+
+// Statistics of V channels over `count` pixels.
+template <class A, int V>
+struct Stats {
+  A count = 0, mean[V] = {}, m2[V] = {};
+
+  // Chan et al. 1979.
+  SPADE_DEVICE void merge(const Stats& other) {
+    if (other.count == 0) return;
+    const A share = other.count / (count + other.count), weight = count * share;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A delta = other.mean[i] - mean[i];
+      mean[i] += delta * share;
+      m2[i] += other.m2[i] + delta * delta * weight;
+    }
+    count += other.count;
+  }
+};
+
+// One Stats for each thread of a block; banks are threads.
+template <class A, int V, int threads>
+struct SharedStats {
+  A count[threads], mean[V][threads], m2[V][threads];
+
+  SPADE_DEVICE void put(uint32_t thread, const Stats<A, V>& stats) {
+    count[thread] = stats.count;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      mean[i][thread] = stats.mean[i];
+      m2[i][thread] = stats.m2[i];
+    }
+  }
+  SPADE_DEVICE Stats<A, V> get(uint32_t thread) const {
+    Stats<A, V> stats;
+    stats.count = count[thread];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      stats.mean[i] = mean[i][thread];
+      stats.m2[i] = m2[i][thread];
+    }
+    return stats;
+  }
+  // Merges the rows of a block into row 0, two by two.
+  SPADE_DEVICE void merge_rows(const Block& block) {
+    for (uint32_t step = 1; step < block.rows; step *= 2)
+      block.phase([&](const Thread& t) {
+        if (t.row % (2 * step) != 0 || t.row + step >= t.rows) return;
+        const uint32_t thread = t.row * t.lanes + t.lane;
+        Stats<A, V> stats = get(thread);
+        stats.merge(get(thread + step * t.lanes));
+        put(thread, stats);
+      });
+  }
+};
+
+// Where the pieces' statistics stand: (images, pieces, 2, channels).
+struct Pieces {
+  int64_t pixels_of_one, count;
+};
+
+template <class T, int V>
+struct PieceStats {
+  using A = acc_t<T>;
+  static constexpr int kThreads = spade::cuda::kThreads;
+  using Shared = SharedStats<A, V, kThreads>;
+  ChannelStatsParams p;
+  Pieces pieces;
+  A* parts;
+
+  static SPADE_DEVICE A from(const Values<T, V>& origin, const Values<T, V>& x, int i) {
+    return static_cast<A>(x.at[i]) - static_cast<A>(origin.at[i]);
+  }
+
+  SPADE_DEVICE Stats<A, V> of_thread(const Thread& t, int64_t channel) const {
+    const int64_t first = t.x * pieces.pixels_of_one, left = p.pixels - first - t.row;
+    const int count = left <= 0 ? 0 : static_cast<int>(min((left + t.rows - 1) / t.rows, int64_t{kPixelsOfThread}));
+    const int64_t start = (t.z * p.pixels + first + t.row) * p.channels + channel, step = t.rows * p.channels;
+    Values<T, V> origin;
+    origin.load(p.x, t.z * p.pixels * p.channels + channel);
+    Stats<A, V> total;
+    for (int begin = 0; begin < count; begin += kBatch) {
+      Values<T, V> x[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (begin + b < count) x[b].load(p.x, start + (begin + b) * step);
+      Stats<A, V> batch;
+      batch.count = static_cast<A>(min(count - begin, kBatch));
+      const A scale = 1 / batch.count;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+        for (int i = 0; i < V; ++i) batch.mean[i] += begin + b < count ? from(origin, x[b], i) : A(0);
+#pragma unroll
+      for (int i = 0; i < V; ++i) batch.mean[i] *= scale;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const A d = begin + b < count ? from(origin, x[b], i) - batch.mean[i] : A(0);
+          batch.m2[i] += d * d;
+        }
+      total.merge(batch);
+    }
+    return total;
+  }
+
+  SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
+    block.phase([&](const Thread& t) {
+      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
+      shared.put(t.row * t.lanes + t.lane, channel < p.channels ? of_thread(t, channel) : Stats<A, V>{});
+    });
+    shared.merge_rows(block);
+    block.phase([&](const Thread& t) {
+      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
+      if (t.row != 0 || channel >= p.channels) return;
+      const Stats<A, V> stats = shared.get(t.lane);
+      A* to = parts + (t.z * pieces.count + t.x) * 2 * p.channels + channel;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        to[i] = stats.mean[i];
+        to[p.channels + i] = stats.m2[i];
+      }
+    });
+  }
+};
+
+template <class T>
+struct MergePieces {
+  using A = acc_t<T>;
+  static constexpr int kThreads = kMergeLanes * kMergeRows;
+  using Shared = SharedStats<A, 1, kThreads>;
+  ChannelStatsParams p;
+  Pieces pieces;
+  const A* parts;
+
+  SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
+    block.phase([&](const Thread& t) {
+      const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
+      Stats<A, 1> total;
+      if (channel < p.channels)
+        for (int64_t piece = t.row; piece < pieces.count; piece += t.rows) {
+          const A* from = parts + (t.y * pieces.count + piece) * 2 * p.channels + channel;
+          Stats<A, 1> stats;
+          stats.count = static_cast<A>(min(pieces.pixels_of_one, p.pixels - piece * pieces.pixels_of_one));
+          stats.mean[0] = load_constant(from);
+          stats.m2[0] = load_constant(from + p.channels);
+          total.merge(stats);
+        }
+      shared.put(t.row * t.lanes + t.lane, total);
+    });
+    shared.merge_rows(block);
+    block.phase([&](const Thread& t) {
+      const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
+      if (t.row != 0 || channel >= p.channels) return;
+      const A origin = static_cast<A>(static_cast<const T*>(p.x)[t.y * p.pixels * p.channels + channel]);
+      static_cast<A*>(p.mean)[t.y * p.channels + channel] = origin + shared.mean[0][t.lane];
+      static_cast<A*>(p.m2)[t.y * p.channels + channel] = shared.m2[0][t.lane];
+    });
+  }
+};
+
+// d x = grad_mean / pixels + 2 grad_m2 (x - mean).
+template <class T, int V>
+struct Gradient {
+  using A = acc_t<T>;
+  static constexpr int kThreads = spade::cuda::kThreads;
+  ChannelStatsGradParams p;
+
+  SPADE_DEVICE void operator()(const Thread& t) const {
+    const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
+    const int64_t pixel = static_cast<int64_t>(t.x) * t.rows + t.row;
+    if (channel >= p.channels || pixel >= p.pixels) return;
+    const int64_t of_image = t.z * p.channels + channel, at = (t.z * p.pixels + pixel) * p.channels + channel;
+    Values<A, V> mean, grad_mean, grad_m2;
+    mean.load(p.mean, of_image);
+    grad_mean.load(p.grad_mean, of_image);
+    grad_m2.load(p.grad_m2, of_image);
+    Values<T, V> x;
+    x.load(p.x, at);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      x.at[i] = static_cast<T>(grad_mean.at[i] / static_cast<A>(p.pixels) +
+                               2 * grad_m2.at[i] * (static_cast<A>(x.at[i]) - mean.at[i]));
+    x.store(p.out, at);
+  }
+};
+
+template <class T, int V>
+Grid over_pieces(const ChannelStatsParams& p, Pieces& pieces) {
+  Grid grid = grid_over(ceil_div(p.channels, V), 32, p.images);
+  pieces.pixels_of_one = static_cast<int64_t>(grid.rows) * kPixelsOfThread;
+  pieces.count = ceil_div(p.pixels, pieces.pixels_of_one);
+  grid.x = static_cast<uint32_t>(pieces.count);
+  return grid;
+}
+
+// f(T, V, grid, pieces) of a call.
+template <class F>
+void for_call(Dtype dtype, const ChannelStatsParams& p, const F& f) {
+  for_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_vector<T>(p.channels, {p.x}, [&](auto v) {
+      Pieces pieces;
+      const Grid grid = over_pieces<T, v()>(p, pieces);
+      f(type, v, grid, pieces);
+    });
+  });
+}
+
+}  // namespace
+
+int64_t channel_stats_parts(Dtype dtype, const ChannelStatsParams& p) {
+  int64_t count = 0;
+  for_call(dtype, p, [&](auto, auto, Grid, Pieces pieces) { count = p.images * pieces.count * 2 * p.channels; });
+  return count;
+}
+
+void channel_stats(Dtype dtype, const ChannelStatsParams& p, void* scratch, Stream stream) {
+  for_call(dtype, p, [&](auto type, auto v, Grid grid, Pieces pieces) {
+    using T = typename decltype(type)::type;
+    using A = acc_t<T>;
+    A* parts = static_cast<A*>(scratch);
+    launch(grid, stream, PieceStats<T, v()>{p, pieces, parts});
+    const Grid merge{static_cast<uint32_t>(ceil_div(p.channels, kMergeLanes)), static_cast<uint32_t>(p.images), 1,
+                     kMergeLanes, kMergeRows};
+    launch(merge, stream, MergePieces<T>{p, pieces, parts});
+  });
+}
+
+void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& p, Stream stream) {
+  for_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_vector<T>(p.channels, {p.x, p.mean, p.grad_mean, p.grad_m2, p.out}, [&](auto v) {
+      Grid grid = grid_over(ceil_div(p.channels, v()), 32, p.images);
+      grid.x = static_cast<uint32_t>(ceil_div(p.pixels, grid.rows));
+      launch(grid, stream, Gradient<T, v()>{p});
+    });
+  });
+}
+
+}  // namespace spade::cuda

@@ -1,0 +1,90 @@
+// What a kernel asks of the machine that runs it: threads, phases, atomics, launches. tests/cuda_host/cuda_host.h
+// offers a host compiler the same, so every kernel here also runs on the CPU, one thread at a time, where a test can
+// look at it.
+//
+// A kernel is a struct of its parameters with an operator() for one thread, or for one block if its threads meet:
+// between two phases of a block everybody sees what everybody wrote to Shared.
+#pragma once
+
+#ifndef __CUDACC__
+#include <cuda_host.h>
+#else
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define SPADE_DEVICE __device__ __forceinline__
+
+namespace spade::cuda {
+
+// The blocks of a launch, and the threads of a block.
+struct Grid {
+  uint32_t x, y, z, lanes, rows;
+};
+
+// One thread: its block's place in the grid, and its own in the block.
+struct Thread {
+  uint32_t x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, lane = threadIdx.x, row = threadIdx.y;
+  uint32_t lanes = blockDim.x, rows = blockDim.y;
+};
+
+struct Block {
+  uint32_t x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, lanes = blockDim.x, rows = blockDim.y;
+
+  template <class Body>
+  SPADE_DEVICE void phase(const Body& body) const {
+    body(Thread{});
+    __syncthreads();
+  }
+};
+
+// Two blocks of 256 on a multiprocessor keep enough loads in flight; asked for nothing, ptxas spills to fit more.
+template <class Kernel>
+__global__ __launch_bounds__(Kernel::kThreads,
+                             Kernel::kThreads <= 512 ? 512 / Kernel::kThreads : 1) void run(const Kernel kernel) {
+  if constexpr (requires { typename Kernel::Shared; }) {
+    __shared__ typename Kernel::Shared shared;
+    kernel(Block{}, shared);
+  } else {
+    kernel(Thread{});
+  }
+}
+
+template <class Kernel>
+void launch(Grid grid, cudaStream_t stream, const Kernel& kernel) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  void* arguments[] = {const_cast<Kernel*>(&kernel)};
+  cudaLaunchKernel(run<Kernel>, dim3(grid.x, grid.y, grid.z), dim3(grid.lanes, grid.rows), arguments, 0, stream);
+}
+
+inline void fill_bytes(void* to, int byte, size_t bytes, cudaStream_t stream) {
+  cudaMemsetAsync(to, byte, bytes, stream);
+}
+
+SPADE_DEVICE uint32_t load_now(const uint32_t* at) {
+  return *const_cast<const volatile uint32_t*>(at);
+}
+SPADE_DEVICE uint32_t compare_and_swap(uint32_t* at, uint32_t expected, uint32_t desired) {
+  return atomicCAS(at, expected, desired);
+}
+SPADE_DEVICE void fetch_min(uint32_t* at, uint32_t value) {
+  atomicMin(at, value);
+}
+SPADE_DEVICE void fetch_add(uint32_t* at, uint32_t value) {
+  atomicAdd(at, value);
+}
+SPADE_DEVICE void fetch_or(uint32_t* at, uint32_t value) {
+  atomicOr(at, value);
+}
+SPADE_DEVICE uint32_t count_bits(uint32_t bits) {
+  return __popc(bits);
+}
+
+// Reads what no thread of the launch writes.
+template <class Word>
+SPADE_DEVICE Word load_constant(const Word* from) {
+  return __ldg(from);
+}
+
+}  // namespace spade::cuda
+#endif

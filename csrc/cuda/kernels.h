@@ -1,0 +1,45 @@
+// The CUDA kernels, on pointers; csrc/cuda/ops.cpp has the tensors. Launches are shaped by shapes alone.
+#pragma once
+
+#include "../ops.h"
+
+struct CUstream_st;
+
+namespace spade::cuda {
+
+using Stream = CUstream_st*;  // a cudaStream_t, for files without a CUDA header
+
+// Distinct windows of N maps. `slots` and `counts` are scratch of the sizes below.
+struct WindowIndexCall {
+  const int64_t* ids;   // (images, source_height, source_width)
+  int64_t* pixel_row;   // (images, out_height, out_width)
+  int64_t* image_rows;  // (images + 1)
+  int64_t* windows;     // (rows, kernel_size^2), for write_windows
+  uint32_t* slots;      // (images, 2^slot_bits)
+  uint32_t* counts;     // (images, blocks)
+  int64_t images;
+  uint32_t source_height, source_width, height, width;  // before and after the resize
+  uint32_t kernel_size, stride, padding, out_height, out_width;
+  uint32_t slot_bits, blocks;  // from plan_window_index
+  float scale_y, scale_x;
+};
+
+// Sets what follows from the sizes: out_height, out_width, slot_bits, blocks, scales.
+void plan_window_index(WindowIndexCall& params);
+// Counts the rows into image_rows and marks pixel_row; write_windows finishes both and writes the windows.
+void number_windows(const WindowIndexCall& params, Stream stream);
+void write_windows(const WindowIndexCall& params, Stream stream);
+
+// `parts`: scratch, channel_stats_parts() values of the accumulation type.
+int64_t channel_stats_parts(Dtype dtype, const ChannelStatsParams& params);
+void channel_stats(Dtype dtype, const ChannelStatsParams& params, void* parts, Stream stream);
+void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& params, Stream stream);
+
+// `table`: the dtype of params.table, x's or the accumulation type.
+void modulate(Dtype dtype, Dtype table, const ModulateParams& params, Stream stream);
+void modulate_input_grad(Dtype dtype, Dtype table, const ModulateParams& params, Stream stream);
+// `parts`: scratch, modulate_table_grad_parts() values of the accumulation type.
+int64_t modulate_table_grad_parts(Dtype dtype, Dtype table, const ModulateParams& params);
+void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& params, void* parts, Stream stream);
+
+}  // namespace spade::cuda

@@ -1,0 +1,311 @@
+// The operators on CUDA tensors: checks, allocation, layout and dtype, then kernels on the current stream. Schemas are
+// in spade_kernels/ops.py.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace spade::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string("spade_kernels: ") + what);
+}
+
+// The device of a tensor, made current, and its current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : device_(index_of(t)), guard_(device_) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const {
+    return stream_;
+  }
+  void require_here(const Tensor& t) const {
+    require(index_of(t) == device_, "all tensors must be on one device");
+  }
+
+ private:
+  static int32_t index_of(const Tensor& t) {
+    require(t.is_cuda(), "all tensors must be on one device");
+    return t.get_device_index();
+  }
+
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: throw std::runtime_error("spade_kernels: tensors must be float16, bfloat16, float32 or float64");
+  }
+}
+
+ScalarType accumulator(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor as(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+Tensor dense(const Tensor& t, ScalarType dtype) {
+  const Tensor same = as(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+// x (N, C, h, w) laid out as (N, h, w, C).
+Tensor channels_last(const Tensor& x) {
+  require(x.dim() == 4, "x and its gradient must have shape (N, C, h, w)");
+  require(x.size(0) <= std::numeric_limits<uint16_t>::max(), "a batch has at most 65535 images");
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
+  return torch::stable::empty({x.size(0), x.size(1), upsample * x.size(2), upsample * x.size(3)}, x.scalar_type(),
+                              std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+const void* data(const MaybeTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+uint32_t extent(int64_t value, int64_t least, const char* what) {
+  require(value >= least && value < (int64_t{1} << 30), what);
+  return static_cast<uint32_t>(value);
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,
+                                                   int64_t kernel_size, int64_t stride, int64_t padding) {
+  require(ids_in.dim() == 3 && ids_in.scalar_type() == ScalarType::Long, "ids must be int64 of shape (N, H, W)");
+  require(size.size() == 2, "size must be (h, w)");
+  const Launch launch(ids_in);
+  const Tensor ids = dense(ids_in, ScalarType::Long);
+  WindowIndexCall call{};
+  call.ids = ids.const_data_ptr<int64_t>();
+  call.images = ids.size(0);
+  require(call.images >= 1 && call.images <= std::numeric_limits<uint16_t>::max(), "a batch has 1 to 65535 images");
+  call.source_height = extent(ids.size(1), 1, "the map is empty or too large");
+  call.source_width = extent(ids.size(2), 1, "the map is empty or too large");
+  call.height = extent(size[0], 1, "size must be positive");
+  call.width = extent(size[1], 1, "size must be positive");
+  call.kernel_size = extent(kernel_size, 1, "kernel_size must be positive");
+  call.stride = extent(stride, 1, "stride must be positive");
+  call.padding = extent(padding, 0, "padding must not be negative");
+  require(std::min(size[0], size[1]) + 2 * padding >= kernel_size, "no window fits the size");
+  plan_window_index(call);
+  const int64_t pixels = int64_t{call.out_height} * call.out_width;
+  require(call.images * pixels < (int64_t{1} << 30), "a batch has less than 2^30 windows");
+
+  const Tensor pixel_row = torch::stable::new_empty(ids, {call.images, call.out_height, call.out_width});
+  const Tensor image_rows = torch::stable::new_empty(ids, {call.images + 1});
+  const int64_t slots = call.images << call.slot_bits;
+  const Tensor scratch = torch::stable::new_empty(ids, {slots + call.images * call.blocks}, ScalarType::Int);
+  call.pixel_row = pixel_row.mutable_data_ptr<int64_t>();
+  call.image_rows = image_rows.mutable_data_ptr<int64_t>();
+  call.slots = static_cast<uint32_t*>(scratch.mutable_data_ptr());
+  call.counts = call.slots + slots;
+  number_windows(call, launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+
+  // The one thing the host has to know: how many rows there are.
+  int64_t rows = 0;
+  STD_CUDA_CHECK(
+      cudaMemcpyAsync(&rows, call.image_rows + call.images, sizeof(rows), cudaMemcpyDeviceToHost, launch.stream()));
+  STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream()));
+  const Tensor windows = torch::stable::new_empty(ids, {rows, kernel_size * kernel_size});
+  call.windows = windows.mutable_data_ptr<int64_t>();
+  write_windows(call, launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {windows, pixel_row, image_rows};
+}
+
+std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  const Launch launch(x_in);
+  const Tensor x = channels_last(x_in);
+  const ScalarType acc = accumulator(x);
+  const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, acc);
+  const Tensor m2 = torch::stable::empty_like(mean);
+  const ChannelStatsParams params{x.const_data_ptr(), mean.mutable_data_ptr(), m2.mutable_data_ptr(),
+                                  x.size(0),          x.size(2) * x.size(3),   x.size(1)};
+  require(params.pixels > 0, "images must have pixels");
+  const Tensor parts = torch::stable::new_empty(x, {channel_stats_parts(dtype_of(x), params)}, acc);
+  channel_stats(dtype_of(x), params, parts.mutable_data_ptr(), launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {mean, m2};
+}
+
+Tensor channel_stats_grad_op(const Tensor& x_in, const Tensor& mean_in, const Tensor& grad_mean_in,
+                             const Tensor& grad_m2_in) {
+  const Launch launch(x_in);
+  const Tensor x = channels_last(x_in);
+  const auto stats_like = [&](const Tensor& t) {
+    launch.require_here(t);
+    require(t.numel() == x.size(0) * x.size(1), "statistics must have shape (N, C)");
+    return dense(t, accumulator(x));
+  };
+  const Tensor mean = stats_like(mean_in), grad_mean = stats_like(grad_mean_in), grad_m2 = stats_like(grad_m2_in);
+  const Tensor out = empty_channels_last(x);
+  channel_stats_grad(dtype_of(x),
+                     {x.const_data_ptr(), mean.const_data_ptr(), grad_mean.const_data_ptr(), grad_m2.const_data_ptr(),
+                      out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1)},
+                     launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  Tensor like_x = torch::stable::empty_like(x_in);
+  if (like_x.stride(1) == out.stride(1) && like_x.stride(3) == out.stride(3)) return out;
+  return torch::stable::copy_(like_x, out);
+}
+
+// The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
+class ModulateCall {
+ public:
+  ModulateCall(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table_in,
+               const MaybeTensor& pixel_row, double slope, int64_t upsample)
+      : launch(x_in), x(channels_last(x_in)), dtype(dtype_of(x)) {
+    require(upsample == 1 || upsample == 2, "upsample must be 1 or 2");
+    params.x = x.const_data_ptr();
+    params.images = x.size(0);
+    params.channels = x.size(1);
+    params.height = x.size(2);
+    params.width = x.size(3);
+    params.upsample = upsample;
+    params.slope = slope;
+    params.stats_stride = add_stats(mean, params.mean);
+    require(add_stats(rstd, params.rstd) == params.stats_stride, "mean and rstd must have one shape");
+
+    launch.require_here(table_in);
+    require(table_in.dim() == 2 && table_in.size(1) == 2 * x.size(1), "the table must have shape (rows, 2 * C)");
+    const bool fits = table_in.scalar_type() == x.scalar_type() || table_in.scalar_type() == accumulator(x);
+    table = dense(table_in, fits ? table_in.scalar_type() : accumulator(x));
+    params.table = table.const_data_ptr();
+    params.num_rows = table.size(0);
+    const int64_t pixels = x.size(0) * x.size(2) * x.size(3) * upsample * upsample;
+    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31), "a call has less than 2^31 pixels");
+    if (pixel_row)
+      params.pixel_row = add_index(*pixel_row, pixels);
+    else
+      require(params.num_rows == pixels, "without pixel_row the table must have a row per pixel");
+  }
+
+  void add_grad(const Tensor& grad) {
+    launch.require_here(grad);
+    require(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                grad.size(2) == params.upsample * x.size(2) && grad.size(3) == params.upsample * x.size(3),
+            "the gradient must have the shape of y");
+    grad_ = channels_last(as(grad, x.scalar_type()));
+    params.grad = data(grad_);
+  }
+
+  void add_groups(const MaybeTensor& order, const MaybeTensor& starts) {
+    if (!params.pixel_row) return;
+    require(order && starts, "the table's gradient needs order and starts");
+    params.order = add_index(*order, params.images * params.height * params.width * params.upsample * params.upsample);
+    params.starts = add_index(*starts, params.num_rows + 1);
+  }
+
+  void add_means(const MaybeTensor& mean_shift, const MaybeTensor& mean_scale) {
+    if (!mean_shift || !mean_scale) return;
+    params.means_stride = add_stats(*mean_shift, params.mean_shift);
+    require(add_stats(*mean_scale, params.mean_scale) == params.means_stride, "both means must have one shape");
+  }
+
+  const Launch launch;
+  const Tensor x;
+  const Dtype dtype;
+  Tensor table;
+  ModulateParams params{};
+
+ private:
+  // Returns how far apart images are: 0 if one row serves all.
+  int64_t add_stats(const Tensor& t, const void*& pointer) {
+    launch.require_here(t);
+    require(t.dim() == 2 && t.size(1) == x.size(1) && (t.size(0) == 1 || t.size(0) == x.size(0)),
+            "statistics must have shape (N, C) or (1, C)");
+    kept_[num_kept_] = dense(t, accumulator(x));
+    pointer = data(kept_[num_kept_++]);
+    return t.size(0) == 1 ? 0 : t.size(1);
+  }
+  const int64_t* add_index(const Tensor& t, int64_t count) {
+    launch.require_here(t);
+    require(t.scalar_type() == ScalarType::Long && t.numel() == count,
+            "an index does not have an int64 for each pixel");
+    kept_[num_kept_] = dense(t, ScalarType::Long);
+    return static_cast<const int64_t*>(data(kept_[num_kept_++]));
+  }
+
+  MaybeTensor grad_, kept_[7];
+  int num_kept_ = 0;
+};
+
+Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
+                   const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                   double slope, int64_t upsample, std::string) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  const Tensor y = empty_channels_last(x, upsample);
+  call.params.out = y.mutable_data_ptr();
+  modulate(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
+                              const MaybeTensor& starts, double slope, int64_t upsample) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  call.add_grad(grad);
+  call.add_groups(order, starts);
+  const Dtype table_dtype = dtype_of(call.table);
+  const Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  call.params.out = sums.mutable_data_ptr();
+  const int64_t count = modulate_table_grad_parts(call.dtype, table_dtype, call.params);
+  const Tensor parts = torch::stable::new_empty(x, {count}, accumulator(x));
+  modulate_table_grad(call.dtype, table_dtype, call.params, parts.mutable_data_ptr(), call.launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return sums;
+}
+
+Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
+                              const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  call.add_grad(grad);
+  call.add_means(mean_shift, mean_scale);
+  const Tensor d_x = empty_channels_last(x);
+  call.params.out = d_x.mutable_data_ptr();
+  modulate_input_grad(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return d_x;
+}
+
+}  // namespace
+}  // namespace spade::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CUDA, m) {
+  m.impl("window_index", TORCH_BOX(&spade::cuda::window_index_op));
+  m.impl("channel_stats", TORCH_BOX(&spade::cuda::channel_stats_op));
+  m.impl("channel_stats_grad", TORCH_BOX(&spade::cuda::channel_stats_grad_op));
+  m.impl("modulate", TORCH_BOX(&spade::cuda::modulate_op));
+  m.impl("modulate_table_grad", TORCH_BOX(&spade::cuda::modulate_table_grad_op));
+  m.impl("modulate_input_grad", TORCH_BOX(&spade::cuda::modulate_input_grad_op));
+}
