@@ -29,19 +29,21 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 demo: install
 	$(BIN)/python examples/toy_demo.py --out demo
 
+# Twice: Triton runs its kernels in its interpreter, on the CPU, only if told before Python starts.
 test: install
 	$(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cpu/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/* tests/cuda_host/*
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.* csrc/cpu/*
+	$(BIN)/clang-format -i csrc/*.* csrc/*/* tests/cuda_host/*
 
 # glibc gives large blocks back to the system unless told otherwise, and page faults decide CPU timings: both are timed.
 REPEATS ?= 5
