@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,13 +65,24 @@ def test_works_without_compiled_kernels(pure_wheel, tmp_path):
     assert str(tmp_path) in done.stdout, "the unpacked wheel was not what ran"
 
 
-def test_unknown_build_choice_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fpga", "'fpga' is not one of auto, cpu, none, cuda"),
+        pytest.param(
+            "cuda",
+            "SPADE_KERNELS_BUILD=cuda cannot build: the installed torch .* was built without CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA"),
+        ),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused(choice, message):
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "SPADE_KERNELS_BUILD": "fpga"},
+        env={**os.environ, "SPADE_KERNELS_BUILD": choice},
     )
     assert done.returncode != 0
-    assert "'fpga' is not one of auto, cpu, none" in done.stderr
+    assert re.search(message, done.stderr)
