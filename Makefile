@@ -32,7 +32,7 @@ demo: install
 # Twice: Triton runs its kernels in its interpreter, on the CPU, only if told before Python starts.
 test: install
 	$(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton_kernels
 
 check: install
 	$(BIN)/ruff check .

@@ -143,7 +143,7 @@ def spade(
 
     Args:
         x: (N, C, h, w) float; summed up in float32 (float64 for float64), returned in x's dtype, channels-last. The
-            weights enter products in x's dtype on CUDA devices, in float32 elsewhere.
+            weights enter products as bfloat16 beside a bfloat16 x on a GPU, else in float32 (tf32 as torch is set).
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         stats: of x, from `normalization.statistics`.
         slope: leaky ReLU folded in; 1 is none.
@@ -238,8 +238,9 @@ def _by_tap(weight: Tensor) -> Tensor:
 def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.float64 in (x.dtype, weight.dtype):
         return torch.float64
-    # Tensor cores multiply these, and add up in float32; elsewhere float32 is as fast.
-    return x.dtype if x.is_cuda else torch.float32
+    # Tensor cores multiply these, and add up in float32; elsewhere float32 is as fast. float16 is too narrow for the
+    # gradient of a row, the sum of thousands of pixels'.
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
 
 
 def _prefers_dense(index: WindowIndex) -> bool:

@@ -186,6 +186,8 @@ def _(grad, hidden, gamma, beta, order, starts):
 def _(gamma, beta):
     channels, depth, height, width = gamma.shape
     panels = (2 * channels + 31) // 32
+    if gamma.is_cuda:
+        return gamma.new_empty(panels, 32, height * width, depth).permute(0, 2, 3, 1)
     return gamma.new_empty(panels, height * width, depth, 32, dtype=_accumulation_dtype(gamma))
 
 

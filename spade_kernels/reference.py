@@ -113,11 +113,14 @@ def modulation_table_grad(
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) by 32 output columns, the last panel filled with 0.
 
-    What a backend's `modulation_table` otherwise makes of the weights in every call.
+    What a backend's `modulation_table` otherwise makes of the weights in every call. Dense in the accumulation dtype;
+    on a GPU in the weights' own, with D innermost: what tensor cores read.
     """
-    columns = torch.cat((_accumulator(gamma), _accumulator(beta))).flatten(2)
-    columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32))
-    return columns.unflatten(0, (-1, 32)).permute(0, 3, 2, 1).contiguous()
+    columns = torch.cat((gamma, beta)).flatten(2)
+    columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32)).unflatten(0, (-1, 32))
+    if gamma.is_cuda:
+        return columns.transpose(2, 3).contiguous().permute(0, 2, 3, 1)
+    return _accumulator(columns).permute(0, 3, 2, 1).contiguous()
 
 
 def _joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:

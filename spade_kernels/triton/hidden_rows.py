@@ -1,0 +1,80 @@
+"""The first convolution at every distinct window, as sums of taps."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spade_kernels.triton.segments import segment_sum
+from spade_kernels.triton.tiles import at, channel_tile
+from spade_kernels.triton.variants import Variant, launch, recording
+
+
+def hidden_rows(
+    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+) -> Tensor:
+    """`reference.hidden_rows`."""
+    taps, windows = taps.contiguous(), windows.contiguous()
+    rows, num_taps, width = windows.shape[0], taps.shape[1], taps.shape[2]
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty((rows, width), dtype=taps.dtype, device=taps.device)
+    tile = channel_tile(width)
+    blocks = {"BLOCK_R": tile["BLOCK_P"], "BLOCK_D": tile["BLOCK_C"]}
+    grid = (triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_D"]))
+    launch(_sum_of_taps, grid, taps, bias, windows, out, rows, width, TAPS=num_taps, RELU=relu, **blocks)
+    return out
+
+
+def hidden_rows_grad(
+    grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """`reference.hidden_rows_grad`."""
+    if relu:
+        grad = torch.where(rows > 0, grad, 0)
+    taps = segment_sum(grad, order, starts, num_taps)
+    every_row = torch.arange(2, device=grad.device) * grad.shape[0]
+    return taps.view(-1, num_taps, grad.shape[1]), segment_sum(grad, None, every_row)[0]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_of_taps(
+    taps,
+    bias,
+    windows,
+    out,
+    rows,
+    width,
+    TAPS: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < width
+    mask = (row < rows)[:, None] & inside[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float64 if taps.dtype.element_ty == tl.float64 else tl.float32)
+    for t in range(TAPS):
+        code = tl.load(windows + row.to(tl.int64) * TAPS + t, row < rows, other=0)
+        total += tl.load(at(taps, code * TAPS + t, column, width), mask, other=0).to(total.dtype)
+    if bias is not None:
+        total += tl.load(bias + column, inside, other=0).to(total.dtype)[None, :]
+    if RELU:
+        total = tl.where(total < 0, 0, total)  # keeps NaN
+    tl.store(at(out, row, column, width), total, mask)
+
+
+def variants() -> list[Variant]:
+    """What layers compile: a hidden convolution with ReLU, and one without bias and ReLU."""
+    with recording() as found:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        for dtype, width in itertools.product(dtypes, (128, 20)):
+            taps, bias = torch.empty(50, 9, width, dtype=dtype, device="meta"), torch.empty(width, device="meta")
+            windows = torch.empty(100, 9, dtype=torch.int64, device="meta")
+            hidden_rows(taps, bias, windows, None, None, True)
+            hidden_rows(taps, None, windows, None, None, False)
+    return found

@@ -1,0 +1,347 @@
+"""Normalize, modulate and activate in one pass over x, and the two passes of its backward.
+
+A program takes pixels of x; each stands for `upsample` x `upsample` pixels of y, which it takes one after the other.
+Only the table's gradient goes by rows of the table: a segment sum over their pixels, see `segments`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spade_kernels.triton.segments import accumulator, empty_scratch, merge_pieces, piece_of_program, pieces, store_sum
+from spade_kernels.triton.tiles import (
+    at,
+    block_of_program,
+    channel_tile,
+    channels_last,
+    empty_channels_last,
+    tile_grid,
+)
+from spade_kernels.triton.variants import Variant, launch, recording
+
+
+def modulate(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    image_rows: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    slope: float,
+    upsample: int,
+    stats_over: str,
+) -> Tensor:
+    """`reference.modulate`."""
+    x, y = channels_last(x), empty_channels_last(x, upsample)
+    arguments = (x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), y)
+    _over_pixels(_modulate, x, *arguments, *_sizes(x), _stride(mean), SLOPE=slope, UPSAMPLE=upsample)
+    return y
+
+
+def modulate_table_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    slope: float,
+    upsample: int,
+) -> Tensor:
+    """`reference.modulate_table_grad`."""
+    x, table = channels_last(x), table.contiguous()
+    arguments = (channels_last(grad), x, *_stats(mean, rstd), table)
+    out = torch.empty(table.shape, dtype=accumulator(x.dtype), device=x.device)
+    how: dict[str, Any] = {"SLOPE": slope, "UPSAMPLE": upsample}
+    if pixel_row is None:
+        _over_pixels(_table_grad_of_pixels, x, *arguments, out, *_sizes(x), _stride(mean), **how)
+        return out
+    assert order is not None
+    assert starts is not None
+    rows, width = table.shape
+    scratch = empty_scratch(order.numel(), width, out.dtype, x.device)
+    block = {"BLOCK_E": 8, "BLOCK_C": channel_tile(x.shape[1])["BLOCK_C"]}
+    launch(
+        _table_grad_pieces,
+        (rows + len(scratch) // 2, triton.cdiv(x.shape[1], block["BLOCK_C"])),
+        *(*arguments, order.contiguous(), starts, out, scratch, rows, *_sizes(x)),
+        **how,
+        **block,
+        **pieces(rows),
+        PER_IMAGE=len(mean) > 1,
+        INDEX=tl.int32 if order.numel() < 2**31 else tl.int64,
+        num_warps=2,
+    )
+    merge_pieces(starts, out, scratch)
+    return out
+
+
+def modulate_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    mean_shift: Tensor | None,
+    mean_scale: Tensor | None,
+    slope: float,
+    upsample: int,
+) -> Tensor:
+    """`reference.modulate_input_grad`."""
+    x, out = channels_last(x), empty_channels_last(x)
+    means = (_dense(mean_shift), _dense(mean_scale))
+    arguments = (channels_last(grad), x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), *means, out)
+    strides = (_stride(mean), 0 if mean_shift is None else _stride(mean_shift))
+    _over_pixels(_input_grad, x, *arguments, *_sizes(x), *strides, SLOPE=slope, UPSAMPLE=upsample)
+    return out
+
+
+def _over_pixels(kernel, x: Tensor, *arguments, **constexprs) -> None:
+    tile = channel_tile(x.shape[1])
+    launch(kernel, tile_grid(x, tile), *arguments, **constexprs, **tile)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _stats(mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.contiguous(), rstd.contiguous()
+
+
+def _stride(stats: Tensor) -> int:
+    """From one image's statistics to the next's; 0 where all images share them."""
+    return stats.shape[1] if len(stats) > 1 else 0
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Pixels of an image, width, channels."""
+    return x.shape[2] * x.shape[3], x.shape[3], x.shape[1]
+
+
+@triton.jit
+def _shown(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
+    """Where pixels of y are, in all images: the i-th of those that stand for each pixel of x."""
+    if UPSAMPLE == 1:
+        return image * pixels + pixel
+    row, column = pixel // width, pixel % width
+    return 4 * image * pixels + (2 * row + i // 2) * (2 * width) + 2 * column + i % 2
+
+
+@triton.jit
+def _normalized(x, mean, rstd, pixel, channel, channels, mask):
+    """x's pixels (in all images), normalized by mean and rstd (1 or pixels, channels)."""
+    return (tl.load(at(x, pixel, channel, channels), mask, other=0).to(mean.dtype) - mean) * rstd
+
+
+@triton.jit
+def _tile_of_program(x, mean, rstd, pixels, channels, stats_stride, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(image, pixels in it, channels, which pixels there are, which of both, normalized x, rstd)."""
+    image, block, channel = block_of_program(channels, BLOCK_C)
+    pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    held, inside = pixel < pixels, channel < channels
+    mask = held[:, None] & inside[None, :]
+    stats = image * stats_stride + channel
+    mean, rstd = tl.load(mean + stats, inside)[None, :], tl.load(rstd + stats, inside)[None, :]
+    xhat = _normalized(x, mean, rstd, image * pixels + pixel, channel, channels, mask)
+    return image, pixel, channel, held, mask, xhat, rstd
+
+
+@triton.jit
+def _scale_shift(table, pixel_row, shown, held, channel, channels, mask, dtype: tl.constexpr):
+    row = shown if pixel_row is None else tl.load(pixel_row + shown, held, other=0)
+    scale = at(table, row, channel, 2 * channels)
+    return tl.load(scale, mask, other=0).to(dtype), tl.load(scale + channels, mask, other=0).to(dtype)
+
+
+@triton.jit
+def _through_leaky_relu(grad, y, SLOPE: tl.constexpr):
+    return grad if SLOPE == 1 else tl.where(y > 0, grad, grad * SLOPE)
+
+
+@triton.jit
+def _modulate(
+    x,
+    mean,
+    rstd,
+    table,
+    pixel_row,
+    y,
+    pixels,
+    width,
+    channels,
+    stats_stride,
+    SLOPE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+        x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
+    )
+    for i in range(UPSAMPLE * UPSAMPLE):
+        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
+        scale, shift = _scale_shift(table, pixel_row, shown, held, channel, channels, mask, xhat.dtype)
+        value = xhat * scale + shift
+        tl.store(at(y, shown, channel, channels), _through_leaky_relu(value, value, SLOPE), mask)
+
+
+@triton.jit
+def _table_grad_of_pixels(
+    grad,
+    x,
+    mean,
+    rstd,
+    table,
+    out,
+    pixels,
+    width,
+    channels,
+    stats_stride,
+    SLOPE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+        x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
+    )
+    for i in range(UPSAMPLE * UPSAMPLE):
+        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
+        scale, shift = _scale_shift(table, None, shown, held, channel, channels, mask, xhat.dtype)
+        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(xhat.dtype)
+        d = _through_leaky_relu(dy, xhat * scale + shift, SLOPE)
+        d_scale = at(out, shown, channel, 2 * channels)
+        tl.store(d_scale, d * xhat, mask)
+        tl.store(d_scale + channels, d, mask)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["starts"])
+def _table_grad_pieces(
+    grad,
+    x,
+    mean,
+    rstd,
+    table,
+    order,
+    starts,
+    out,
+    scratch,
+    rows,
+    pixels,
+    width,
+    channels,
+    SLOPE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    INDEX: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row, begin, stop, scratch_row = piece_of_program(starts, rows, PIECE, ROUNDS)
+    if begin > stop:
+        return
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    dtype = scratch.dtype.element_ty
+    scale = table + row.to(tl.int64) * 2 * channels + channel
+    shift = tl.load(scale + channels, inside, other=0).to(dtype)[None, :]
+    scale = tl.load(scale, inside, other=0).to(dtype)[None, :]
+    d_scale = tl.zeros((BLOCK_E, BLOCK_C), dtype)
+    d_shift = tl.zeros((BLOCK_E, BLOCK_C), dtype)
+    for e in range(begin, stop, BLOCK_E):
+        entry = e + tl.arange(0, BLOCK_E)
+        held = entry < stop
+        mask = held[:, None] & inside[None, :]
+        shown = tl.load(order + entry, held, other=0).to(INDEX)
+        pixel = shown
+        if UPSAMPLE == 2:
+            pixel = shown // (4 * width) * width + shown % (2 * width) // 2
+        image = pixel // pixels if PER_IMAGE else tl.zeros((1,), INDEX)
+        known = mask if PER_IMAGE else inside[None, :]
+        image_mean = tl.load(at(mean, image, channel, channels), known, other=0)
+        image_rstd = tl.load(at(rstd, image, channel, channels), known, other=0)
+        xhat = _normalized(x, image_mean, image_rstd, pixel, channel, channels, mask)
+        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(dtype)
+        d = _through_leaky_relu(dy, xhat * scale + shift, SLOPE)
+        d_scale += d * xhat
+        d_shift += d
+    store_sum(tl.sum(d_scale, 0), out, scratch, row, scratch_row, 2 * channels, channel, inside)
+    store_sum(tl.sum(d_shift, 0), out + channels, scratch + channels, row, scratch_row, 2 * channels, channel, inside)
+
+
+@triton.jit
+def _input_grad(
+    grad,
+    x,
+    mean,
+    rstd,
+    table,
+    pixel_row,
+    mean_shift,
+    mean_scale,
+    out,
+    pixels,
+    width,
+    channels,
+    stats_stride,
+    means_stride,
+    SLOPE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+        x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
+    )
+    d_xhat = tl.zeros_like(xhat)
+    for i in range(UPSAMPLE * UPSAMPLE):
+        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
+        scale, shift = _scale_shift(table, pixel_row, shown, held, channel, channels, mask, xhat.dtype)
+        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(xhat.dtype)
+        d_xhat += _through_leaky_relu(dy, xhat * scale + shift, SLOPE) * scale
+    if mean_shift is not None:
+        means, inside = image * means_stride + channel, channel < channels
+        mean_d = tl.load(mean_shift + means, inside)[None, :] + xhat * tl.load(mean_scale + means, inside)[None, :]
+        d_xhat -= UPSAMPLE * UPSAMPLE * mean_d
+    tl.store(at(out, image * pixels + pixel, channel, channels), d_xhat * rstd, mask)
+
+
+def variants() -> list[Variant]:
+    """What layers compile: everything once, and a part in other dtypes and for channels that fill no access."""
+    single, half, brain = torch.float32, torch.float16, torch.bfloat16
+    with recording() as found:
+        for upsample, taken in itertools.product((1, 2), repeat=2):
+            _all_passes(brain, brain, 128, upsample, taken)
+        for upsample, taken in ((1, 2), (2, 1)):
+            _all_passes(single, single, 128, upsample, taken)
+            _all_passes(half, single, 128, upsample, taken)
+            _all_passes(brain, brain, 20, upsample, taken)
+    return found
+
+
+def _all_passes(dtype: torch.dtype, table_dtype: torch.dtype, channels: int, upsample: int, taken: int) -> None:
+    n, size = 2, 16
+    x = torch.empty(n, channels, size, size, dtype=dtype, device="meta")
+    grad = torch.empty(n, channels, size * upsample, size * upsample, dtype=dtype, device="meta")
+    pixel_row = torch.empty(n, *grad.shape[2:], dtype=torch.int64, device="meta")
+    order, starts = pixel_row.flatten(), torch.empty(301, dtype=torch.int64, device="meta")
+    stats = torch.empty(taken, channels, device="meta")
+    for rows, count in ((pixel_row, 300), (None, order.numel())):
+        normalized = (x, stats, stats, torch.empty(count, 2 * channels, dtype=table_dtype, device="meta"), rows)
+        modulate(*normalized, None, None, None, 0.2, upsample, "none")
+        modulate_table_grad(grad, *normalized, order, starts, 0.2, upsample)
+        modulate_input_grad(grad, *normalized, stats, stats, 0.2, upsample)

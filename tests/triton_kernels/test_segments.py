@@ -1,0 +1,99 @@
+"""Segment sums, whatever the lengths of the segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spade_kernels import reference
+from spade_kernels.testing import assert_within_budget
+from spade_kernels.triton.segments import PIECE, segment_sum
+
+pytestmark = pytest.mark.usefixtures("_poisoned")
+
+LENGTHS = {
+    "mixed": [1, 0, 2 * PIECE + 40, 5, 0, PIECE, 1, 5 * PIECE + 3, 2, 0],
+    "one": [9 * PIECE - 1],
+    "cut where they meet": [PIECE, PIECE, 2 * PIECE],
+    "single entries": [1] * (PIECE // 2),
+    "nearly empty": [0, 0, 3, 0],
+    "empty": [0, 0, 0],
+    "many": [3] * 20 + [PIECE] + [0] * 130 + [1, 2],
+}
+
+
+class Problem:
+    """Values, and their groups of the given lengths in random order; whole numbers sum up exactly."""
+
+    def __init__(self, lengths: list[int], width: int, divisor: int, device: str, dtype=torch.float32, whole=False):
+        starts = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+        entries = int(starts[-1])
+        values = torch.randn((entries + divisor - 1) // divisor, width)
+        self.divisor = divisor
+        self.values = (values.mul(4).round() if whole else values).to(device, dtype)
+        self.order = torch.randperm(divisor * len(values))[:entries].to(device)
+        self.starts = starts.to(device)
+
+    def run(self, **how) -> Tensor:
+        return segment_sum(self.values, self.order, self.starts, self.divisor, **how)
+
+    def expected(self, dtype: torch.dtype) -> Tensor:
+        return reference.segment_sum(self.values.to(dtype), self.order // self.divisor, self.starts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_error(name, dtype, device):
+    problem = Problem(LENGTHS[name], 20, 1, device, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    got = problem.run()
+    assert got.dtype == wide
+    assert_within_budget({"sums": got}, {"sums": problem.expected(wide)}, {"sums": problem.expected(torch.float64)})
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 130])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_exact(name, width, device):
+    problem = Problem(LENGTHS[name], width, 9, device, whole=True)
+    assert torch.equal(problem.run(), problem.expected(torch.float32))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (2, 7), (1, 3), (4, 10)])
+def test_slice_of_the_segments(first, last, device):
+    problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
+    expected = problem.expected(torch.float32)[first:last]
+    problem.starts = problem.starts[first : last + 1]
+    assert torch.equal(problem.run(), expected)
+
+
+@pytest.mark.parametrize("entries", [1, PIECE, 3 * PIECE + 7])
+def test_entries_that_stand_in_order(entries, device):
+    values = torch.randn(entries, 5).mul(4).round().to(device)
+    starts = torch.tensor([0, entries // 2, entries], device=device)
+    expected = torch.stack((values[: entries // 2].sum(0), values[entries // 2 :].sum(0)))
+    assert torch.equal(segment_sum(values, None, starts), expected)
+
+
+def test_result_is_rounded_once(device):
+    problem = Problem(LENGTHS["mixed"], 5, 1, device)
+    assert torch.equal(problem.run(dtype=torch.float16), problem.run().half())
+
+
+def test_no_values(device):
+    starts = torch.zeros(4, dtype=torch.int64, device=device)
+    assert torch.equal(segment_sum(torch.randn(0, 5).to(device), None, starts), torch.zeros(3, 5, device=device))
+
+
+def test_nan_stays_in_its_segment(device):
+    problem = Problem(LENGTHS["mixed"], 5, 1, device)
+    problem.values[problem.order[problem.starts[7] + PIECE], 2] = float("nan")
+    where = torch.zeros(10, 5, dtype=torch.bool, device=device)
+    where[7, 2] = True
+    assert torch.equal(problem.run().isnan(), where)
+
+
+def test_same_bits_every_time(device):
+    problem = Problem(LENGTHS["mixed"], 20, 9, device)
+    first = problem.run()
+    assert all(torch.equal(problem.run(), first) for _ in range(2))
