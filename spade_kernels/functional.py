@@ -193,7 +193,7 @@ def conv2d(
         (N, out, h', w'), channels-last for a label map. First derivatives exist for weight, bias and a float segmap.
     """
     if isinstance(segmap, Tensor):
-        planes = segmap if size is None else F.interpolate(segmap, size=tuple(size), mode="nearest")
+        planes = segmap if size is None else _resized(segmap, size)
         return F.conv2d(planes, weight, bias, stride, padding)
     if weight.shape[1] != segmap.channels:
         raise ValueError(f"segmap has {segmap.channels} condition channels, the weight takes {weight.shape[1]}")
@@ -211,6 +211,11 @@ def conv2d(
     # Every pixel's row is a window of one tap.
     pixel_rows = ops.hidden_rows(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
     return pixel_rows.to(weight.dtype).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
+
+
+def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest. Torch copies what has the size already."""
+    return planes if planes.shape[2:] == tuple(size) else F.interpolate(planes, size=tuple(size), mode="nearest")
 
 
 def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
@@ -280,7 +285,7 @@ def _dense_table(
     padding = weights.shared[0].shape[-1] // 2
     packed = kept.dense() if kept else None
     if packed and isinstance(segmap, Tensor):
-        planes = F.interpolate(segmap, size=size, mode="nearest").to(weights.shared[0].dtype)
+        planes = _resized(segmap, size).to(weights.shared[0].dtype)
         hidden = packed[0](planes.contiguous(memory_format=torch.channels_last))
     else:
         segmap = segmap.to(weights.shared[0].dtype) if isinstance(segmap, Tensor) else segmap
