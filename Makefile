@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format bench fuzz asan clean
+.PHONY: help install demo test check format bench gpu-check fuzz asan clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -13,6 +13,8 @@ help:
 	@echo "make check    lint, formatting and type checks"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    time everything, 20 minutes (DATAROOT=folder in the coco layout for real masks; REPEATS=5)"
+	@echo "make gpu-check  build, test, sanitize and time on a GPU, 8 minutes, with any PYTHON that has a CUDA torch, and nvcc"
+	@echo "                (FAST=1: 3 minutes; DATAROOT=folder as for bench; OUT=folder for the results)"
 	@echo "make fuzz     check 10,000 random label maps against the stock layer, 5 minutes"
 	@echo "make asan     run the operator tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make install  create $(VENV) with the package and everything the above needs"
@@ -56,6 +58,10 @@ bench: install
 	  $(TIME) benchmarks/bench_$$suite.py --benchmark-json build/bench/$$suite.json || exit 1; done
 	$(RAISED) $(TIME) benchmarks/bench_generator.py --benchmark-json build/bench/raised.json
 	$(BIN)/python benchmarks/report.py build/bench/*.json --out benchmarks/results --plots build/bench
+
+# Not in $(VENV): with the Python that has the CUDA torch.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(if $(FAST),--fast) $(if $(DATAROOT),"--dataroot=$(DATAROOT)") $(if $(OUT),"--out=$(OUT)")
 
 fuzz: install
 	SPADE_FUZZ=10000 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py

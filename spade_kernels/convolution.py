@@ -76,8 +76,11 @@ class Conv2d(Freezable, nn.Conv2d):
         if self.training:
             weight, gain = _WithGain.apply(self.weight_orig, *self._iterate())
             return weight * gain
-        v = _in_layout_of(self.weight_orig, self.weight_v)
-        return self.weight_orig / torch.dot(self.weight_u, torch.mv(_as_matrix(self.weight_orig), v))
+        # In float32: one rounding of sigma would scale the whole result.
+        wide = torch.promote_types(self.weight_orig.dtype, torch.float32)
+        weight, u, v = (t.to(wide) for t in (self.weight_orig, self.weight_u, self.weight_v))
+        sigma = torch.dot(u, torch.mv(_as_matrix(weight), _in_layout_of(weight, v)))
+        return (weight / sigma).to(self.weight_orig.dtype)
 
     @torch.no_grad()
     def _iterate(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -210,7 +210,15 @@ def conv2d(
     rows = ops.hidden_rows(taps, bias, seen.windows, *uses, False)
     # Every pixel's row is a window of one tap.
     pixel_rows = ops.hidden_rows(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
-    return pixel_rows.to(weight.dtype).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
+    return pixel_rows.to(_dtype_of_convolution(weight)).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
+
+
+def _dtype_of_convolution(weight: Tensor) -> torch.dtype:
+    """What `F.conv2d` with this weight gives."""
+    device = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:

@@ -144,6 +144,8 @@ class LabelMap(Packable):
             index = self.window_index(size, kernel_size)
             if gradients:
                 index.groups()
+                # For what has a row of its own for every pixel: the dense path, and a network's first convolution.
+                _ = index.hidden.row_pixels
         return self
 
     def avg_pool(self) -> LabelMap:

@@ -18,34 +18,48 @@ class StaticLabelMap:
     one label map after the other and replay. The rows to spare are used by no pixel; results are the same without.
 
     Args:
-        example: its window indexes say what is kept room for: `prepare` it for every size the network modulates, with
-            `gradients` if the graph holds a backward. Rows are rounded up by at most a quarter, 64 at the least.
+        example: there is room for the window indexes that it holds: `prepare` it, or run the network on it once, as it
+            will be captured. Rows are rounded up by at most a quarter, 64 at the least.
 
     Attributes:
         label_map: what to give the network; on the example's device.
     """
 
     def __init__(self, example: LabelMap):
-        self._buffer, layout = pack(_padded(example, None))
-        self.label_map = unpack(self._buffer, layout)
+        self._buffer, self._layout = pack(_padded(example, None))
+        self.label_map = unpack(self._buffer, self._layout)
 
     def copy_(self, other: LabelMap) -> LabelMap:
         """Puts another label map here, in one transfer, after building what its indexes lack. Returns `label_map`.
 
         Raises:
             ValueError: its size, classes or edges differ, or it has more distinct windows than there is room for.
+            RuntimeError: the network has asked for an index that the example did not hold.
         """
         mine = self.label_map
+        if _held(mine) != _held(self._layout):
+            raise RuntimeError(
+                "the network needed more of the label map than the example held, which has no fixed place; run the "
+                "network on the example before making a StaticLabelMap of it"
+            )
         for name in ("shape", "num_labels", "ignore_index", "is_pooled"):
             if getattr(mine, name) != getattr(other, name):
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
             raise ValueError("of the label map and the place, one has edges and one has not")
-        buffer, _ = pack(_padded(other, mine), pinned=mine.device.type == "cuda" and other.device.type == "cpu")
+        buffer, _ = pack(_padded(other, self._layout), pinned=mine.device.type == "cuda" and other.device.type == "cpu")
         assert self._buffer is not None
         assert buffer is not None
         self._buffer.copy_(buffer, non_blocking=True)
         return mine
+
+
+def _held(label_map: LabelMap) -> dict:
+    """Which window indexes it holds, and which segments of them."""
+    return {
+        key: isinstance(kept, Windows) and (kept._uses_by_tap is None, kept._row_pixels is None)
+        for key, kept in label_map._kept.items()
+    }
 
 
 def _padded(label_map: LabelMap, like: LabelMap | None) -> LabelMap:

@@ -80,6 +80,30 @@ def test_what_does_not_fit(kind, count, labels, edges, message):
     assert torch.equal(place.label_map.codes, before)
 
 
+def test_training_of_a_generator():
+    """Its first convolution's backward needs what `prepare` does not build."""
+    generator = SPADEGenerator(CLASSES + 1, ngf=2, crop_size=64).double().train()
+    first, second = (random_label_map(kind, (1, 64, 64), CLASSES, edges=True) for kind in ("noise", "blobs"))
+
+    def gradients(mask: sk.LabelMap) -> dict[str, torch.Tensor]:
+        generator.zero_grad()
+        generator.load_state_dict(state)
+        generator(mask).square().sum().backward()
+        return {name: p.grad.clone() for name, p in generator.named_parameters()}
+
+    state = {name: value.clone() for name, value in generator.state_dict().items()}
+    gradients(first)
+    place = sk.StaticLabelMap(first)
+    gradients(place.label_map)
+    expected = gradients(second)
+    for name, value in gradients(place.copy_(second)).items():
+        assert relative_error(value, expected[name]) < 1e-9, name
+    unprepared = sk.StaticLabelMap(second)
+    unprepared.label_map.windows((3, 3), 3, 1, 1)
+    with pytest.raises(RuntimeError, match="run the network on the example before"):
+        unprepared.copy_(first)
+
+
 def test_pooled_maps_have_no_place():
     (mask,) = masks("blobs")
     with pytest.raises(ValueError, match="codebook of its own"):

@@ -32,7 +32,8 @@ def one_hot(
         labels = F.interpolate(labels.double(), size=size, mode="nearest").long()
         edges = None if edges is None else F.interpolate(edges.unsqueeze(1).double(), size=size, mode="nearest")[:, 0]
     n, _, height, width = labels.shape
-    planes = torch.empty(n, mask.channels, height, width, dtype=dtype, memory_format=memory_format).zero_()
+    shape = (n, mask.channels, height, width)
+    planes = torch.empty(shape, dtype=dtype, device=labels.device, memory_format=memory_format).zero_()
     planes.scatter_(1, labels, 1.0)
     if edges is not None:
         planes[:, -1] = edges

@@ -54,7 +54,9 @@ def test_eval(generator, dtype):
 def test_training(generator):
     """The gradients of every parameter, and the running statistics, for masks other than the captured one."""
     generator.train()
-    place = sk.StaticLabelMap(indexed_mask("noise", generator))
+    first = indexed_mask("noise", generator)
+    generator(first).sum().backward()
+    place = sk.StaticLabelMap(first)
     parameters = dict(generator.named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,115 @@
+"""Times on a device: captured in CUDA graphs where there is one, providers in turns, by the device's own clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16}
+_WARM_UPS = 3
+
+
+class Captured:
+    """run() as one CUDA graph, after it has warmed up; run itself where there is no CUDA.
+
+    Calling it gives what run() returned, at the same address every time.
+    """
+
+    def __init__(self, run: Callable[[], Any], device: torch.device):
+        # Compilers work in the first call; not on a side stream, where their own timings would not be alone.
+        self._output = run()
+        if device.type != "cuda":
+            self._replay: Callable[[], Any] = run
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._output = run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._output = run()
+        self._replay = self._replay_graph
+
+    def __call__(self) -> Any:
+        return self._replay()
+
+    def _replay_graph(self) -> Any:
+        self._graph.replay()
+        return self._output
+
+
+def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device) -> float:
+    """Of one call on an idle device, with what the host does in it."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run(argument)
+        return (time.perf_counter() - started) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run(argument)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[Any], object]],
+    arguments: Sequence[Any],
+    device: torch.device,
+    turns: int,
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Milliseconds of each provider, one for every turn; the arguments take turns, too.
+
+    At most `turns` turns of each argument's worth, fewer when `seconds` are over, but every argument once.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        # Brings the clocks up, too.
+        run(arguments[0])
+        run(arguments[-1])
+    started = time.monotonic()
+    for turn in range(max(turns, len(arguments))):
+        if turn >= max(3, len(arguments)) and time.monotonic() - started > seconds:
+            break
+        for name, run in runs.items():
+            times[name].append(milliseconds(run, arguments[turn % len(arguments)], device))
+    return times
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within it, float32 products and convolutions are as `precision` says: "tf32", "ieee", or "shipped".
+
+    "shipped" is what PyTorch does when told nothing: convolutions in tf32, other products in float32.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = precision == "tf32", precision != "ieee"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def settle(device: torch.device) -> None:
+    """What holds for every provider of a process."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """torch.compile as the baseline has it; elsewhere only what traces."""
+    # One function for many layers; beyond the usual limit of versions it would quietly run uncompiled.
+    torch._dynamo.config.recompile_limit = 100
+    if device.type != "cuda":
+        return torch.compile(function, dynamic=False, backend="eager")
+    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")

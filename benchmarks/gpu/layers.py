@@ -1,0 +1,145 @@
+"""The SPADE layer with its activation at the shapes of the generator's 18 layers, and all 18 one after the other.
+
+All layers of a generator share the one-hot planes or the window indexes of a mask; here both are there beforehand.
+Providers and precision are those of `generator`; every call of a layer has an x that is not in the device's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpu.batches import Workload, place_for
+from gpu.clock import PRECISIONS, Captured, compiled, float32_products, take_turns
+from gpu.rotation import copies_beyond_cache
+from spade_kernels import SPADE, freeze
+from spade_kernels.testing import random_spade
+from spade_model.benchmark.masks import resolutions
+from spade_model.benchmark.measure import verify
+from spade_model.benchmark.results import ALL_LAYERS, LAYER, LAYER_TRAINING, Result
+from spade_model.benchmark.stock import StockSPADE, one_hot
+
+SLOPE = 0.2
+LIMIT = {"bf16": 5e-2, "tf32": 5e-3}
+"""Largest difference of an output from float32's, over its largest value."""
+
+Shape = tuple[int, int]
+
+
+def shapes(ngf: int, size: int) -> dict[Shape, int]:
+    """(channels, side) of x -> how many of the generator's layers have it."""
+    found = {(16 * ngf, size // 32): 2, (16 * ngf, size // 16): 4}
+    for width, step in ((16, 8), (8, 4), (4, 2), (2, 1)):
+        # norm_0 and norm_s see the block's input, norm_1 half of its channels.
+        found |= {(width * ngf, size // step): 2, (width * ngf // 2, size // step): 1}
+    return found
+
+
+def layers(work: Workload, precision: str, *, training: bool, with_baseline: bool) -> Iterator[Result]:
+    """Each shape, and all layers in one graph, forward or forward and backward."""
+    with float32_products("tf32" if precision == "tf32" else "shipped"):
+        every = _Layers(work, precision, training)
+        names = ("tuned", *(("baseline",) if with_baseline else ()), "ours")
+        for shape in shapes(work.ngf, work.size[1]):
+            yield from every.of_shape(shape, names)
+        yield from every.all_layers(names)
+
+
+class _Layers:
+    def __init__(self, work: Workload, precision: str, training: bool):
+        self.work, self.precision, self.training = work, precision, training
+        self.suite = LAYER_TRAINING if training else LAYER
+        found = work.batches()[:1]
+        place, _ = place_for(found, lambda mask: mask.prepare(resolutions(mask), gradients=training))
+        self.mask = place.label_map
+        with torch.device(work.device):
+            self.planes = one_hot(found[0], None, PRECISIONS[precision], torch.channels_last)
+        self.calls: dict[tuple[str, Shape], Callable[[Tensor], Tensor]] = {}
+
+    def of_shape(self, shape: Shape, names: tuple[str, ...]) -> Iterator[Result]:
+        example = self._input(shape, 0)
+        passes = 4 if self.training else 2
+        inputs = [self._input(shape, i) for i in range(copies_beyond_cache(passes * example.nbytes, self.work.device))]
+        ours = random_spade("spadesyncbatch3x3", shape[0], self.mask.channels).to(self.work.device)
+        for name in names:
+            self.calls[name, shape] = self._call(name, ours)
+        exact = self._call("exact", ours)
+        verify({"eager": exact} | {n: self.calls[n, shape] for n in names}, example, LIMIT[self.precision])
+        runs = {name: self._captured([(self.calls[name, shape], x) for x in inputs]) for name in names}
+        times = take_turns(runs, [None], self.work.device, self.work.turns, self.work.seconds / 10)
+        case = self.work.case(self.precision, what=f"{shape[0]} x {shape[1]} x {shape[1]}")
+        for name, values in times.items():
+            yield Result.of(self.suite, case, name, [value / len(inputs) for value in values])
+
+    def all_layers(self, names: tuple[str, ...]) -> Iterator[Result]:
+        inputs = [
+            (shape, self._input(shape, i))
+            for shape, count in shapes(self.work.ngf, self.work.size[1]).items()
+            for i in range(count)
+        ]
+        runs = {name: self._captured([(self.calls[name, shape], x) for shape, x in inputs]) for name in names}
+        times = take_turns(runs, [None], self.work.device, self.work.turns, self.work.seconds)
+        case = self.work.case(self.precision, what=ALL_LAYERS)
+        yield from (Result.of(self.suite, case, name, values) for name, values in times.items())
+
+    def _input(self, shape: Shape, seed: int) -> Tensor:
+        generator = torch.Generator(self.work.device).manual_seed(seed)
+        size = len(self.mask), shape[0], shape[1], shape[1]
+        x = torch.randn(size, generator=generator, device=self.work.device, dtype=PRECISIONS[self.precision])
+        return x.contiguous(memory_format=torch.channels_last).requires_grad_(self.training)
+
+    def _captured(self, calls: list[tuple[Callable[[Tensor], Tensor], Tensor]]) -> Callable[[None], object]:
+        captured = Captured(lambda: [call(x) for call, x in calls], self.work.device)
+        return lambda _: captured()
+
+    def _call(self, name: str, ours: SPADE) -> Callable[[Tensor], Tensor]:
+        """x -> y, after its backward in training."""
+        layer, forward = self._forward(name, ours)
+        if not self.training:
+            return lambda x: _without_gradients(forward, x)
+        parameters = list(layer.parameters())
+        in_bf16 = self.precision == "bf16" and name != "exact"
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+                y = forward(x)
+            # Any gradient would do that is neither constant nor another pass over memory.
+            torch.autograd.grad(y, [x, *parameters], y.detach())
+            return y.detach()
+
+        return call
+
+    def _forward(self, name: str, ours: SPADE) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        dtype = torch.float32 if self.training else PRECISIONS[self.precision]
+        if name == "ours":
+            ours.to(dtype).train(self.training)
+            if not self.training:
+                freeze(ours)
+            return ours, lambda x: ours(x, self.mask, slope=SLOPE)
+        layer = StockSPADE(ours.mlp_gamma.out_channels, self.mask.channels)
+        layer.load_state_dict(ours.state_dict())
+        layer.train(self.training)
+        if name == "exact":
+            layer.to(self.work.device)
+            return layer, lambda x: _exactly(layer, x, self.planes)
+        layer.join()
+        layer.to(self.work.device, dtype, memory_format=torch.channels_last)
+
+        def forward(x: Tensor, planes: Tensor) -> Tensor:
+            return F.leaky_relu(layer(x, planes), SLOPE)
+
+        called = compiled(forward, self.work.device) if name == "baseline" else forward
+        return layer, lambda x: called(x, self.planes)
+
+
+def _without_gradients(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return forward(x)
+
+
+def _exactly(layer: nn.Module, x: Tensor, planes: Tensor) -> Tensor:
+    with float32_products("ieee"):
+        return F.leaky_relu(layer(x.float(), planes.float()), SLOPE)

@@ -1,0 +1,146 @@
+"""What is measured, in parts: each a process of its own, so that a failing kernel ends one part and no more.
+
+A part writes a line for each result as soon as it has it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu.batches import Workload, load_masks, read_masks, save_masks
+from gpu.clock import settle
+from gpu.generator import evaluation, training
+from gpu.layers import layers
+from gpu.operators import agreement, operators, window_index
+from spade_model.benchmark.command import settings
+from spade_model.benchmark.environment import environment
+from spade_model.benchmark.results import Result
+
+Part = Callable[[Workload], Iterator[Result]]
+
+CLOCK = "clock"
+_MASKS, _ABOUT = "masks.pt", "about.json"
+_QUERIED = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+
+
+def parts(batch: int, others: tuple[int, ...]) -> dict[str, Part]:
+    """By name, the most important ones first.
+
+    Args:
+        batch: batch size that everything is measured at. others: that whole networks are measured at, too.
+    """
+    found: dict[str, Part] = {
+        f"operators-bf16-{batch}": _operators,
+        f"eval-bf16-{batch}": partial(evaluation, precision="bf16", batch=batch, with_baseline=True),
+        f"training-bf16-{batch}": partial(training, precision="bf16", batch=batch, with_baseline=True),
+        f"layers-bf16-{batch}": partial(_both_layers, precision="bf16"),
+    }
+    # All of the others without the baseline, as compiling takes minutes; with it as far as there is time.
+    rest = [(precision, size) for precision in ("tf32", "bf16") for size in (batch, *others)]
+    rest.remove(("bf16", batch))
+    for name, measure in (("eval", evaluation), ("training", training)):
+        found[f"{name}-uncompiled"] = partial(_uncompiled, measure=measure, sizes=rest)
+    found[f"operators-tf32-{batch}"] = partial(operators, precision="tf32")
+    for precision, size in rest:
+        for name, measure in (("eval", evaluation), ("training", training)):
+            found[f"{name}-{precision}-{size}"] = partial(measure, precision=precision, batch=size, with_baseline=True)
+    found[f"layers-tf32-{batch}"] = partial(_both_layers, precision="tf32")
+    found[f"operators-fp16-{batch}"] = partial(operators, precision="fp16")
+    return found
+
+
+def agreements(*precisions: str) -> dict[str, Part]:
+    """Comparisons at full size, which take no times and may run beside other steps."""
+    return {f"agreement {precision}": partial(agreement, precision=precision) for precision in precisions}
+
+
+def prepare(folder: Path, dataroot: str, device: torch.device, ngf: int, size: int) -> None:
+    """Finds the masks, and says where and on what the parts measure."""
+    masks = read_masks(dataroot, size)
+    save_masks(masks, folder / _MASKS)
+    where = environment() | {"dataroot": Path(dataroot).name}
+    if device.type == "cuda":
+        where = _gpu(device) | {"cpu": where.pop("device")} | where
+    (folder / _ABOUT).write_text(json.dumps({"environment": where, "settings": settings(ngf, masks)}))
+
+
+def about(folder: Path) -> dict[str, Any] | None:
+    """What `prepare` says: environment and settings; None where it has not run."""
+    path = folder / _ABOUT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def measure(name: str, part: Part, folder: Path, work_of: Callable[[dict], Workload]) -> None:
+    """Runs one part, writing to `<name>.jsonl`; ends with the clock under load."""
+    work = work_of(load_masks(folder / _MASKS))
+    settle(work.device)
+    with (folder / f"{name}.jsonl").open("w") as file:
+        for result in part(work):
+            print(json.dumps(asdict(result)), file=file, flush=True)
+        if work.device.type == "cuda":
+            clock = float(_query("clocks.sm").split()[0])
+            print(json.dumps(asdict(Result.of(CLOCK, name, "sm", [clock], "MHz"))), file=file)
+    print(f"{len((folder / f'{name}.jsonl').read_text().splitlines())} results")
+
+
+def _operators(work: Workload) -> Iterator[Result]:
+    yield from window_index(work)
+    yield from operators(work, "bf16")
+
+
+def _both_layers(work: Workload, precision: str) -> Iterator[Result]:
+    for with_gradients in (False, True):
+        yield from layers(work, precision, training=with_gradients, with_baseline=True)
+
+
+def _uncompiled(work: Workload, measure: Callable, sizes: list[tuple[str, int]]) -> Iterator[Result]:
+    for precision, batch in sizes:
+        yield from measure(work, precision, batch, with_baseline=False)
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        import triton
+
+        version: str | None = triton.__version__
+    except ImportError:
+        version = None
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 MB": properties.L2_cache_size / 2**20,
+        "memory MB": properties.total_memory // 2**20,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": version,
+        "nvcc": (re.findall(r"release (\S+),", _output(nvcc, "--version")) or [None])[0],
+        "host": platform.machine(),
+        "nvidia-smi": dict(zip(_QUERIED.split(","), _query(_QUERIED).split(", "), strict=False)),
+    }
+
+
+def _query(what: str) -> str:
+    """nvidia-smi's answer for the first GPU; asks only, sets nothing."""
+    lines = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader").splitlines()
+    return lines[0].strip() if lines else "0"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

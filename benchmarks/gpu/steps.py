@@ -1,0 +1,155 @@
+"""Commands with a time limit, what became of them, and what they printed. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
+_SHOWN = 40  # lines of what a failed step printed last
+_POLL = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of one step: PASSED, FAILED or NOT_RUN, and why."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+
+
+def by_exit_status(status: int, output: str) -> tuple[str, str]:
+    """Whether a command passed, and the last line it printed."""
+    lines = output.strip().splitlines()
+    last = lines[-1] if lines else "(no output)"
+    return (PASSED, last) if status == 0 else (FAILED, f"exit status {status}: {last}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command to run.
+
+    Attributes:
+        limit: seconds after which it is killed, with everything it started.
+        judge: (exit status, output) -> what became of it, and why.
+        may_be_cut: that it takes longer than there is time is no failure.
+        needs: modules without which it cannot run.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    judge: Callable[[int, str], tuple[str, str]] = by_exit_status
+    may_be_cut: bool = False
+    needs: tuple[str, ...] = ()
+
+
+class Steps:
+    """Runs jobs one after the other or together, until there is no time left.
+
+    Args:
+        folder: for what each prints, as `<name>.log`. log: file that all of it is appended to. root: where they run.
+        seconds: all the time there is.
+
+    Attributes:
+        done: what became of each, in order.
+    """
+
+    def __init__(self, folder: Path, log: Path, root: Path, seconds: float):
+        self.folder, self.log, self.root = folder, log, root
+        self.done: list[Step] = []
+        self._end = time.monotonic() + seconds
+        folder.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def skip(self, name: str, reason: str) -> None:
+        self._finish(Step(name, NOT_RUN, 0.0, reason))
+
+    def run(self, *jobs: Job, least: float = 5.0) -> None:
+        """All of them at the same time; none with less than `least` seconds left."""
+        running = []
+        for job in jobs:
+            missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
+            if missing:
+                self.skip(job.name, f"needs {', '.join(missing)}")
+            elif self.left < least:
+                self.skip(job.name, "no time left")
+            else:
+                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left)))
+        while running:
+            time.sleep(_POLL)
+            for one in [one for one in running if one.is_over()]:
+                running.remove(one)
+                step, output = one.result()
+                with self.log.open("a") as file:
+                    file.write(f"==== {step.name}: {step.status} in {step.seconds:.0f} s\n{output}\n")
+                self._finish(step, output)
+
+    def _finish(self, step: Step, output: str = "") -> None:
+        self.done.append(step)
+        if step.status == FAILED:
+            print(*output.splitlines()[-_SHOWN:], sep="\n")
+        print(f"{step.name}: {step.status} in {step.seconds:.0f} s: {step.detail}", flush=True)
+
+
+class _Running:
+    def __init__(self, job: Job, folder: Path, root: Path, limit: float):
+        self._job, self._limit, self._started, self._was_cut = job, limit, time.monotonic(), False
+        self._log = folder / f"{re.sub('[^0-9a-z]+', '-', job.name.lower())}.log"
+        with self._log.open("wb") as file:
+            self._process = subprocess.Popen(
+                job.command,
+                cwd=root,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **job.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_over(self) -> bool:
+        if self._process.poll() is not None:
+            return True
+        if time.monotonic() - self._started < self._limit:
+            return False
+        self._was_cut = True
+        # With the compilers it may have started.
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        return True
+
+    def result(self) -> tuple[Step, str]:
+        seconds, output = time.monotonic() - self._started, self._log.read_text(errors="replace")
+        if self._was_cut:
+            status, why = NOT_RUN if self._job.may_be_cut else FAILED, f"stopped after {seconds:.0f} s"
+        else:
+            status, why = self._job.judge(self._process.returncode, output)
+        return Step(self._job.name, status, round(seconds, 1), why), output
+
+
+def table(steps: Sequence[Step]) -> str:
+    """One aligned line for each step."""
+    width = max((len(step.name) for step in steps), default=0)
+    return "\n".join(f"{s.name:{width}}  {s.status:7}  {s.seconds:5.0f} s  {s.detail[:110]}" for s in steps)
+
+
+def python(*arguments: object) -> list[str]:
+    """A command of this interpreter."""
+    return [sys.executable, *map(str, arguments)]

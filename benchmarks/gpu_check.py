@@ -1,0 +1,205 @@
+"""Everything that takes a GPU: builds, tests, sanitizes and measures, and prints what came of it last.
+
+    python benchmarks/gpu_check.py [--fast] [--minutes 8] [--dataroot folder] [--out folder or file] [--only name ...]
+
+Any Python with a CUDA torch, and nvcc. A step that fails does not keep later ones from running; what there is no time
+for is "not run". The exit status says whether anything failed. With --only, results that earlier runs took of the same
+code on the same device stay in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gpu import ROOT, sanitizers
+from gpu.steps import FAILED, Job, Steps, by_exit_status, python, table
+
+NEEDS = ("numpy", "PIL", "matplotlib", "jinja2", "safetensors", "tqdm")  # of the masks and the networks
+TESTS = (
+    "tests/gpu",
+    "tests/triton_kernels",
+    "tests/test_ops.py",
+    "tests/test_window_index.py",
+    "tests/test_layers.py",
+    "tests/test_label_map.py",
+    "tests/test_static.py",
+    "tests/test_determinism.py",
+    "tests/test_compiled.py",
+)
+_FAST_TESTS = 2
+_MINUTES, _FAST_MINUTES = 8.0, 3.0
+_RESERVE = 10.0  # seconds for the tables
+_WORKERS = 6
+_RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parsed(argv)
+    if arguments.part or arguments.prepare:
+        return child(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: not run: there is no GPU that PyTorch can use", file=sys.stderr)
+        return 2
+    return check(arguments)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help=f"{_FAST_MINUTES:g} minutes, the most important alone")
+    parser.add_argument("--minutes", type=float, help="what is not running by then is not run")
+    parser.add_argument("--dataroot", default="", help="folder of masks in the coco layout; default: toy landscapes")
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="JSON file, or its folder")
+    parser.add_argument("--only", nargs="*", default=[], help="names of steps to run; * stands for anything")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the measurements themselves")
+    parser.add_argument("--tiny", action="store_true", help="small networks and few turns, for the same")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="folder for logs and parts")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.minutes = arguments.minutes or (_FAST_MINUTES if arguments.fast else _MINUTES)
+    arguments.batch, arguments.others = (2, (1,)) if arguments.tiny else (8, () if arguments.fast else (1, 32))
+    arguments.compared = ("bf16",) if arguments.fast else ("bf16", "tf32", "fp16")
+    arguments.ngf, arguments.size = (2, 64) if arguments.tiny else (64, 256)
+    return arguments
+
+
+def child(arguments: argparse.Namespace) -> int:
+    """Measures one part, or prepares for all; in a process of its own."""
+    from gpu import parts
+    from gpu.batches import Workload
+
+    device = torch.device(arguments.device)
+    if arguments.prepare:
+        parts.prepare(arguments.work, arguments.dataroot, device, arguments.ngf, arguments.size)
+        return 0
+    turns, seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
+    known = parts.parts(arguments.batch, arguments.others) | parts.agreements(*arguments.compared)
+    parts.measure(
+        arguments.part,
+        known[arguments.part],
+        arguments.work,
+        lambda masks: Workload(device, arguments.ngf, masks, arguments.batch, turns, seconds),
+    )
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """All steps; prints their table and returns the exit status."""
+    folder, log = arguments.work, arguments.work / "gpu_check.log"
+    if arguments.out != _RESULTS:
+        log = (arguments.out.parent if is_file(arguments.out) else arguments.out) / log.name
+    steps = Steps(folder, log, ROOT, 60 * arguments.minutes - _RESERVE)
+    (folder / "about.json").unlink(missing_ok=True)
+    if arguments.device == "cuda":
+        steps.run(*wanted([build()], arguments.only))
+    try:
+        # Not before there are compiled kernels to import.
+        from gpu import parts
+    except ImportError:
+        traceback.print_exc()
+        missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+        steps.skip("measurements", f"{', '.join(missing) or 'a module'} cannot be imported")
+        compared, measured = [], []
+    else:
+        limit = 60 if arguments.fast else 240
+        every = [measurement(name, arguments, limit) for name in parts.agreements(*arguments.compared)]
+        compared = wanted(every, arguments.only)
+        every = [measurement(name, arguments, 600) for name in parts.parts(arguments.batch, arguments.others)]
+        measured = wanted(every, arguments.only)
+    if compared or measured:
+        steps.run(Job("prepare", command(arguments, "--prepare"), 120, needs=NEEDS))
+    if arguments.device == "cuda":
+        sanitized = [sanitizers.job(tool, 70 if arguments.fast else 200) for tool in sanitizers.TOOLS]
+        compared += wanted([tests(arguments.fast), *sanitized], arguments.only)
+    # Together: they take no times, and compile what the measurements need.
+    steps.run(*compared)
+    print(f"{max(steps.left, 0):.0f} s left for measurements", flush=True)
+    for job in measured:
+        (folder / f"{job.name}.jsonl").unlink(missing_ok=True)
+    for job in measured:
+        steps.run(job, least=10)
+        saved(arguments, measured, steps)
+    print("", saved(arguments, measured, steps, final=True), table(steps.done), f"all output: {log}", sep="\n\n")
+    return int(any(step.status == FAILED for step in steps.done))
+
+
+def build() -> Job:
+    command = python("setup.py", "build_ext", "--inplace")
+    # Without a list of architectures they are those of the GPUs at hand.
+    environment = {"SPADE_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ""}
+    return Job("build", command, 300, environment, needs=("setuptools", "pybind11", "ninja"))
+
+
+def tests(fast: bool) -> Job:
+    """The tests whose bodies run on a GPU where there is one."""
+    workers = ["-n", _WORKERS] if importlib.util.find_spec("xdist") else []
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *TESTS[: _FAST_TESTS if fast else None])
+    return Job("tests", command, 60 if fast else 240, judge=tests_passed, needs=("pytest", "hypothesis"))
+
+
+def tests_passed(status: int, output: str) -> tuple[str, str]:
+    """PASSED only where some ran."""
+    judged, last = by_exit_status(status, output)
+    if status == 0 and not re.search(r"\b[1-9]\d* passed", last):
+        return FAILED, f"no test ran: {last}"
+    return judged, last
+
+
+def measurement(name: str, arguments: argparse.Namespace, limit: float) -> Job:
+    """A part or a comparison."""
+    is_part = not name.startswith("agreement")
+    return Job(name, command(arguments, "--part", name), limit, may_be_cut=is_part, needs=NEEDS)
+
+
+def command(arguments: argparse.Namespace, *more: str) -> list[str]:
+    """This program in a process of its own, on the same device and masks."""
+    how = ["--device", arguments.device, "--work", arguments.work, "--dataroot", arguments.dataroot]
+    flags = [f"--{name}" for name in ("fast", "tiny") if getattr(arguments, name)]
+    return python(Path(__file__).resolve(), *how, *flags, *more)
+
+
+def is_file(out: Path) -> bool:
+    return out.suffix == ".json"
+
+
+def wanted(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    return [job for job in jobs if not only or any(fnmatch.fnmatch(job.name, name) for name in only)]
+
+
+def saved(arguments: argparse.Namespace, measured: Sequence[Job], steps: Steps, final: bool = False) -> str:
+    """Writes the file; returns its tables. At the end the bounds count as a step, too."""
+    try:
+        from gpu import parts, report
+
+        from spade_model.benchmark.musts import judge
+        from spade_model.benchmark.results import BenchRun
+    except ImportError:
+        return "(nothing was measured)"
+    about = parts.about(arguments.work)
+    if about is None:
+        return "(nothing was measured)"
+    path = arguments.out if is_file(arguments.out) else arguments.out / report.file_name(about["environment"])
+    results = report.gathered(arguments.work, [job.name for job in measured])
+    done = list(steps.done)
+    if arguments.only:
+        before = report.earlier(path, about["environment"])
+        results = report.merged(before[0], results)
+        done = [step for step in before[1] if step.name not in {s.name for s in done}] + done
+    run = BenchRun(about["environment"], about["settings"], results)
+    verdicts = judge(run, report.musts(run, arguments.batch))
+    if final and measured:
+        steps.done.append(report.judged(verdicts))
+    report.save(path, run, verdicts, done)
+    return f"{report.tables(run, verdicts)}\n\nresults: {path}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A short list of operator calls on the GPU, for compute-sanitizer: every CUDA C++ and Triton kernel on small shapes.
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py
+
+Calls are recorded, and their results computed, on the CPU: on the GPU little runs but the kernels themselves. The last
+line says that the end was reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu.operators import Recorder, backends_on
+from gpu.sanitizers import END
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import spade_kernels as sk
+from spade_kernels import backends, ops
+from spade_kernels.functional import use_path
+from spade_kernels.testing import random_label_map, random_spade, relative_error
+
+LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+CLASSES = 7
+# Channels and side of x, upsample, norm, path: sizes that are read 16 bytes at a time, and odd ones.
+LAYERS = (
+    (64, 24, 1, "batch", "windows"),
+    (32, 17, 2, "instance", "windows"),
+    (13, 9, 1, "instance", "windows"),
+    (64, 12, 2, "batch", "dense"),
+)
+WINDOWS = (("constant", 3, 1), ("noise", 5, 1), ("noise", 3, 2))  # kind of mask, size, stride
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator's call on CPU tensors, and what the reference answers."""
+
+    where: str
+    name: str
+    func: Callable[..., Any]
+    arguments: tuple
+    dtype: torch.dtype
+    expected: list[Tensor]
+
+
+def calls() -> Iterator[Call]:
+    """Forward and backward of a few layers in each dtype, and window indexes."""
+    for dtype in LIMIT:
+        for layer in LAYERS:
+            for name, (func, arguments) in recorded_layer(*layer).items():
+                given = rounded(arguments, dtype)
+                yield Call(f"{layer}", name, func, given, dtype, tree_leaves(func(*given)))
+    for kind, kernel_size, stride in WINDOWS:
+        mask = random_label_map(kind, (3, 33, 20), 200)
+        with Recorder() as recorder:
+            mask.windows((21, 20), kernel_size, stride, kernel_size // 2)
+        func, arguments = recorder.calls["window_index"]
+        expected = tree_leaves(func(*arguments))
+        yield Call(f"{kind}, {kernel_size}, {stride}", "window_index", func, arguments, torch.int64, expected)
+
+
+def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str) -> dict[str, tuple]:
+    """(operator, arguments) by name."""
+    mask = random_label_map("blobs", (2, side * upsample, side * upsample), CLASSES, edges=True)
+    layer = random_spade(f"spade{norm}3x3", channels, CLASSES + 1).train()
+    x = torch.randn(2, channels, side, side, requires_grad=True)
+    with torch.enable_grad(), Recorder() as recorder, use_path(path):
+        y = layer(x, mask, slope=0.2, upsample=upsample)
+        y.backward(torch.randn_like(y))
+        mean, m2 = ops.channel_stats(x)
+        (mean.square().sum() + m2.sum()).backward()
+        ops.weight_panels(layer.mlp_gamma.weight, layer.mlp_beta.weight)
+    return recorder.calls
+
+
+def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:
+    """The arguments with activations, weights, tables and their gradients in `dtype`; the rest stays float32."""
+
+    def change(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # Biases are vectors, and statistics have a row for each of two images.
+        narrow = value.dtype == torch.float32 and (value.dim() == 4 or (value.dim() > 1 and len(value) > 2))
+        return value.detach().to(dtype) if narrow else value.detach()
+
+    return tree_map(change, arguments)
+
+
+def check(call: Call, device: torch.device) -> None:
+    """Raises AssertionError where the device's answer is another."""
+    moved = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, call.arguments)
+    for got, expected in zip(tree_leaves(call.func(*moved)), call.expected, strict=True):
+        if expected.is_floating_point():
+            error = relative_error(got.cpu(), expected)
+            assert error <= LIMIT[call.dtype], f"{call.name} {call.where} {call.dtype}: relative error {error}"
+        else:
+            assert torch.equal(got.cpu(), expected), f"{call.name} {call.where}: other integers"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(argv).device)
+    torch.manual_seed(0)
+    count = 0
+    with torch.no_grad():
+        sk.use_backend("reference")
+        every = list(calls())
+        for backend in backends_on(device)[:-1]:
+            sk.use_backend(backend)
+            own = backends.kernels_on(device.type)
+            for call in every:
+                if own[call.name] == backend:
+                    check(call, device)
+                    count += 1
+    sk.use_backend("auto")
+    if not count:
+        print(f"gpu_sanitize: no kernels for {device} but the reference", file=sys.stderr)
+        return 1
+    print(f"{END} {count} calls", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

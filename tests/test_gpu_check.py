@@ -1,0 +1,447 @@
+"""`make gpu-check`, as far as it goes without a GPU: it finds failures, takes the right times and forgets nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spade_kernels import LabelMap
+from spade_kernels.testing import random_label_map
+from spade_model.benchmark.musts import judge
+from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, TRAINING, BenchRun, Result, load_runs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu_check
+import gpu_sanitize
+from gpu import batches, clock, generator, layers, operators, parts, report, rotation, sanitizers, steps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def runner(tmp_path):
+    return steps.Steps(tmp_path / "work", tmp_path / "all.log", tmp_path, seconds=30)
+
+
+def job(name: str, code: str, limit: float = 20, **how) -> steps.Job:
+    return steps.Job(name, steps.python("-c", code), limit, **how)
+
+
+class TestSteps:
+    def test_a_failure_is_shown_and_later_steps_run(self, runner, capsys):
+        runner.run(job("first", "print('broken here'); raise SystemExit(3)"))
+        runner.run(job("second", "import os; print(os.environ['COLOUR'])", environment={"COLOUR": "red"}))
+        assert [(s.name, s.status, s.detail) for s in runner.done] == [
+            ("first", "FAILED", "exit status 3: broken here"),
+            ("second", "passed", "red"),
+        ]
+        assert "broken here\nfirst: FAILED" in capsys.readouterr().out
+        assert "==== first: FAILED" in runner.log.read_text()
+        assert "red" in runner.log.read_text()
+
+    @pytest.mark.parametrize(("may_be_cut", "status"), [(False, "FAILED"), (True, "not run")])
+    def test_the_limit_ends_a_step_and_what_it_started(self, runner, tmp_path, may_be_cut, status):
+        written = tmp_path / "late"
+        late = f"import time; time.sleep(1.2); open({str(written)!r}, 'w')"
+        code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {late!r}])"
+        runner.run(job("slow", code, limit=0.7, may_be_cut=may_be_cut))
+        assert (runner.done[0].status, runner.done[0].detail) == (status, "stopped after 1 s")
+        assert "begun" in runner.log.read_text()
+        time.sleep(0.8)
+        assert not written.exists()
+
+    def test_steps_run_together(self, runner):
+        started = time.monotonic()
+        runner.run(*(job(f"{i}", "import time; time.sleep(1)") for i in range(3)))
+        assert [step.status for step in runner.done] == ["passed"] * 3
+        assert time.monotonic() - started < 2.9
+
+    def test_what_is_missing_or_late_is_not_run(self, runner, tmp_path):
+        runner.run(job("needy", "", needs=("numpy", "no_such_module")))
+        late = steps.Steps(tmp_path / "work", tmp_path / "late.log", tmp_path, seconds=4)
+        late.run(job("late", ""))
+        assert [(s.status, s.detail) for s in (*runner.done, *late.done)] == [
+            ("not run", "needs no_such_module"),
+            ("not run", "no time left"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("status", "line", "verdict"),
+        [
+            (0, "== 5 passed, 2 skipped in 3.1s ==", "passed"),
+            (0, "== 2 skipped in 3.1s ==", "FAILED"),
+            (1, "== 1 failed, 5 passed in 3.1s ==", "FAILED"),
+            (5, "== no tests ran in 0.1s ==", "FAILED"),
+        ],
+    )
+    def test_tests_must_run(self, status, line, verdict):
+        assert gpu_check.tests_passed(status, f"....\n{line}\n")[0] == verdict
+
+    def test_the_tests_are_there(self):
+        assert all((gpu_check.ROOT / name).exists() for name in gpu_check.TESTS)
+
+
+CLEAN = "========= COMPUTE-SANITIZER\ngpu_sanitize: reached the end after 87 calls\n========= ERROR SUMMARY: 0 errors\n"
+WRONG_WRITE = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at void spade::cuda::run<spade::cuda::Forward<float, 4>>(T1)+0x1c0 in modulate.cu:40
+=========     by thread (0,0,0) in block (0,0,0)
+gpu_sanitize: reached the end after 87 calls
+========= ERROR SUMMARY: 2 errors
+"""
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at _sum_pieces+0x50 and Read access at _sum_pieces+0x90
+gpu_sanitize: reached the end after 87 calls
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "output", "verdict", "detail"),
+    [
+        ("memcheck", 0, CLEAN, "passed", "memcheck ran over 87 calls and found nothing"),
+        (
+            "racecheck",
+            0,
+            CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors"),
+            "passed",
+            "87",
+        ),
+        (
+            "memcheck",
+            0,
+            WRONG_WRITE,
+            "FAILED",
+            "2 findings, in void spade::cuda::run<spade::cuda::Forward<float, 4>>(T1)",
+        ),
+        ("racecheck", 0, RACE, "FAILED", "1 findings, in _sum_pieces"),
+        # A tool that is not there, or took no part, prints no summary of its own.
+        ("memcheck", 127, "sh: compute-sanitizer: not found", "FAILED", "did not run"),
+        ("initcheck", 0, "gpu_sanitize: reached the end after 87 calls\n", "FAILED", "did not run"),
+        ("racecheck", 0, CLEAN, "FAILED", "did not run"),
+        (
+            "synccheck",
+            1,
+            "Traceback\nValueError: no\n========= ERROR SUMMARY: 0 errors\n",
+            "FAILED",
+            "not reach its end",
+        ),
+        ("memcheck", 1, CLEAN, "FAILED", "exit status 1"),
+        ("memcheck", 0, CLEAN + "========= Internal Sanitizer Error: 3\n", "FAILED", "itself failed"),
+    ],
+)
+def test_a_sanitizer_must_have_run_and_found_nothing(tool, status, output, verdict, detail):
+    judged, why = sanitizers.judge(tool, status, output)
+    assert judged == verdict
+    assert detail in why
+
+
+def test_every_tool_has_a_command():
+    commands = [sanitizers.job(tool, 60).command for tool in sanitizers.TOOLS]
+    assert [command[3] for command in commands] == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert all(Path(command[-1]).exists() for command in commands)
+
+
+def test_a_tool_that_is_not_there_fails(runner, monkeypatch):
+    monkeypatch.setattr(sanitizers, "program", lambda: "no-such-sanitizer")
+    runner.run(dataclasses.replace(sanitizers.job("memcheck", 60), needs=()))
+    assert runner.done[0].status == "FAILED"
+    assert runner.done[0].detail == "memcheck printed no summary: it did not run (exit status 127)"
+
+
+def test_what_the_sanitizers_watch_runs_every_operator(capsys):
+    called = {call.name for call in gpu_sanitize.calls()}
+    assert called == set(operators.backends.kernels_on("cpu"))
+    status = gpu_sanitize.main(["--device", "cpu"])
+    last = capsys.readouterr().out.splitlines()[-1:]
+    there = operators.backends_on(CPU) != ["reference"]
+    assert status == (0 if there else 1)
+    assert bool(last and last[0].startswith(sanitizers.END)) == there
+
+
+class TestTimes:
+    def test_providers_and_arguments_take_turns(self):
+        seen: list[tuple[str, int]] = []
+        runs = {name: (lambda argument, name=name: seen.append((name, argument))) for name in ("a", "b")}
+        times = clock.take_turns(runs, [1, 2, 3], CPU, turns=4, seconds=60)
+        assert seen[4:] == [(name, argument) for argument in (1, 2, 3, 1) for name in ("a", "b")]
+        assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
+
+    def test_every_argument_is_timed_however_long_it_takes(self):
+        times = clock.take_turns({"a": lambda _: time.sleep(0.01)}, list(range(5)), CPU, turns=30, seconds=0)
+        assert len(times["a"]) == 5
+        assert min(times["a"]) >= 10
+
+    @pytest.mark.parametrize(
+        ("precision", "expected"), [("tf32", (True, True)), ("ieee", (False, False)), ("shipped", (False, True))]
+    )
+    def test_float32_products(self, precision, expected):
+        def now() -> tuple[bool, bool]:
+            return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+        before = now()
+        with clock.float32_products(precision):
+            assert now() == expected
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == expected[0]
+        assert now() == before
+
+    def test_copies_go_beyond_the_cache(self, monkeypatch):
+        assert rotation.copies_beyond_cache(1, CPU) == 2
+        properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        for nbytes, count in ((100 << 20, 2), (30 << 20, 5), (1 << 10, 64)):
+            assert rotation.copies_beyond_cache(nbytes, torch.device("cuda")) == count
+        first, second = rotation.rotated((torch.ones(2), None, 3), 2)
+        assert torch.equal(first[0], second[0])
+        assert first[0].data_ptr() != second[0].data_ptr()
+        assert first[1:] == second[1:] == (None, 3)
+
+
+class TestBatches:
+    def test_images_are_not_repeated(self):
+        masks = [random_label_map("blobs", (1, 16, 16), 5, edges=True, seed=seed) for seed in range(3)]
+        found = batches.batches(masks, 4, 3)
+        assert [mask.shape for mask in found] == [(4, 16, 16)] * 3
+        assert len({tuple(image.flatten().tolist()) for mask in found for image in mask.labels}) == 12
+
+    def test_a_place_that_most_fit_in(self):
+        kinds = ("constant", "noise", "blobs")
+        found = [random_label_map(kind, (1, 32, 32), 9) for kind in kinds]
+        place, fitting = batches.place_for(found, lambda mask: mask.prepare([(32, 32)]))
+        assert fitting == found
+        assert len(place.label_map.window_index((32, 32), 3).modulation) == 32 * 32
+
+    def test_masks_come_back(self, tmp_path):
+        kinds = {
+            "toy": [random_label_map("blobs", (1, 8, 8), 5, edges=True)],
+            "noise": [random_label_map("noise", (1, 8, 8), 5)],
+        }
+        batches.save_masks(kinds, tmp_path / "masks.pt")
+        found = batches.load_masks(tmp_path / "masks.pt")
+        assert list(found) == ["toy", "noise"]
+        assert torch.equal(found["toy"][0].one_hot(), kinds["toy"][0].one_hot())
+        assert found["noise"][0].edges is None
+
+
+def wrong_image(mask: LabelMap) -> torch.Tensor:
+    return torch.linspace(1.2, 0, 8)
+
+
+def test_a_wrong_image_is_not_timed():
+    exact = torch.linspace(1, 0, 8)
+    runs = {"tuned": lambda mask: exact + 0.01, "ours": lambda mask: exact + 0.015, "spade-free": wrong_image}
+    mask = random_label_map("constant", (1, 8, 8), 2)
+    generator.check_images(runs, lambda mask: exact, runs["tuned"], mask, 1e-3)
+    with pytest.raises(AssertionError, match=r"nothing is timed: \{'baseline'"):
+        generator.check_images(runs | {"baseline": wrong_image}, lambda mask: exact, runs["tuned"], mask, 1e-3)
+    runs["ours"] = lambda mask: exact * float("nan")
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        generator.check_images(runs, lambda mask: exact, runs["tuned"], mask, 1e-3)
+
+
+def result(suite: str, case: str, provider: str, value: float, unit: str = "ms") -> Result:
+    return Result.of(suite, case, provider, [value], unit)
+
+
+ENVIRONMENT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "commit": "abc"}
+SETTINGS = {"ngf": 64, "distinct windows": {"real": {"8 x 8": 1.0, "256 x 256": 0.1}, "noise": {}}}
+
+
+@pytest.fixture
+def run() -> BenchRun:
+    case, size = "real, bf16, batch 8", "64 x 256 x 256, bf16, batch 8"
+    lines = [
+        result(EVAL, case, "baseline", 6.0),
+        result(EVAL, case, "ours", 2.5),
+        result(TRAINING, case, "baseline", 15.0),
+        result(TRAINING, case, "ours", 10.0),
+        result(LAYER, f"{ALL_LAYERS}, bf16, batch 8", "ours", 1.0),
+        result(operators.INDEX, "real, integers, batch 8", "cuda", 0.2),
+        result(operators.BANDWIDTH, f"modulate, {size}", "cuda", 2700.0, "GB/s"),
+        result(operators.BANDWIDTH, f"modulate, {size}", "copy", 3000.0, "GB/s"),
+        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "cuda", 1.0),
+        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "triton", 0.9),
+    ]
+    return BenchRun(ENVIRONMENT, SETTINGS, lines)
+
+
+class TestReport:
+    def test_bounds(self, run):
+        verdicts = judge(run, report.musts(run, 8))
+        words = {v.name: v.word for v in verdicts}
+        assert words["generator eval, real, bf16, batch 8: baseline / ours"] == "met"
+        assert words["generator forward + backward, real, bf16, batch 8: baseline / ours"] == "missed"
+        assert words["window indexes, real, integers, batch 8: cuda"] == "met"
+        assert words["bandwidth, modulate, 64 x 256 x 256, bf16, batch 8: cuda / copy"] == "met"
+        assert words["bandwidth, modulate, 64 x 256 x 256, bf16, batch 8: triton / copy"] == "not run"
+        assert words[f"layer forward, {ALL_LAYERS}, bf16, batch 8: baseline / ours"] == "not run"
+        step = report.judged(verdicts)
+        assert step.status == "FAILED"
+        assert "missed: generator forward + backward, real" in step.detail
+        assert report.judged([v for v in verdicts if v.word != "missed"]).status == "not run"
+        assert report.judged([v for v in verdicts if v.word == "met"]).status == "passed"
+
+    def test_only_the_kernels_that_are_taken_must_be_fast(self, run, monkeypatch):
+        taken = {"modulate": "cuda", "channel_stats": "triton"}
+        monkeypatch.setattr(report.backends, "kernels_on", lambda device: taken)
+        bounds = {(m.case.split(",")[0], m.numerator): m.bound for m in report.musts(run, 8) if m.denominator == "copy"}
+        assert bounds == {
+            ("modulate", "cuda"): ">=",
+            ("modulate", "triton"): "",
+            ("channel_stats", "cuda"): "",
+            ("channel_stats", "triton"): ">=",
+        }
+
+    def test_the_fastest_backend(self, run):
+        assert report.fastest(run.results) == {f"modulate, {ALL_LAYERS}, bf16, batch 8": "triton"}
+
+    def test_tables_say_what_was_not_run(self, run):
+        text = report.tables(run, judge(run, report.musts(run, 8)))
+        rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+        assert rows["generator eval, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("pass")
+        assert rows["generator forward + backward, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("FAIL")
+        assert rows["generator eval, noise, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("not run")
+        assert "2.40" in rows["generator eval, real, bf16, batch 8, ms"]
+
+    def test_the_file_holds_everything(self, run, tmp_path):
+        path = tmp_path / "new" / report.file_name(ENVIRONMENT)
+        assert path.name == "nvidia-h100-80gb-hbm3.json"
+        done = [steps.Step("build", "passed", 61.0, "well"), steps.Step("tests", "FAILED", 3.0, "not well")]
+        report.save(path, run, judge(run, report.musts(run, 8)), done)
+        assert load_runs(path) == [run]
+        content = json.loads(path.read_text())
+        assert content["steps"][1]["status"] == "FAILED"
+        assert content["bounds"][0]["word"] == "pass"
+        assert report.earlier(path, ENVIRONMENT) == (run.results, done)
+        assert report.earlier(path, ENVIRONMENT | {"commit": "def"}) == ([], [])
+        assert report.earlier(tmp_path / "none.json", ENVIRONMENT) == ([], [])
+
+    def test_new_results_take_the_place_of_old_ones(self, tmp_path):
+        lines = [json.dumps(vars(result(EVAL, "a", "ours", value))) for value in (1.0, 2.0)]
+        (tmp_path / "first.jsonl").write_text("\n".join(lines))
+        (tmp_path / "killed.jsonl").write_text(json.dumps(vars(result(EVAL, "b", "ours", 3.0))) + '\n{"suite": "gen')
+        found = report.gathered(tmp_path, ["first", "killed", "never"])
+        assert [(r.case, r.p50) for r in found] == [("a", 2.0), ("b", 3.0)]
+        assert [r.p50 for r in report.merged(found, [result(EVAL, "a", "ours", 5.0)])] == [5.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu_check")
+    parts.prepare(folder, "", CPU, ngf=2, size=64)
+    return folder
+
+
+def workload(masks: dict) -> batches.Workload:
+    return batches.Workload(CPU, 2, masks, 2, turns=3, seconds=0.1)
+
+
+@pytest.fixture
+def measured(prepared):
+    """Runs a part on tiny networks; its results by (suite, provider)."""
+
+    def run(part: parts.Part) -> dict[tuple[str, str], list[Result]]:
+        parts.measure("part", part, prepared, workload)
+        found: dict[tuple[str, str], list[Result]] = {}
+        for line in (prepared / "part.jsonl").read_text().splitlines():
+            one = Result(**json.loads(line))
+            found.setdefault((one.suite, one.provider), []).append(one)
+        assert all(0 < one.p20 <= one.p50 <= one.p80 for results in found.values() for one in results)
+        return found
+
+    return run
+
+
+class TestParts:
+    def test_the_most_important_come_first(self):
+        names = list(parts.parts(8, (1, 32)))
+        assert names[:4] == ["operators-bf16-8", "eval-bf16-8", "training-bf16-8", "layers-bf16-8"]
+        assert {
+            f"{what}-{precision}-{size}"
+            for what in ("eval", "training")
+            for precision in ("bf16", "tf32")
+            for size in (1, 8, 32)
+        } <= set(names)
+
+    def test_preparation(self, prepared):
+        about = parts.about(prepared)
+        assert about is not None
+        assert list(about["settings"]["distinct windows"]) == ["toy", "busiest", "noise"]
+        assert about["environment"]["torch"] == torch.__version__
+
+    def test_eval(self, measured):
+        found = measured(lambda work: generator.evaluation(work, "tf32", 2, with_baseline=True))
+        cases = {provider: {r.case for r in results} for (_, provider), results in found.items()}
+        every = {f"{kind}, tf32, batch 2" for kind in ("toy", "busiest", "noise")}
+        for name in ("original", "tuned", "baseline", "spade-free", "ours", "ours-indexed", "ours-replay"):
+            assert cases[name] == every, name
+        assert cases["ours-dense"] == {"noise, tf32, batch 2"}
+
+    def test_training(self, measured):
+        found = measured(lambda work: generator.training(work, "bf16", 2, with_baseline=False))
+        assert {provider for _, provider in found} == {
+            "original",
+            "tuned",
+            "spade-free",
+            "ours",
+            "ours-indexed",
+            "ours-replay",
+        }
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_layers(self, measured, training):
+        found = measured(lambda work: layers.layers(work, "bf16", training=training, with_baseline=False))
+        for results in found.values():
+            assert len(results) == 11
+            assert results[-1].case == f"{ALL_LAYERS}, bf16, batch 2"
+
+    def test_operators(self, measured):
+        found = measured(lambda work: operators.operators(work, "tf32"))
+        every = [r.case for r in found[operators.OPERATOR, "reference"] if ALL_LAYERS in r.case]
+        assert len(every) == len(set(every)) == 9
+        assert (operators.BANDWIDTH, "copy") in found
+        assert (operators.PRODUCTS, "matmul") in found
+
+    def test_window_indexes(self, measured):
+        found = measured(operators.window_index)
+        suites = (operators.INDEX, operators.INDEX_GROUPS, operators.LABEL_MAP)
+        assert set(found) == {(suite, name) for suite in suites for name in operators.backends_on(CPU)}
+
+    def test_a_wrong_operator_is_not_timed(self, measured, prepared, monkeypatch):
+        monkeypatch.setattr(operators, "relative_error", lambda got, exact: float(got.shape[-1] == 128))
+        with pytest.raises(AssertionError, match=r"hidden_rows \(32, 2, 1\) bf16 on reference"):
+            measured(lambda work: operators.operators(work, "bf16"))
+        timed = (prepared / "part.jsonl").read_text()
+        assert "modulate, " in timed
+        assert "hidden_rows, " not in timed
+
+    def test_shapes_are_the_generators(self):
+        assert sum(operators.shapes(64, 256).values()) == 18
+        assert operators.shapes(64, 256)[128, 256, 2] == 2
+
+
+def test_the_whole_command(tmp_path, capfd):
+    how = ["--device", "cpu", "--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert gpu_check.main([*how, "--only", "operators-tf32-2"]) == 0
+    printed = capfd.readouterr().out
+    rows = [line.split() for line in printed.splitlines()[-6:] if line]
+    assert [row[:2] for row in rows[:2]] == [["prepare", "passed"], ["operators-tf32-2", "passed"]]
+    assert " ".join(rows[2]).startswith("bounds not run")
+    assert printed.splitlines()[-1].endswith("gpu_check.log")
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert {step["status"] for step in content["steps"]} == {"passed"}
+    assert load_runs(path)[0].find(operators.OPERATOR, f"modulate, {ALL_LAYERS}, tf32, batch 2", "reference")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu_check.main([]) == 2
+    assert "not run: there is no GPU" in capsys.readouterr().err
