@@ -46,6 +46,7 @@ def compiled():
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if choice == "none" or (choice == "auto" and not (has_compiler and sys.platform == "linux")):
         return [], {}
+    find_toolkit()
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
@@ -120,6 +121,15 @@ def why_no_cuda():
     if version[0] != int(torch.version.cuda.split(".")[0]):
         return f"nvcc {version[0]}.{version[1]} does not fit the CUDA {torch.version.cuda} of the installed torch"
     return None
+
+
+def find_toolkit():
+    """Sets CUDA_HOME where there is none but an nvcc on the PATH, which may be a wrapper far from its toolkit."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or not shutil.which("nvcc"):
+        return
+    steps = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    if found := re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(found[1])
 
 
 def nvcc_version():

@@ -1,4 +1,6 @@
 // spade_kernels._C: importing it registers the CPU kernels; build_info() says how they were built.
+// This file needs no stable ABI, and some releases of PyTorch keep their pybind11 from files that ask for it.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 namespace {

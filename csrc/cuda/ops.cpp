@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -276,7 +277,8 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   call.add_grad(grad);
   call.add_groups(order, starts);
   const Dtype table_dtype = dtype_of(call.table);
-  const Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  if (grad.numel() == 0) return torch::stable::zero_(sums);
   call.params.out = sums.mutable_data_ptr();
   const int64_t count = modulate_table_grad_parts(call.dtype, table_dtype, call.params);
   const Tensor parts = torch::stable::new_empty(x, {count}, accumulator(x));
