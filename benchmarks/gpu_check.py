@@ -29,7 +29,6 @@ TESTS = (
     "tests/test_ops.py",
     "tests/test_window_index.py",
     "tests/test_layers.py",
-    "tests/test_label_map.py",
     "tests/test_static.py",
     "tests/test_determinism.py",
     "tests/test_compiled.py",

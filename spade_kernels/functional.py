@@ -78,14 +78,16 @@ class KeptWeights:
     def __init__(self, weights: Weights):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
-        self.bias = _joint_bias(weights)
+        wide = torch.promote_types(weights.gamma[1].dtype, torch.float32)
+        self.bias = _joint_bias(Weights(*((weight, bias.to(wide)) for weight, bias in weights)))
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
     def taps(self, segmap: LabelMap, weight: Tensor) -> Tensor:
         """The shared convolution's taps for label maps of this one's kind."""
         kind = (segmap.num_labels, segmap.edges is not None)
-        if segmap.is_pooled:
+        # What is made while a CUDA graph is captured holds nothing until that graph has run.
+        if segmap.is_pooled or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return _taps(segmap, weight)
         if kind not in self._taps:
             self._taps[kind] = _taps(segmap, weight)

@@ -164,7 +164,9 @@ class LabelMap(Packable):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
         """The same label map on `device`: itself if it is there, else a copy, made in one transfer."""
-        if torch.device(device) == self.device:
+        # "cuda" is the current one of several.
+        device = torch.empty(0, device=device).device
+        if device == self.device:
             return self
         buffer, layout = pack(self, pinned=non_blocking and self.codes.is_pinned())
         assert buffer is not None

@@ -41,7 +41,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         shift = self.bias if self.affine else input.new_zeros(channels)
         table = torch.cat((scale, shift)).unsqueeze(0)
         pixel_row = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
-        uses = ops.group_by_value(pixel_row, 1)
+        uses = torch.arange(n * h * w, device=input.device), torch.arange(2, device=input.device) * (n * h * w)
         return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_over)
 
 

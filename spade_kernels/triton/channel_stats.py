@@ -55,11 +55,11 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> Tensor:
     """`reference.channel_stats_grad`."""
-    x, out = channels_last(x), empty_channels_last(x)
+    given, x, out = x, channels_last(x), empty_channels_last(x)
     tile = channel_tile(x.shape[1])
     stats = (t.contiguous() for t in (mean, grad_mean, grad_m2))
     launch(_stats_grad, tile_grid(x, tile), x, *stats, out, x.shape[2] * x.shape[3], x.shape[1], **tile)
-    return out
+    return out if given is x else torch.empty_like(given).copy_(out)
 
 
 def _steps(images: int, pixels: int, channels: int, tile: dict[str, int]) -> int:

@@ -89,6 +89,12 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or convolution.fp32_precision == "tf32" else "ieee"
 
 
+def _rounded_to_tf32(t: Tensor) -> Tensor:
+    """Tensor cores drop the bits that tf32 has no room for: twice the error of rounding, and always towards 0."""
+    nearest = (t.view(torch.int32) + 0x1000).bitwise_and_(-0x2000).view(torch.float32)
+    return torch.where(t.isnan(), t, nearest)
+
+
 def _joint_weight(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
     channels, depth, height, width = gamma.shape
     joint = torch.empty((2, channels, height, width, depth), dtype=dtype, device=gamma.device)
@@ -135,7 +141,10 @@ def modulation_table(
         weight = _joint_weight(gamma, beta, hidden.dtype)
     else:
         weight = panels.permute(0, 3, 1, 2).to(hidden.dtype).contiguous()  # no copy of what weight_panels made
-    return _multiply(hidden, weight, bias, windows, _precision(hidden.dtype))
+    precision = _precision(hidden.dtype)
+    if hidden.dtype == torch.float32 and precision == "tf32":
+        hidden, weight = _rounded_to_tf32(hidden), _rounded_to_tf32(weight)
+    return _multiply(hidden, weight, bias, windows, precision)
 
 
 def modulation_table_grad(

@@ -78,8 +78,14 @@ def test_training(generator):
         replayed = result()
         generator.load_state_dict(before)
         step(indexed_mask(kind, generator))
-        for name, value in result().items():
-            assert relative_error(replayed[name], value) < 1e-2, (kind, name)
+        expected = result()
+        # Some biases' gradients are zero but for rounding: they have no relative error of their own.
+        largest = max(p.grad.abs().max() for p in parameters.values())
+        for name, value in expected.items():
+            if name.startswith("gradient"):
+                assert (replayed[name] - value).abs().max() < 1e-2 * largest, (kind, name)
+            else:
+                assert relative_error(replayed[name], value) < 1e-2, (kind, name)
 
 
 @torch.no_grad()

@@ -195,3 +195,13 @@ def test_precision_is_that_of_convolutions(monkeypatch, setting, precision):
     monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=setting))
     assert kernels._precision(torch.float32) == precision
     assert kernels._precision(torch.bfloat16) == "tf32"
+
+
+def test_rounding_to_tf32():
+    values = torch.randn(1000) * torch.tensor(10.0).pow(torch.arange(1000) % 60 - 30)
+    values[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    rounded = kernels._rounded_to_tf32(values)
+    assert torch.equal(rounded[:4].isnan(), values[:4].isnan())
+    assert torch.equal(rounded[1:4], values[1:4])
+    assert not (rounded[1:].view(torch.int32) & 0x1FFF).any()
+    assert ((rounded - values)[4:].abs() <= 2**-11 * values[4:].abs()).all()
