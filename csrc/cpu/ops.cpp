@@ -7,44 +7,13 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "../tensors.h"
 #include "kernels.h"
 #include "vector.h"
 #include "window_index.h"
 
 namespace spade {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: throw std::runtime_error("spade_kernels: tensors must be float16, bfloat16, float32 or float64");
-  }
-}
-
-ScalarType accumulator(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor dense(const Tensor& t, ScalarType dtype) {
-  Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
-}
-
-Tensor dense(const Tensor& t) {
-  return dense(t, t.scalar_type());
-}
-
-MaybeTensor dense(const MaybeTensor& t, ScalarType dtype) {
-  if (!t) return std::nullopt;
-  return dense(*t, dtype);
-}
 
 // x (N, C, h, w) laid out as (N, h, w, C).
 Tensor channels_last(const Tensor& x) {
@@ -79,10 +48,6 @@ std::vector<int64_t> nearest_indices(int64_t from, int64_t to) {
 
 const int64_t* ids(const Tensor& t) {
   return static_cast<const int64_t*>(t.const_data_ptr());
-}
-
-const void* data(const MaybeTensor& t) {
-  return t ? t->const_data_ptr() : nullptr;
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,

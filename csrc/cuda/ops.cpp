@@ -14,14 +14,11 @@
 #include <string>
 #include <tuple>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace spade::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::runtime_error(std::string("spade_kernels: ") + what);
@@ -53,27 +50,8 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: throw std::runtime_error("spade_kernels: tensors must be float16, bfloat16, float32 or float64");
-  }
-}
-
-ScalarType accumulator(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor as(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
-Tensor dense(const Tensor& t, ScalarType dtype) {
-  const Tensor same = as(t, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
 }
 
 // x (N, C, h, w) laid out as (N, h, w, C).
@@ -86,10 +64,6 @@ Tensor channels_last(const Tensor& x) {
 Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
   return torch::stable::empty({x.size(0), x.size(1), upsample * x.size(2), upsample * x.size(3)}, x.scalar_type(),
                               std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-const void* data(const MaybeTensor& t) {
-  return t ? t->const_data_ptr() : nullptr;
 }
 
 uint32_t extent(int64_t value, int64_t least, const char* what) {

@@ -1,0 +1,50 @@
+// What the operators of every device do with tensors: dtypes, and dense copies where the layout is another.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace spade {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: throw std::runtime_error("spade_kernels: tensors must be float16, bfloat16, float32 or float64");
+  }
+}
+
+inline ScalarType accumulator(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor dense(const Tensor& t, ScalarType dtype) {
+  Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+inline Tensor dense(const Tensor& t) {
+  return dense(t, t.scalar_type());
+}
+
+inline MaybeTensor dense(const MaybeTensor& t, ScalarType dtype) {
+  if (!t) return std::nullopt;
+  return dense(*t, dtype);
+}
+
+inline const void* data(const MaybeTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+}  // namespace spade
