@@ -17,7 +17,8 @@ constexpr int64_t kTasks = 8;
 
 // A tile of `rows` x (vectors * lanes): see Microkernel.
 template <class A, int lanes, int rows, int vectors>
-SPADE_INLINE void tile(int64_t depth, const A* a, const A* b, int64_t b_row, A* out, int64_t out_row, bool add) {
+SPADE_INLINE void tile(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
+                       bool add) {
   typedef A Vector __attribute__((vector_size(lanes * sizeof(A)), aligned(sizeof(A))));
   Vector sum[rows][vectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
@@ -27,7 +28,7 @@ SPADE_INLINE void tile(int64_t depth, const A* a, const A* b, int64_t b_row, A* 
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] += a[d * rows + r] * from[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] += a[r * a_row + d] * from[v];
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -39,10 +40,10 @@ SPADE_INLINE void tile(int64_t depth, const A* a, const A* b, int64_t b_row, A* 
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(SPADE_ONE_TARGET)
-#define SPADE_TILE(name, cpu, A, lanes, rows, vectors)                                                         \
-  __attribute__((target("arch=" cpu))) void name(int64_t depth, const A* a, const A* b, int64_t b_row, A* out, \
-                                                 int64_t out_row, bool add) {                                  \
-    tile<A, lanes, rows, vectors>(depth, a, b, b_row, out, out_row, add);                                      \
+#define SPADE_TILE(name, cpu, A, lanes, rows, vectors)                                                                \
+  __attribute__((target("arch=" cpu))) void name(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, \
+                                                 A* out, int64_t out_row, bool add) {                                 \
+    tile<A, lanes, rows, vectors>(depth, a, a_row, b, b_row, out, out_row, add);                                      \
   }
 SPADE_TILE(tile_v4_f32, "x86-64-v4", float, 16, 12, 2)
 SPADE_TILE(tile_v4_f64, "x86-64-v4", double, 8, 12, 2)
@@ -52,8 +53,8 @@ SPADE_TILE(tile_v3_f64, "x86-64-v3", double, 4, 6, 2)
 #endif
 
 template <class A>
-void tile_any(int64_t depth, const A* a, const A* b, int64_t b_row, A* out, int64_t out_row, bool add) {
-  tile<A, 16 / sizeof(A), 4, 2>(depth, a, b, b_row, out, out_row, add);
+void tile_any(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row, bool add) {
+  tile<A, 16 / sizeof(A), 4, 2>(depth, a, a_row, b, b_row, out, out_row, add);
 }
 
 template <class A>
@@ -77,38 +78,52 @@ Microkernel<A> choose() {
 }
 
 int64_t round_up(int64_t value, int64_t step) {
-  return (value + step - 1) / step * step;
+  return divide_up(value, step) * step;
+}
+
+// to (rows, to_row) = from (rows, columns), zero past the last column.
+template <class A>
+void copy_block(Matrix<A> from, int64_t rows, int64_t columns, A* to, int64_t to_row) {
+  if (columns < to_row) std::fill_n(to, rows * to_row, A(0));
+  if (from.column == 1)
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from.data + i * from.row, columns, to + i * to_row);
+  else
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < rows; ++i) to[i * to_row + j] = from.data[j * from.column + i * from.row];
 }
 
 // The tiles of out's rows [top, bottom), from all of b: no thread waits for another between two blocks of depth.
 template <class A>
 void multiply_rows(int64_t top, int64_t bottom, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();
-  const Scratch<A> packed_a(round_up(bottom - top, kernel.rows) * kDepth);
+  const int64_t padded = round_up(bottom - top, kernel.rows);
+  const Scratch<A> packed_a(padded * kDepth);
+  std::fill_n(packed_a.data(), padded * kDepth, A(0));
   std::array<A, kDepth * kMostTileColumns> edge;
   std::array<A, kMostTileRows * kMostTileColumns> sums;
   for (int64_t block = 0; block < k; block += kDepth) {
     const int64_t depth = std::min(kDepth, k - block);
     const bool more = add || block > 0;
-    pack(a.data + top * a.row + block * a.column, a.row, a.column, bottom - top, depth, kernel.rows, packed_a.data());
+    copy_block({a.data + top * a.row + block * a.column, a.row, a.column}, bottom - top, depth, packed_a.data(),
+               kDepth);
     for (int64_t j = 0; j < n; j += kernel.columns) {
       const int64_t columns = std::min(kernel.columns, n - j);
       const A* from_b = b.data + block * b.row + j;
       int64_t b_row = b.row;
       if (columns < kernel.columns) {
-        pack(from_b, 1, b.row, columns, depth, kernel.columns, edge.data());
+        copy_block({from_b, b.row, 1}, depth, columns, edge.data(), kernel.columns);
         from_b = edge.data();
         b_row = kernel.columns;
       }
       for (int64_t i = top; i < bottom; i += kernel.rows) {
-        const A* from_a = packed_a.data() + (i - top) * depth;
+        const A* from_a = packed_a.data() + (i - top) * kDepth;
         const int64_t rows = std::min(kernel.rows, bottom - i);
         A* to = out + i * n + j;
         if (rows == kernel.rows && columns == kernel.columns) {
-          kernel.tile(depth, from_a, from_b, b_row, to, n, more);
+          kernel.tile(depth, from_a, kDepth, from_b, b_row, to, n, more);
           continue;
         }
-        kernel.tile(depth, from_a, from_b, b_row, sums.data(), kernel.columns, false);
+        kernel.tile(depth, from_a, kDepth, from_b, b_row, sums.data(), kernel.columns, false);
         for (int64_t r = 0; r < rows; ++r, to += n)
           for (int64_t c = 0; c < columns; ++c) {
             const A sum = sums[r * kernel.columns + c];
@@ -122,30 +137,11 @@ void multiply_rows(int64_t top, int64_t bottom, int64_t n, int64_t k, Matrix<A> 
 template <class A>
 void multiply(int64_t m, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
   if (k == 0 && !add) std::fill_n(out, m * n, A(0));
-  const int64_t task_rows =
-      std::clamp(round_up((m + kTasks - 1) / kTasks, microkernel<A>().rows), kFewestRows, kMostRows);
+  const int64_t task_rows = std::clamp(round_up(divide_up(m, kTasks), microkernel<A>().rows), kFewestRows, kMostRows);
   in_pieces(m, task_rows, [&](int64_t top, int64_t bottom) { multiply_rows(top, bottom, n, k, a, b, out, add); });
 }
 
 }  // namespace
-
-template <class A>
-void pack(const A* from, int64_t along, int64_t down, int64_t count, int64_t depth, int64_t width, A* to) {
-  for (int64_t first = 0; first < count; first += width) {
-    const int64_t valid = std::min(width, count - first);
-    if (valid < width) std::fill_n(to, width * depth, A(0));
-    const A* corner = from + first * along;
-    if (down == 1)
-      for (int64_t i = 0; i < valid; ++i)
-        for (int64_t d = 0; d < depth; ++d) to[d * width + i] = corner[i * along + d];
-    else
-      for (int64_t d = 0; d < depth; ++d)
-        for (int64_t i = 0; i < valid; ++i) to[d * width + i] = corner[d * down + i * along];
-    to += width * depth;
-  }
-}
-template void pack(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
-template void pack(const double*, int64_t, int64_t, int64_t, int64_t, int64_t, double*);
 
 template <class A>
 const Microkernel<A>& microkernel() {

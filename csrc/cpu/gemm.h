@@ -23,12 +23,12 @@ struct Rows {
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Rows<float> b, float* out, bool add = false);
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Rows<double> b, double* out, bool add = false);
 
-// What this machine multiplies with, in registers: a tile out (rows, columns), or added to it, = a @ b from a panel a
-// (depth, rows) and a matrix b (depth, columns). `b_row` and `out_row` say how far apart the rows of b and out are.
+// What this machine multiplies with, in registers: a tile out (rows, columns), or added to it, = a @ b from a (rows,
+// depth) and b (depth, columns). `a_row`, `b_row` and `out_row` say how far apart the rows are.
 template <class A>
 struct Microkernel {
   int64_t rows, columns;
-  void (*tile)(int64_t depth, const A* a, const A* b, int64_t b_row, A* out, int64_t out_row, bool add);
+  void (*tile)(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row, bool add);
 };
 
 // No tile is larger.
@@ -36,10 +36,5 @@ constexpr int64_t kMostTileRows = 12, kMostTileColumns = 32;
 
 template <class A>
 const Microkernel<A>& microkernel();
-
-// Panels of `width` rows (of a) or columns (of b), each (depth, width); what lies past `count` is zero.
-// Element (i, d) is from[i * along + d * down].
-template <class A>
-void pack(const A* from, int64_t along, int64_t down, int64_t count, int64_t depth, int64_t width, A* to);
 
 }  // namespace spade

@@ -13,10 +13,6 @@ constexpr int64_t kTilesPerTask = 16;
 constexpr int64_t kWindowsPerTask = 256;
 constexpr int64_t kDepthBlock = 8;
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 int64_t num_panels(const ModulationWeights& w) {
   return divide_up(2 * w.channels, kColumns);
 }
@@ -68,12 +64,12 @@ class Panels {
   Scratch<A> made_;
 };
 
-// Multiplies a packed tile of rows with one tap's columns of a panel.
+// Multiplies as many rows as a tile has, `depth` long, with one tap's columns of a panel.
 template <class A>
-void multiply_tile(int64_t depth, const A* tile, const A* panel, A* out, int64_t out_row, bool add) {
+void multiply_tile(int64_t depth, const A* rows, const A* panel, A* out, int64_t out_row, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();
   for (int64_t c = 0; c < kColumns; c += kernel.columns)
-    kernel.tile(depth, tile, panel + c, kColumns, out + c, out_row, add);
+    kernel.tile(depth, rows, depth, panel + c, kColumns, out + c, out_row, add);
 }
 
 struct Gather {
@@ -117,12 +113,13 @@ void by_tap_products(const ModulationTableParams& p) {
   const int64_t tile_rows = microkernel<A>().rows, tiles = divide_up(p.num_hidden, tile_rows);
   const int64_t panels = num_panels(w), products_size = tiles * tile_rows * w.num_taps * kColumns;
   const int64_t group = std::clamp(kInCache / (products_size * static_cast<int64_t>(sizeof(A))), int64_t{1}, panels);
-  const Scratch<A> rows(tiles * tile_rows * w.depth), products(group * products_size);
-  in_pieces(tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * tile_rows, last = std::min(end * tile_rows, p.num_hidden);
-    pack(static_cast<const A*>(p.hidden) + first * w.depth, w.depth, 1, last - first, w.depth, tile_rows,
-         rows.data() + first * w.depth);
-  });
+  const Scratch<A> products(group * products_size);
+  const A* hidden = static_cast<const A*>(p.hidden);
+  // The last tile's rows, followed by rows of zeros.
+  const int64_t whole = p.num_hidden / tile_rows * tile_rows;
+  const Scratch<A> rest(tile_rows * w.depth);
+  std::fill_n(rest.data(), tile_rows * w.depth, A(0));
+  std::copy_n(hidden + whole * w.depth, (p.num_hidden - whole) * w.depth, rest.data());
 
   const Panels<A> weights(p, group);
   const int64_t tile_tasks = divide_up(tiles, kTilesPerTask), window_tasks = divide_up(p.num_rows, kWindowsPerTask);
@@ -134,7 +131,7 @@ void by_tap_products(const ModulationTableParams& p) {
       const int64_t t = task / tile_tasks % w.num_taps, j = task / tile_tasks / w.num_taps;
       const A* tap = panel + (j * w.num_taps + t) * w.depth * kColumns;
       for (int64_t i = begin; i < end; ++i)
-        multiply_tile(w.depth, rows.data() + i * tile_rows * w.depth, tap,
+        multiply_tile(w.depth, i * tile_rows < whole ? hidden + i * tile_rows * w.depth : rest.data(), tap,
                       products.data() + j * products_size + (i * tile_rows * w.num_taps + t) * kColumns,
                       w.num_taps * kColumns, false);
     });
@@ -148,16 +145,16 @@ void by_tap_products(const ModulationTableParams& p) {
   }
 }
 
-// The hidden rows of windows [first, first + count), packed tap by tap as one tile: (taps, depth, rows).
+// The hidden rows of windows [first, first + count), side by side for each tap: (taps, rows, depth).
 template <class A>
-void pack_windows(const ModulationTableParams& p, int64_t first, int64_t count, int64_t rows, A* to) {
+void gather_windows(const ModulationTableParams& p, int64_t first, int64_t count, int64_t rows, A* to) {
   const ModulationWeights& w = p.weights;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t t = 0; t < w.num_taps; ++t) {
       const int64_t id = r < count ? p.windows[(first + r) * w.num_taps + t] : 0;
       const A* from = static_cast<const A*>(p.hidden) + (id - 1) * w.depth;
-      A* column = to + t * w.depth * rows + r;
-      for (int64_t d = 0; d < w.depth; ++d) column[d * rows] = id == 0 ? A(0) : from[d];
+      A* row = to + (t * rows + r) * w.depth;
+      id == 0 ? std::fill_n(row, w.depth, A(0)) : std::copy_n(from, w.depth, row);
     }
 }
 
@@ -173,7 +170,7 @@ void by_windows(const ModulationTableParams& p) {
     const int64_t count = std::min(kTilesPerTask, divide_up(p.num_rows - top, tile_rows));
     in_pieces(count, 1, [&](int64_t i, int64_t) {
       const int64_t first = top + i * tile_rows;
-      pack_windows(p, first, std::min(tile_rows, p.num_rows - first), tile_rows, tiles.data() + i * tile_size);
+      gather_windows(p, first, std::min(tile_rows, p.num_rows - first), tile_rows, tiles.data() + i * tile_size);
     });
     in_pieces(panels, 1, [&](int64_t j, int64_t) {
       const int64_t column = j * kColumns, valid = std::min(kColumns, 2 * w.channels - column);

@@ -32,11 +32,15 @@ struct Accumulator<double> {
 template <class T>
 using acc_t = typename Accumulator<T>::type;
 
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // Runs body(begin, end) over [0, count) in pieces of `piece`. A piece is never split between threads, so whatever is
 // summed within one has the same value on any number of threads.
 template <class Body>
 void in_pieces(int64_t count, int64_t piece, const Body& body) {
-  const int64_t pieces = (count + piece - 1) / piece;
+  const int64_t pieces = divide_up(count, piece);
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) body(p * piece, std::min((p + 1) * piece, count));
   });
