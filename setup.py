@@ -20,6 +20,7 @@ CPU_SOURCES = [
     "cpu/window_index.cpp",
     "cpu/gemm.cpp",
     "cpu/rows.cpp",
+    "cpu/conv3x3.cpp",
     "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",

@@ -68,6 +68,23 @@ struct ModulationTableGradParams {
   int64_t num_hidden;
 };
 
+// y = act(the convolution of x, with padding 1, + bias + add), all in acc.
+struct Conv3x3Params {
+  const void* x;        // (images, height, width, in)
+  const void* weights;  // as conv3x3_weights lays them out
+  const void* bias;     // (out)
+  const void* add;      // like y, or null
+  void* y;              // (images, height, width, out)
+  int64_t images, height, width, in, out;
+  bool relu;
+};
+
+struct Conv3x3Weights {
+  const void* weight;  // element (o, i, t) at o * out_step + i * in_step + t * tap, acc
+  int64_t out, in;
+  int64_t out_step, in_step, tap;
+};
+
 struct ChannelStatsParams {
   const void* x;
   void* mean;  // (images, channels), acc

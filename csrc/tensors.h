@@ -29,8 +29,12 @@ inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Tensor as(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
 inline Tensor dense(const Tensor& t, ScalarType dtype) {
-  Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  const Tensor same = as(t, dtype);
   return same.is_contiguous() ? same : torch::stable::contiguous(same);
 }
 

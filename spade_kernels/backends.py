@@ -27,6 +27,8 @@ _ON_CUDA = {
     "modulation_table": ("triton",),
     "modulation_table_grad": ("triton",),
     "weight_panels": ("triton",),
+    "conv3x3_weights": (),  # cuDNN has the convolutions
+    "conv3x3": (),
     "channel_stats": ("cuda", "triton"),
     "channel_stats_grad": ("cuda", "triton"),
     "modulate": ("cuda", "triton"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spade_kernels import backends, ops
 from spade_kernels.freezing import Freezable
 
 _EPS = 1e-12
@@ -95,41 +96,85 @@ class Conv2d(Freezable, nn.Conv2d):
 
 
 class PackedConv2d:
-    """A convolution with stride 1 whose weight stands still: on CPU in oneDNN's own layout, made for the first input.
+    """A convolution with stride 1 whose weight stands still: on CPU laid out anew, for the first input.
 
     Args:
         weight: (out, in, k, k). bias: (out,) or None. padding: on each side. relu: applied to the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
-        self.weight, self.bias, self.padding, self.relu = weight, bias, list(padding), relu
-        self.packable = weight.device.type == "cpu" and weight.dtype == torch.float32 and _can_pack()
+        self._weight: Tensor | _Winograd | _OneDNN = weight
+        self._bias, self._padding, self._relu = bias, list(padding), relu
+        self._packable = weight.device.type == "cpu" and weight.dtype == torch.float32
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `add`."""
-        if not self._packs(x):
-            weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
-            y = F.conv2d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), 1, self.padding)
-            y = y.relu() if self.relu else y
-            return y if add is None else y + add
-        if not self.weight.is_mkldnn:
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.weight = reorder(self.weight.to_mkldnn(), self.padding, [1, 1], [1, 1], 1, list(x.shape))
-        how: tuple = (self.padding, [1, 1], [1, 1], 1)
-        if add is not None:
-            binary = torch.ops.mkldnn._convolution_pointwise.binary
-            return binary(x, add, self.weight, self.bias, *how, "add", 1.0, None, [], None)
-        then = "relu" if self.relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how, then, [], "")
+        if isinstance(self._weight, Tensor) and self._packs(x):
+            for way in (_Winograd, _OneDNN):
+                if way.fits(self._weight, self._padding, x):
+                    self._weight = way(self._weight, self._bias, self._padding, self._relu, x)
+                    break
+        if isinstance(self._weight, Tensor) or not self._packs(x):
+            return self._unpacked(x, add)
+        return self._weight(x, add)
 
     def _packs(self, x: Tensor) -> bool:
         like_weight = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4
-        return self.packable and like_weight and not torch.is_autocast_enabled("cpu")
+        return self._packable and like_weight and not torch.is_autocast_enabled("cpu")
+
+    def _unpacked(self, x: Tensor, add: Tensor | None) -> Tensor:
+        weight = self._weight if isinstance(self._weight, Tensor) else self._weight.dense()
+        y = F.conv2d(x, weight.to(x.dtype), None if self._bias is None else self._bias.to(x.dtype), 1, self._padding)
+        y = y if add is None else y + add
+        return y.relu() if self._relu else y
 
 
-def _can_pack() -> bool:
-    """Whether torch has the operators that its own compiler uses for frozen convolutions."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+class _Winograd:
+    """Weights for `ops.conv3x3`: where compiled, the fastest 3 x 3 convolution of more than a few channels and pixels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, x: Tensor):
+        self._weights, self._relu = ops.conv3x3_weights(weight), relu
+        self._bias = weight.new_zeros(len(weight)) if bias is None else bias
+
+    @staticmethod
+    def fits(weight: Tensor, padding: Sequence[int], x: Tensor) -> bool:
+        out, channels, *kernel = weight.shape
+        large = out >= 32 and channels >= 16 and x.shape[2] * x.shape[3] >= 128
+        return large and [*kernel, *padding] == [3, 3, 1, 1] and backends.kernels_on("cpu")["conv3x3"] == "cpu"
+
+    def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
+        return ops.conv3x3(x, self._weights, self._bias, add, self._relu)
+
+    def dense(self) -> Tensor:
+        """The weight again, but for rounding."""
+        invert = self._weights.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
+        points = self._weights.transpose(1, 2).flatten(2)[..., : len(self._bias)].unflatten(0, (4, 4))
+        return torch.einsum("ki, ijco, lj -> ockl", invert, points, invert)
+
+
+class _OneDNN:
+    """A weight in oneDNN's own layout for inputs like x."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, x: Tensor):
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        self._weight = reorder(weight.to_mkldnn(), padding, [1, 1], [1, 1], 1, list(x.shape))
+        self._bias, self._relu = bias, relu
+        self._how = (padding, [1, 1], [1, 1], 1)
+
+    @staticmethod
+    def fits(weight: Tensor, padding: Sequence[int], x: Tensor) -> bool:
+        # The operator is what torch's own compiler uses for frozen convolutions.
+        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+    def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
+        then = "relu" if self._relu else None
+        if add is not None:
+            binary = torch.ops.mkldnn._convolution_pointwise.binary
+            return binary(x, add, self._weight, self._bias, *self._how, "add", 1.0, then, [], None)
+        return torch.ops.mkldnn._convolution_pointwise(x, self._weight, self._bias, *self._how, then or "none", [], "")
+
+    def dense(self) -> Tensor:
+        return self._weight.to_dense()
 
 
 class _WithGain(torch.autograd.Function):

@@ -33,6 +33,8 @@ _SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "weight_panels": "(Tensor gamma, Tensor beta) -> Tensor",
+    "conv3x3_weights": "(Tensor weight) -> Tensor",
+    "conv3x3": "(Tensor x, Tensor weights, Tensor bias, Tensor? add, bool relu) -> Tensor",
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
@@ -109,6 +111,16 @@ def modulation_table(
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     """Weights that stand still, as `modulation_table` likes them: `reference.weight_panels`. No derivatives."""
     return _call(_ops.weight_panels, gamma, beta)
+
+
+def conv3x3_weights(weight: Tensor) -> Tensor:
+    """Weights that stand still, as `conv3x3` likes them: `reference.conv3x3_weights`. No derivatives."""
+    return _call(_ops.conv3x3_weights, weight)
+
+
+def conv3x3(x: Tensor, weights: Tensor, bias: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A 3 x 3 convolution whose weights stand still: `reference.conv3x3`. No derivatives."""
+    return _call(_ops.conv3x3, x, weights, bias, add, relu)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +203,18 @@ def _(gamma, beta):
     return gamma.new_empty(panels, height * width, depth, 32, dtype=_accumulation_dtype(gamma))
 
 
+@_fake("conv3x3_weights")
+def _(weight):
+    out, channels = weight.shape[:2]
+    return weight.new_empty(16, (out + 31) // 32, channels, 32, dtype=_accumulation_dtype(weight))
+
+
+@_fake("conv3x3")
+def _(x, weights, bias, add, relu):
+    n, _, h, w = x.shape
+    return x.new_empty(n, h, w, bias.shape[0]).permute(0, 3, 1, 2)
+
+
 @_fake("channel_stats")
 def _(x):
     stats = x.new_empty(x.shape[:2], dtype=_accumulation_dtype(x))
@@ -241,6 +265,14 @@ for _name in (
     "modulate_input_grad",
 ):
     _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
+
+
+def _no_derivative(ctx: Any, *grads: Any):
+    raise NotImplementedError("weights that stand still, and what is computed from them, have no derivatives")
+
+
+for _name in ("weight_panels", "conv3x3_weights", "conv3x3"):
+    _autograd(_name, lambda ctx, inputs, output: None, _no_derivative)
 
 
 def _hidden_rows_setup(ctx, inputs, output):

@@ -13,6 +13,10 @@ from torch import Tensor
 
 _KEY_LIMIT = 2**62
 _SEGMENT_CHUNK = 64
+# Winograd's transforms: B^T, G, A^T.
+_FROM_INPUT = [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]
+_FROM_WEIGHT = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+_TO_OUTPUT = [[1, 1, 1, 0], [0, 1, -1, -1]]
 
 
 def window_index(
@@ -126,6 +130,40 @@ def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
 def _joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     """(D, T, 2C)."""
     return torch.cat((gamma, beta)).flatten(2).permute(1, 2, 0)
+
+
+def conv3x3_weights(weight: Tensor) -> Tensor:
+    """(16, panels, C, 32): G g G^T of every pair of channels of a weight (out, C, 3, 3), by 32 output columns.
+
+    The last panel is filled with 0. In the accumulation dtype.
+    """
+    g = F.pad(weight.double(), (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
+    transform = g.new_tensor(_FROM_WEIGHT)
+    points = torch.einsum("ik, ockl, jl -> ijco", transform, g, transform)
+    panels = points.flatten(0, 1).unflatten(2, (-1, 32)).transpose(1, 2)
+    return panels.to(_accumulator(weight).dtype).contiguous()
+
+
+def conv3x3(x: Tensor, weights: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+    """(N, out, h, w), channels-last: F.conv2d(x, weight, bias, padding=1) + add, by Winograd's F(2 x 2, 3 x 3).
+
+    A tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A (Lavin and Gray 2016), d being its 4 x 4 inputs: 16 products per
+    pair of channels instead of 36. An Inf or NaN in x reaches all outputs of the tiles that read it.
+
+    Args:
+        x: (N, C, h, w). weights: what `conv3x3_weights` made of (out, C, 3, 3). bias: (out,).
+        add: (N, out, h, w). relu: applied to the result.
+    """
+    acc = _accumulator(x)
+    height, width = x.shape[2:]
+    tiles = F.pad(acc, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
+    from_input, to_output = acc.new_tensor(_FROM_INPUT), acc.new_tensor(_TO_OUTPUT)
+    points = torch.einsum("ik, ncyxkl, jl -> ijnyxc", from_input, tiles, from_input)
+    points = torch.einsum("ijnyxc, ijpco -> ijnyxpo", points, weights.to(acc.dtype).unflatten(0, (4, 4)))
+    outputs = torch.einsum("ki, ijnyxo, lj -> noykxl", to_output, points.flatten(-2)[..., : len(bias)], to_output)
+    y = outputs.flatten(4, 5).flatten(2, 3)[:, :, :height, :width] + bias.to(acc.dtype)[:, None, None]
+    y = y if add is None else y + add
+    return (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spade_kernels import functional, ops
+from spade_kernels import functional, ops, reference
 from spade_kernels.layers import SPADE
 from spade_kernels.normalization import Statistics
 from spade_kernels.testing import forward_backward, random_label_map
@@ -38,6 +38,7 @@ class Problem:
         self.bias, self.hidden = random(D), random(len(hidden), D)
         self.gamma, self.beta, self.table_bias = random(C, D, K, K), random(C, D, K, K), random(2 * C)
         self.table, self.dense_table = random(len(rows), 2 * C), random(N * H * W, 2 * C)
+        self.kernel, self.sum = torch.randn(D, C, 3, 3, **DOUBLE), torch.randn(N, D, H, W, **DOUBLE)
         self.mean, self.rstd = torch.randn(N, C, **DOUBLE), torch.rand(N, C, **DOUBLE) + 0.5
         self.grad = torch.randn(N, C, H, W, **DOUBLE).contiguous(memory_format=layout)
 
@@ -53,6 +54,8 @@ class Problem:
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.uses_by_tap),
             "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.uses_by_tap),
             "weight_panels": (self.gamma.detach(), self.beta.detach()),
+            "conv3x3_weights": (self.kernel,),
+            "conv3x3": (self.x.detach(), reference.conv3x3_weights(self.kernel), self.bias.detach(), self.sum, True),
             "channel_stats": (self.x,),
             "channel_stats_grad": (self.x, self.mean, self.mean, self.rstd),
             "modulate": (*modulate, rows.image_rows, *rows.row_pixels, 0.2, 1, "image"),
@@ -64,13 +67,14 @@ class Problem:
         }[op]
 
 
+WITHOUT_DERIVATIVES = ["weight_panels", "conv3x3_weights", "conv3x3"]
 OPS = [
     *("window_index", "hidden_rows", "hidden_rows_grad", "modulation_table", "modulation_table_grad"),
-    "weight_panels",
+    *WITHOUT_DERIVATIVES,
     *("channel_stats", "channel_stats_grad", "modulate", "modulate_table_grad", "modulate_input_grad"),
     *("modulate dense", "modulate_table_grad dense", "modulate_input_grad dense"),
 ]
-READS_IMAGES = [op for op in OPS if op.startswith(("channel", "modulate"))]
+READS_IMAGES = [op for op in OPS if op.startswith(("channel", "modulate", "conv3x3"))]
 
 
 def test_every_registered_op_is_listed():
@@ -140,7 +144,16 @@ def test_gradient_of_modulate(dense, stats_over, slope, layout):
     assert torch.autograd.gradcheck(run, (p.x, p.dense_table if dense else p.table))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("window_index", "weight_panels") and "_grad" not in op])
+@pytest.mark.parametrize("op", WITHOUT_DERIVATIVES)
+def test_a_derivative_of_what_stands_still_raises(op):
+    arguments = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in Problem().arguments(op)]
+    with pytest.raises(NotImplementedError, match="have no derivatives"):
+        getattr(torch.ops.spade_kernels, op)(*arguments).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("window_index", *WITHOUT_DERIVATIVES) and "_grad" not in op]
+)
 def test_second_derivatives_raise(op):
     p = Problem(requires_grad=True)
     arguments = p.arguments(op)

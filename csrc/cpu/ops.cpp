@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "../tensors.h"
@@ -117,14 +118,19 @@ std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor&
   return {taps, column_sum(masked)};
 }
 
+// Whether a weight's taps are evenly apart, as in contiguous and in channels-last ones.
+bool evenly_apart(const Tensor& weight) {
+  return weight.stride(2) == weight.size(3) * weight.stride(3);
+}
+
 // gamma and beta (C, depth, k, k) in the accumulation type, kept alive beside the parameters that point into them.
 struct WeightsCall {
   Tensor gamma, beta;
   ModulationWeights params{};
 
   WeightsCall(const Tensor& gamma_in, const Tensor& beta_in, ScalarType acc)
-      : gamma(converted(gamma_in, acc)), beta(converted(beta_in, acc)) {
-    if (!(strides_fit(gamma) && same_strides())) {
+      : gamma(as(gamma_in, acc)), beta(as(beta_in, acc)) {
+    if (!(evenly_apart(gamma) && same_strides())) {
       gamma = torch::stable::contiguous(gamma);
       beta = torch::stable::contiguous(beta);
     }
@@ -133,13 +139,6 @@ struct WeightsCall {
   }
 
  private:
-  static Tensor converted(const Tensor& t, ScalarType dtype) {
-    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  }
-  // Taps must be evenly apart, as in contiguous and in channels-last weights.
-  static bool strides_fit(const Tensor& t) {
-    return t.stride(2) == t.size(3) * t.stride(3);
-  }
   bool same_strides() const {
     return gamma.stride(0) == beta.stride(0) && gamma.stride(1) == beta.stride(1) &&
            gamma.stride(2) == beta.stride(2) && gamma.stride(3) == beta.stride(3);
@@ -181,10 +180,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
 Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
   const WeightsCall weights(gamma, beta, accumulator(gamma));
   const ModulationWeights& w = weights.params;
-  const int64_t count = (2 * w.channels + kPanelColumns - 1) / kPanelColumns;
+  const int64_t count = divide_up(2 * w.channels, kPanelColumns);
   const Tensor panels = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
   weight_panels(dtype_of(panels), w, panels.mutable_data_ptr());
   return panels;
+}
+
+Tensor conv3x3_weights_op(const Tensor& weight_in) {
+  Tensor weight = as(weight_in, accumulator(weight_in));
+  if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
+  const int64_t out = weight.size(0), in = weight.size(1);
+  const Tensor panels = torch::stable::new_empty(weight, {16, divide_up(out, kPanelColumns), in, kPanelColumns});
+  conv3x3_weights(dtype_of(panels),
+                  {weight.const_data_ptr(), out, in, weight.stride(0), weight.stride(1), weight.stride(3)},
+                  panels.mutable_data_ptr());
+  return panels;
+}
+
+Tensor conv3x3_op(const Tensor& x_in, const Tensor& weights_in, const Tensor& bias_in, const MaybeTensor& add_in,
+                  bool relu) {
+  const ScalarType acc = accumulator(x_in);
+  const Tensor x = channels_last(as(x_in, acc)), weights = dense(weights_in, acc), bias = dense(bias_in, acc);
+  const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = bias.size(0);
+  if (weights.size(2) != in)
+    throw std::runtime_error("conv3x3: x has " + std::to_string(in) + " channels, the weights are for " +
+                             std::to_string(weights.size(2)));
+  MaybeTensor add;
+  if (add_in) {
+    add = channels_last(as(*add_in, acc));
+    if (add->size(0) != images || add->size(1) != out || add->size(2) != height || add->size(3) != width)
+      throw std::runtime_error("conv3x3: what is to be added has another shape than the result");
+  }
+  const Tensor y = torch::stable::empty({images, out, height, width}, acc, std::nullopt, std::nullopt, std::nullopt,
+                                        torch::headeronly::MemoryFormat::ChannelsLast);
+  conv3x3(dtype_of(y), {x.const_data_ptr(), weights.const_data_ptr(), bias.const_data_ptr(), data(add),
+                        y.mutable_data_ptr(), images, height, width, in, out, relu});
+  return as(y, x_in.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
@@ -225,13 +256,8 @@ struct ModulateCall {
   }
 
   void set_grad(const Tensor& grad_in) {
-    grad = channels_last(dense_dtype(grad_in));
+    grad = channels_last(as(grad_in, x.scalar_type()));
     params.grad = data(grad);
-  }
-
- private:
-  Tensor dense_dtype(const Tensor& t) const {
-    return t.scalar_type() == x.scalar_type() ? t : torch::stable::to(t, x.scalar_type());
   }
 };
 
@@ -288,6 +314,8 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
   m.impl("weight_panels", TORCH_BOX(&spade::weight_panels_op));
   m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
+  m.impl("conv3x3", TORCH_BOX(&spade::conv3x3_op));
+  m.impl("conv3x3_weights", TORCH_BOX(&spade::conv3x3_weights_op));
   m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
   m.impl("modulate", TORCH_BOX(&spade::modulate_op));
   m.impl("modulate_table_grad", TORCH_BOX(&spade::modulate_table_grad_op));

@@ -50,10 +50,6 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-Tensor as(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
 // x (N, C, h, w) laid out as (N, h, w, C).
 Tensor channels_last(const Tensor& x) {
   require(x.dim() == 4, "x and its gradient must have shape (N, C, h, w)");
