@@ -105,8 +105,8 @@ class KeptWeights:
 _path = "auto"
 
 # Where benchmarks/crossover.py has the two ways cross: hidden windows per pixel, and pixels of a feature map.
-_DENSE_FROM, _DENSE_FROM_TRAINING = 0.9, 0.65
-_DENSE_PIXELS = 32 * 32
+_DENSE_FROM, _DENSE_FROM_TRAINING, _DENSE_FROM_FROZEN = 0.9, 0.65, 0.6
+_DENSE_PIXELS, _DENSE_PIXELS_FROZEN = 32 * 32, 16 * 16
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def spade(
         kept = None
     how: tuple = (slope, upsample, stats.stats_over)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
-    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index):
+    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, kept is not None):
         table = _dense_table(segmap, size, weights, gain, kept)
         return ops.modulate(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
@@ -258,12 +258,17 @@ def _table_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
 
 
-def _prefers_dense(index: WindowIndex) -> bool:
+def _prefers_dense(index: WindowIndex, frozen: bool) -> bool:
     if _path != "auto" or torch.compiler.is_compiling():
         return _path == "dense"
     images, height, width = index.hidden.pixel_row.shape
-    threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
-    return height * width >= _DENSE_PIXELS and len(index.hidden) > threshold * images * height * width
+    pixels = height * width
+    if frozen:
+        threshold, enough = _DENSE_FROM_FROZEN, pixels >= _DENSE_PIXELS_FROZEN
+    else:
+        threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
+        enough = pixels >= _DENSE_PIXELS
+    return enough and len(index.hidden) > threshold * images * pixels
 
 
 def _window_table(
