@@ -73,7 +73,7 @@ asan: install
 	LDFLAGS="$(SANITIZE)" SPADE_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH=build/asan/lib $(BIN)/pytest -q -k "cpu and not compile and not export" \
-	tests/test_ops.py tests/test_window_index.py tests/test_label_map.py tests/test_layers.py
+	tests/test_ops.py tests/test_conv.py tests/test_window_index.py tests/test_label_map.py tests/test_layers.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

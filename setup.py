@@ -20,10 +20,11 @@ CPU_SOURCES = [
     "cpu/window_index.cpp",
     "cpu/gemm.cpp",
     "cpu/rows.cpp",
-    "cpu/conv3x3.cpp",
     "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",
+    "cpu/conv1x1.cpp",
+    "cpu/conv3x3.cpp",
 ]
 CUDA_SOURCES = [
     "cuda/module.cpp",

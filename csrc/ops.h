@@ -68,23 +68,6 @@ struct ModulationTableGradParams {
   int64_t num_hidden;
 };
 
-// y = act(the convolution of x, with padding 1, + bias + add), all in acc.
-struct Conv3x3Params {
-  const void* x;        // (images, height, width, in)
-  const void* weights;  // as conv3x3_weights lays them out
-  const void* bias;     // (out)
-  const void* add;      // like y, or null
-  void* y;              // (images, height, width, out)
-  int64_t images, height, width, in, out;
-  bool relu;
-};
-
-struct Conv3x3Weights {
-  const void* weight;  // element (o, i, t) at o * out_step + i * in_step + t * tap, acc
-  int64_t out, in;
-  int64_t out_step, in_step, tap;
-};
-
 struct ChannelStatsParams {
   const void* x;
   void* mean;  // (images, channels), acc
@@ -120,6 +103,24 @@ struct ModulateParams {
   int64_t upsample;                                   // 1 or 2
   int64_t stats_stride, means_stride;                 // 0 where one row of statistics serves all images, else channels
   double slope;
+};
+
+// y = act(convolution of x + bias + add), 3 x 3 with padding 1 or 1 x 1, all in acc.
+struct ConvParams {
+  const void* x;                    // (images, height, width, in)
+  const ModulateParams* modulated;  // or null; what x is then: every value is made where it is needed
+  const void* panels;               // the weights as conv_panels lays them out
+  const void* bias;                 // (out)
+  const void* add;                  // like y, or null
+  void* y;                          // (images, height, width, out)
+  int64_t images, height, width, in, out;
+  bool relu;
+};
+
+struct ConvWeights {
+  const void* weight;  // element (o, i, t) at o * out_step + i * in_step + t * tap, acc
+  int64_t out, in, num_taps;
+  int64_t out_step, in_step, tap;
 };
 
 }  // namespace spade

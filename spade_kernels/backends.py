@@ -27,13 +27,15 @@ _ON_CUDA = {
     "modulation_table": ("triton",),
     "modulation_table_grad": ("triton",),
     "weight_panels": ("triton",),
-    "conv3x3_weights": (),  # cuDNN has the convolutions
-    "conv3x3": (),
     "channel_stats": ("cuda", "triton"),
     "channel_stats_grad": ("cuda", "triton"),
     "modulate": ("cuda", "triton"),
     "modulate_table_grad": ("cuda", "triton"),
     "modulate_input_grad": ("cuda", "triton"),
+    # Convolutions are cuDNN's there.
+    "conv_panels": (),
+    "conv": (),
+    "modulate_conv": (),
 }
 _TRITON_STEMS = {
     "weight_panels": "modulation_table",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spade_kernels import backends, ops
 from spade_kernels.freezing import Freezable
+from spade_kernels.ops import Modulated
 
 _EPS = 1e-12
 
@@ -54,10 +55,11 @@ class Conv2d(Freezable, nn.Conv2d):
             return None, None
         return _WithGain.apply(self.weight_orig, *self._iterate())
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Modulated, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
+            x: a tensor, or the arguments of `ops.modulate`: its result is convolved then.
             weight: of `weight_and_gain`, whose gain x has been multiplied by.
             add: added to the result, (N, fout, h', w').
         """
@@ -65,6 +67,7 @@ class Conv2d(Freezable, nn.Conv2d):
             if self.kept is not None:
                 return self.kept(x, add)
             weight = self._normalized()
+        x = x.tensor() if isinstance(x, Modulated) else x
         y = F.conv2d(x, weight, self.bias, padding=self.padding)
         return y if add is None else y + add
 
@@ -103,20 +106,24 @@ class PackedConv2d:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
-        self._weight: Tensor | _Winograd | _OneDNN = weight
+        self._weight: Tensor | _Panels | _OneDNN = weight
         self._bias, self._padding, self._relu = bias, list(padding), relu
         self._packable = weight.device.type == "cpu" and weight.dtype == torch.float32
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Modulated, add: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `add`."""
-        if isinstance(self._weight, Tensor) and self._packs(x):
-            for way in (_Winograd, _OneDNN):
-                if way.fits(self._weight, self._padding, x):
-                    self._weight = way(self._weight, self._bias, self._padding, self._relu, x)
+        packs = self._packs(x.x if isinstance(x, Modulated) else x)
+        if isinstance(self._weight, Tensor) and packs:
+            for way in (_Panels, _OneDNN):
+                if way.fits(self._weight, self._padding, x.shape):
+                    self._weight = way(self._weight, self._bias, self._padding, self._relu, x.shape)
                     break
-        if isinstance(self._weight, Tensor) or not self._packs(x):
-            return self._unpacked(x, add)
-        return self._weight(x, add)
+        if isinstance(self._weight, _Panels) and packs:
+            return self._weight(x, add)
+        x = x.tensor() if isinstance(x, Modulated) else x
+        if isinstance(self._weight, _OneDNN) and packs:
+            return self._weight(x, add)
+        return self._unpacked(x, add)
 
     def _packs(self, x: Tensor) -> bool:
         like_weight = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4
@@ -129,40 +136,45 @@ class PackedConv2d:
         return y.relu() if self._relu else y
 
 
-class _Winograd:
-    """Weights for `ops.conv3x3`: where compiled, the fastest 3 x 3 convolution of more than a few channels and pixels."""
+class _Panels:
+    """A weight for `ops.conv`, the faster one where it is compiled, for more than a few channels and pixels."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, x: Tensor):
-        self._weights, self._relu = ops.conv3x3_weights(weight), relu
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, shape: Sequence[int]):
+        self._panels, self._relu = ops.conv_panels(weight), relu
         self._bias = weight.new_zeros(len(weight)) if bias is None else bias
 
     @staticmethod
-    def fits(weight: Tensor, padding: Sequence[int], x: Tensor) -> bool:
+    def fits(weight: Tensor, padding: Sequence[int], shape: Sequence[int]) -> bool:
         out, channels, *kernel = weight.shape
-        large = out >= 32 and channels >= 16 and x.shape[2] * x.shape[3] >= 128
-        return large and [*kernel, *padding] == [3, 3, 1, 1] and backends.kernels_on("cpu")["conv3x3"] == "cpu"
+        known = [*kernel, *padding] in ([3, 3, 1, 1], [1, 1, 0, 0]) and backends.kernels_on("cpu")["conv"] == "cpu"
+        return known and out >= 32 and channels >= 16 and shape[2] * shape[3] >= 128
 
-    def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
-        return ops.conv3x3(x, self._weights, self._bias, add, self._relu)
+    def __call__(self, x: Tensor | Modulated, add: Tensor | None) -> Tensor:
+        if isinstance(x, Tensor):
+            return ops.conv(x, self._panels, self._bias, add, self._relu)
+        how = (x.pixel_row, x.slope, x.upsample)
+        return ops.modulate_conv(x.x, x.mean, x.rstd, x.table, *how, self._panels, self._bias, add)
 
     def dense(self) -> Tensor:
         """The weight again, but for rounding."""
-        invert = self._weights.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
-        points = self._weights.transpose(1, 2).flatten(2)[..., : len(self._bias)].unflatten(0, (4, 4))
-        return torch.einsum("ki, ijco, lj -> ockl", invert, points, invert)
+        points = self._panels.transpose(1, 2).flatten(2)[..., : len(self._bias)]
+        if len(points) == 1:
+            return points.permute(2, 1, 0).unsqueeze(-1)
+        invert = points.new_tensor([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
+        return torch.einsum("ki, ijco, lj -> ockl", invert, points.unflatten(0, (4, 4)), invert)
 
 
 class _OneDNN:
-    """A weight in oneDNN's own layout for inputs like x."""
+    """A weight in oneDNN's own layout for inputs of one shape; takes others too."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, x: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, shape: Sequence[int]):
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        self._weight = reorder(weight.to_mkldnn(), padding, [1, 1], [1, 1], 1, list(x.shape))
+        self._weight = reorder(weight.to_mkldnn(), padding, [1, 1], [1, 1], 1, list(shape))
         self._bias, self._relu = bias, relu
         self._how = (padding, [1, 1], [1, 1], 1)
 
     @staticmethod
-    def fits(weight: Tensor, padding: Sequence[int], x: Tensor) -> bool:
+    def fits(weight: Tensor, padding: Sequence[int], shape: Sequence[int]) -> bool:
         # The operator is what torch's own compiler uses for frozen convolutions.
         return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 

@@ -157,6 +157,21 @@ def spade(
         (N, C, upsample * h, upsample * w). First derivatives exist for x, all weights and biases, gain, and a float
         segmap.
     """
+    return modulated(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, kept=kept).tensor()
+
+
+def modulated(
+    x: Tensor,
+    segmap: Segmap,
+    stats: Statistics,
+    weights: Weights,
+    *,
+    slope: float = 1.0,
+    gain: Tensor | None = None,
+    upsample: int = 1,
+    kept: KeptWeights | None = None,
+) -> ops.Modulated:
+    """`spade`, but for the last pass over x."""
     check_input(x, weights.gamma[0].shape[0])
     _check_kernels(*(weight for weight, _ in weights))
     if upsample not in (1, 2):
@@ -170,11 +185,11 @@ def spade(
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, kept is not None):
         table = _dense_table(segmap, size, weights, gain, kept)
-        return ops.modulate(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
+        return ops.Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
     table = _window_table(segmap, index, groups, dtype, weights, gain, kept)
     rows = index.modulation
-    return ops.modulate(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *groups[2], *how)
+    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *groups[2], *how)
 
 
 def conv2d(

@@ -1,16 +1,19 @@
-"""SPADE as a drop-in layer: the original's constructor, forward, module names and state_dict keys."""
+"""SPADE as a drop-in layer, its constructor, module names and state_dict keys the original's; and a convolution of it."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from spade_kernels import functional
+from spade_kernels.convolution import Conv2d
 from spade_kernels.freezing import Freezable
 from spade_kernels.functional import KeptWeights, Segmap, Weights
 from spade_kernels.normalization import Moments, SyncBatchNorm2d, check_input, statistics
+from spade_kernels.ops import Modulated
 
 _HIDDEN = 128
 
@@ -57,13 +60,26 @@ class SPADE(Freezable):
             upsample: 2 for a result twice as large, as if x had been upsampled (nearest) before.
             moments: `normalization.moments` of x, where another layer has taken them already.
         """
+        return self.modulated(x, segmap, slope, gain=gain, upsample=upsample, moments=moments).tensor()
+
+    def modulated(
+        self,
+        x: torch.Tensor,
+        segmap: Segmap,
+        slope: float = 1.0,
+        *,
+        gain: torch.Tensor | None = None,
+        upsample: int = 1,
+        moments: Moments | None = None,
+    ) -> Modulated:
+        """`forward`, but for the last pass over x."""
         # Checked first: what is refused must not have moved the running statistics.
         check_input(x, self.mlp_gamma.out_channels)
         segmap = functional.as_condition(segmap, self.mlp_shared[0].in_channels, like=x)  # type: ignore[arg-type]
         # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
         x = x.contiguous(memory_format=torch.channels_last)
         stats = statistics(self.param_free_norm, x, moments, upsample)
-        return functional.spade(
+        return functional.modulated(
             x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=self.kept
         )
 
@@ -73,6 +89,26 @@ class SPADE(Freezable):
     def _weights(self) -> Weights:
         convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)
         return Weights(*((c.weight, c.bias) for c in convolutions))  # type: ignore[arg-type]
+
+
+def convolved(
+    conv: Conv2d,
+    norm: SPADE,
+    x: torch.Tensor,
+    segmap: Segmap,
+    slope: float = 1.0,
+    add: torch.Tensor | None = None,
+    **how: Any,
+) -> torch.Tensor:
+    """conv(norm(x, segmap, slope, **how)) + add, with fewer passes over x and the convolution's weight.
+
+    In training the convolution's spectral norm is divided out of the norm's small table. Frozen, the convolution makes
+    the norm's result where it reads it: no tensor of that size ever exists.
+    """
+    if conv.kept is not None and not (norm._forward_hooks or norm._forward_pre_hooks):
+        return conv(norm.modulated(x, segmap, slope, **how), add=add)
+    weight, gain = conv.weight_and_gain()
+    return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
 
 
 def _parse(config_text: str) -> tuple[type[nn.Module], int]:

@@ -8,7 +8,7 @@ First derivatives exist for every float argument but the statistics; asking for 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,6 @@ _SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "weight_panels": "(Tensor gamma, Tensor beta) -> Tensor",
-    "conv3x3_weights": "(Tensor weight) -> Tensor",
-    "conv3x3": "(Tensor x, Tensor weights, Tensor bias, Tensor? add, bool relu) -> Tensor",
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
@@ -48,6 +46,12 @@ _SCHEMAS = {
     "modulate_input_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
         " Tensor? mean_scale, float slope, int upsample) -> Tensor"
+    ),
+    "conv_panels": "(Tensor weight) -> Tensor",
+    "conv": "(Tensor x, Tensor panels, Tensor bias, Tensor? add, bool relu) -> Tensor",
+    "modulate_conv": (
+        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, float slope, int upsample,"
+        " Tensor panels, Tensor bias, Tensor? add) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -113,16 +117,6 @@ def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     return _call(_ops.weight_panels, gamma, beta)
 
 
-def conv3x3_weights(weight: Tensor) -> Tensor:
-    """Weights that stand still, as `conv3x3` likes them: `reference.conv3x3_weights`. No derivatives."""
-    return _call(_ops.conv3x3_weights, weight)
-
-
-def conv3x3(x: Tensor, weights: Tensor, bias: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
-    """A 3 x 3 convolution whose weights stand still: `reference.conv3x3`. No derivatives."""
-    return _call(_ops.conv3x3, x, weights, bias, add, relu)
-
-
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every image and channel: `reference.channel_stats`."""
     return _call(_ops.channel_stats, x)
@@ -150,6 +144,57 @@ def modulate(
             a gradient for mean and rstd themselves raises.
     """
     return _call(_ops.modulate, x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over)
+
+
+class Modulated(NamedTuple):
+    """What `modulate` would make of its arguments, for a convolution that makes it where it needs it."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    table: Tensor
+    pixel_row: Tensor | None
+    image_rows: Tensor | None
+    order: Tensor | None
+    starts: Tensor | None
+    slope: float
+    upsample: int
+    stats_over: str
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, c, h, w = self.x.shape
+        return n, c, self.upsample * h, self.upsample * w
+
+    def tensor(self) -> Tensor:
+        """(N, C, upsample * h, upsample * w)."""
+        return modulate(*self)
+
+
+def conv_panels(weight: Tensor) -> Tensor:
+    """Weights that stand still, as `conv` likes them: `reference.conv_panels`. No derivatives."""
+    return _call(_ops.conv_panels, weight)
+
+
+def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A convolution whose weights stand still: `reference.conv`. No derivatives."""
+    return _call(_ops.conv, x, panels, bias, add, relu)
+
+
+def modulate_conv(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    slope: float,
+    upsample: int,
+    panels: Tensor,
+    bias: Tensor,
+    add: Tensor | None = None,
+) -> Tensor:
+    """`conv` of what `modulate` makes of x: `reference.modulate_conv`. No derivatives."""
+    return _call(_ops.modulate_conv, x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add)
 
 
 def _accumulation_dtype(t: Tensor) -> torch.dtype:
@@ -203,18 +248,6 @@ def _(gamma, beta):
     return gamma.new_empty(panels, height * width, depth, 32, dtype=_accumulation_dtype(gamma))
 
 
-@_fake("conv3x3_weights")
-def _(weight):
-    out, channels = weight.shape[:2]
-    return weight.new_empty(16, (out + 31) // 32, channels, 32, dtype=_accumulation_dtype(weight))
-
-
-@_fake("conv3x3")
-def _(x, weights, bias, add, relu):
-    n, _, h, w = x.shape
-    return x.new_empty(n, h, w, bias.shape[0]).permute(0, 3, 1, 2)
-
-
 @_fake("channel_stats")
 def _(x):
     stats = x.new_empty(x.shape[:2], dtype=_accumulation_dtype(x))
@@ -241,9 +274,26 @@ def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsa
     return _channels_last_like(x)
 
 
-def _channels_last_like(x: Tensor, upsample: int = 1) -> Tensor:
+@_fake("conv_panels")
+def _(weight):
+    out, channels, height, width = weight.shape
+    points = 1 if height * width == 1 else 16
+    return weight.new_empty(points, (out + 31) // 32, channels, 32, dtype=_accumulation_dtype(weight))
+
+
+@_fake("conv")
+def _(x, panels, bias, add, relu):
+    return _channels_last_like(x, channels=bias.shape[0])
+
+
+@_fake("modulate_conv")
+def _(x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add):
+    return _channels_last_like(x, upsample, bias.shape[0])
+
+
+def _channels_last_like(x: Tensor, upsample: int = 1, channels: int | None = None) -> Tensor:
     n, c, h, w = x.shape
-    return x.new_empty(n, upsample * h, upsample * w, c).permute(0, 3, 1, 2)
+    return x.new_empty(n, upsample * h, upsample * w, c if channels is None else channels).permute(0, 3, 1, 2)
 
 
 def _autograd(name: str, setup_context, backward) -> None:
@@ -271,7 +321,7 @@ def _no_derivative(ctx: Any, *grads: Any):
     raise NotImplementedError("weights that stand still, and what is computed from them, have no derivatives")
 
 
-for _name in ("weight_panels", "conv3x3_weights", "conv3x3"):
+for _name in ("weight_panels", "conv_panels", "conv", "modulate_conv"):
     _autograd(_name, lambda ctx, inputs, output: None, _no_derivative)
 
 

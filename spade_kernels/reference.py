@@ -132,40 +132,6 @@ def _joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     return torch.cat((gamma, beta)).flatten(2).permute(1, 2, 0)
 
 
-def conv3x3_weights(weight: Tensor) -> Tensor:
-    """(16, panels, C, 32): G g G^T of every pair of channels of a weight (out, C, 3, 3), by 32 output columns.
-
-    The last panel is filled with 0. In the accumulation dtype.
-    """
-    g = F.pad(weight.double(), (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
-    transform = g.new_tensor(_FROM_WEIGHT)
-    points = torch.einsum("ik, ockl, jl -> ijco", transform, g, transform)
-    panels = points.flatten(0, 1).unflatten(2, (-1, 32)).transpose(1, 2)
-    return panels.to(_accumulator(weight).dtype).contiguous()
-
-
-def conv3x3(x: Tensor, weights: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
-    """(N, out, h, w), channels-last: F.conv2d(x, weight, bias, padding=1) + add, by Winograd's F(2 x 2, 3 x 3).
-
-    A tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A (Lavin and Gray 2016), d being its 4 x 4 inputs: 16 products per
-    pair of channels instead of 36. An Inf or NaN in x reaches all outputs of the tiles that read it.
-
-    Args:
-        x: (N, C, h, w). weights: what `conv3x3_weights` made of (out, C, 3, 3). bias: (out,).
-        add: (N, out, h, w). relu: applied to the result.
-    """
-    acc = _accumulator(x)
-    height, width = x.shape[2:]
-    tiles = F.pad(acc, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
-    from_input, to_output = acc.new_tensor(_FROM_INPUT), acc.new_tensor(_TO_OUTPUT)
-    points = torch.einsum("ik, ncyxkl, jl -> ijnyxc", from_input, tiles, from_input)
-    points = torch.einsum("ijnyxc, ijpco -> ijnyxpo", points, weights.to(acc.dtype).unflatten(0, (4, 4)))
-    outputs = torch.einsum("ki, ijnyxo, lj -> noykxl", to_output, points.flatten(-2)[..., : len(bias)], to_output)
-    y = outputs.flatten(4, 5).flatten(2, 3)[:, :, :height, :width] + bias.to(acc.dtype)[:, None, None]
-    y = y if add is None else y + add
-    return (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
-
-
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) mean and sum of squared deviations of each image's channels, in two passes over x (N, C, h, w)."""
     acc = _accumulator(x)
@@ -260,6 +226,70 @@ def modulate_input_grad(
     if upsample != 1:
         d_x = d_x.unflatten(2, (-1, upsample)).unflatten(1, (-1, upsample)).sum((2, 4))
     return d_x.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def conv_panels(weight: Tensor) -> Tensor:
+    """(points, panels, C, 32): a weight (out, C, k, k), k 1 or 3, by 32 output columns, the last panel filled with 0.
+
+    For k = 1 the weight is its one point; for 3 the 16 points are G g G^T of every pair of channels (Lavin and Gray
+    2016). In the accumulation dtype.
+    """
+    g = F.pad(weight.double(), (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
+    if g.shape[-1] == 3:
+        transform = g.new_tensor(_FROM_WEIGHT)
+        g = torch.einsum("ik, ockl, jl -> ocij", transform, g, transform)
+    panels = g.flatten(2).unflatten(0, (-1, 32)).permute(3, 0, 2, 1)
+    return panels.to(_accumulator(weight).dtype).contiguous()
+
+
+def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+    """(N, out, h, w), channels-last: F.conv2d(x, weight, bias, padding=k // 2) + add.
+
+    A 3 x 3 convolution is Winograd's F(2 x 2, 3 x 3): a tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A, d being its
+    4 x 4 inputs, which takes 16 products per pair of channels instead of 36. An Inf or NaN in x reaches all outputs of
+    the tiles that read it.
+
+    Args:
+        x: (N, C, h, w). panels: what `conv_panels` made of (out, C, k, k). bias: (out,).
+        add: (N, out, h, w). relu: applied to the result.
+    """
+    acc = _accumulator(x)
+    weight = panels.to(acc.dtype).transpose(1, 2).flatten(2)[..., : len(bias)]
+    if len(weight) == 1:
+        y = torch.einsum("nchw, co -> nohw", acc, weight[0])
+    else:
+        y = _winograd(acc, weight.unflatten(0, (4, 4)))
+    y = y + bias.to(acc.dtype)[:, None, None]
+    y = y if add is None else y + add
+    return (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def modulate_conv(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    slope: float,
+    upsample: int,
+    panels: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+) -> Tensor:
+    """`conv` of what `modulate` makes of x, which a backend need not store."""
+    y = modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
+    return conv(y, panels, bias, add, False)
+
+
+def _winograd(x: Tensor, points: Tensor) -> Tensor:
+    """(N, out, h, w) of x (N, C, h, w) and a weight's points (4, 4, C, out)."""
+    height, width = x.shape[2:]
+    tiles = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
+    from_input, to_output = x.new_tensor(_FROM_INPUT), x.new_tensor(_TO_OUTPUT)
+    inputs = torch.einsum("ik, ncyxkl, jl -> ijnyxc", from_input, tiles, from_input)
+    products = torch.einsum("ijnyxc, ijco -> ijnyxo", inputs, points)
+    outputs = torch.einsum("ki, ijnyxo, lj -> noykxl", to_output, products, to_output)
+    return outputs.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
 def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:

@@ -8,8 +8,7 @@
 namespace spade {
 namespace {
 
-constexpr int64_t kPoints = 16;  // of a transformed tile
-constexpr int64_t kDepth = 64;   // channels multiplied at a time
+constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
 constexpr int64_t kFewestTiles = 36, kMostTiles = 132;
 // Between what belongs to two points, so that a tile's points do not all meet in the same set of a cache.
@@ -31,42 +30,34 @@ struct Lanes {
   }
 };
 
-// The 2 x 2 outputs from (2 * i, 2 * j) on are tile (i, j) of an image; tiles are numbered through all images.
-struct Tiles {
-  int64_t height, width, down, across, count;
+// What a task makes: the outputs of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has the 2 x 2
+// outputs from pixel (2 * i, 2 * j) on.
+struct Block {
+  int64_t image, top, bottom, left, right;
+  int64_t first_panel, last_panel;
+  int64_t rows;  // the tiles, rounded up to what the microkernel takes
 
-  explicit Tiles(const Conv3x3Params& p)
-      : height(p.height),
-        width(p.width),
-        down(divide_up(height, 2)),
-        across(divide_up(width, 2)),
-        count(p.images * down * across) {}
-
-  // The pixel (i, j) away from a tile's first output, or -1 outside the image.
-  int64_t pixel(int64_t tile, int64_t i, int64_t j) const {
-    const int64_t image = tile / (down * across);
-    const int64_t y = 2 * (tile / across % down) + i, x = 2 * (tile % across) + j;
-    return y < 0 || y >= height || x < 0 || x >= width ? -1 : (image * height + y) * width + x;
+  int64_t across() const {
+    return right - left;
   }
-};
-
-// What a task makes: the outputs of tiles [first, first + count) in panels [first_panel, last_panel).
-template <class A>
-struct Task {
-  const Conv3x3Params& p;
-  const Tiles& tiles;
-  int64_t first, count, first_panel, last_panel;
-  int64_t rows;    // count, rounded up to what the microkernel takes
-  const A* zeros;  // a pixel outside the image
-
-  // The transformed input of one point: (depths, rows, kDepth).
-  int64_t input_size() const {
-    return divide_up(p.in, kDepth) * rows * kDepth + kGap;
+  int64_t tiles() const {
+    return (bottom - top) * across();
+  }
+  // The transformed inputs of one point: (depths, rows, kDepth).
+  int64_t input_size(int64_t channels) const {
+    return divide_up(channels, kDepth) * rows * kDepth + kGap;
   }
   // The products of one point: (panels, rows, kColumns).
   int64_t product_size() const {
     return (last_panel - first_panel) * rows * kColumns + kGap;
   }
+};
+
+// Where the pixels that a block reads lie: pixel (y, x) of its image is number y * width + x - first, from `pixels` on.
+template <class A>
+struct Source {
+  const A* pixels;
+  int64_t width, first;
 };
 
 // B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `apart` apart.
@@ -94,33 +85,36 @@ SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A*
 }
 
 template <class A>
-SPADE_INLINE void transform_inputs(const Task<A>& task, A* inputs) {
-  const int64_t channels = task.p.in, apart = task.input_size();
-  for (int64_t t = 0; t < task.rows; ++t) {
+SPADE_INLINE void transform_inputs(const ConvParams& p, const Block& block, Source<A> source, A* inputs) {
+  const Scratch<A> outside(p.in);
+  std::fill_n(outside.data(), p.in, A(0));
+  const int64_t apart = block.input_size(p.in);
+  for (int64_t t = 0; t < block.rows; ++t) {
+    const int64_t top = 2 * (block.top + t / block.across()) - 1, left = 2 * (block.left + t % block.across()) - 1;
     const A* d[kPoints];
-    for (int64_t i = 0; i < 4; ++i)
-      for (int64_t j = 0; j < 4; ++j) {
-        const int64_t pixel = t < task.count ? task.tiles.pixel(task.first + t, i - 1, j - 1) : -1;
-        d[4 * i + j] = pixel < 0 ? task.zeros : static_cast<const A*>(task.p.x) + pixel * channels;
-      }
-    const auto place = [&](int64_t c) { return inputs + (c / kDepth * task.rows + t) * kDepth + c % kDepth; };
+    for (int64_t i = 0; i < kPoints; ++i) {
+      const int64_t y = top + i / 4, x = left + i % 4;
+      const bool inside = t < block.tiles() && y >= 0 && y < p.height && x >= 0 && x < p.width;
+      d[i] = inside ? source.pixels + (y * source.width + x - source.first) * p.in : outside.data();
+    }
+    const auto to = [&](int64_t c) { return inputs + (c / kDepth * block.rows + t) * kDepth + c % kDepth; };
     int64_t c = 0;
-    for (; c + kLanes<A> <= channels; c += kLanes<A>) transform_input<A, kLanes<A>>(d, c, place(c), apart);
-    for (; c < channels; ++c) transform_input<A, 1>(d, c, place(c), apart);
+    for (; c + kLanes<A> <= p.in; c += kLanes<A>) transform_input<A, kLanes<A>>(d, c, to(c), apart);
+    for (; c < p.in; ++c) transform_input<A, 1>(d, c, to(c), apart);
   }
 }
 
 // The products of one point with one panel of its weights, (in, kColumns), while what comes next is on its way here.
 template <class A>
-void multiply(const Task<A>& task, const A* inputs, const A* panel, A* products) {
+void multiply(int64_t channels, int64_t rows, const A* inputs, const A* panel, A* products) {
   const Microkernel<A>& kernel = microkernel<A>();
-  const int64_t soon = kDepth * kColumns / (task.rows / kernel.rows);
-  for (int64_t d = 0; d < task.p.in; d += kDepth, inputs += task.rows * kDepth, panel += kDepth * kColumns)
-    for (int64_t r = 0; r < task.rows; r += kernel.rows) {
+  const int64_t soon = kDepth * kColumns / (rows / kernel.rows);
+  for (int64_t d = 0; d < channels; d += kDepth, inputs += rows * kDepth, panel += kDepth * kColumns)
+    for (int64_t r = 0; r < rows; r += kernel.rows) {
       const A* next = panel + kDepth * kColumns + r / kernel.rows * soon;
       for (int64_t i = 0; i < soon; i += kLanes<A>) __builtin_prefetch(next + i, 0, 2);
       for (int64_t c = 0; c < kColumns; c += kernel.columns)
-        kernel.tile(std::min(kDepth, task.p.in - d), inputs + r * kDepth, kDepth, panel + c, kColumns,
+        kernel.tile(std::min(kDepth, channels - d), inputs + r * kDepth, kDepth, panel + c, kColumns,
                     products + r * kColumns + c, kColumns, d > 0);
     }
 }
@@ -155,22 +149,22 @@ SPADE_INLINE void transform_output(const A* m, int64_t apart, const A* bias, con
 }
 
 template <class A>
-SPADE_INLINE void transform_outputs(const Task<A>& task, const A* products) {
-  const Conv3x3Params& p = task.p;
-  const int64_t apart = task.product_size();
-  for (int64_t t = 0; t < task.count; ++t) {
+SPADE_INLINE void transform_outputs(const ConvParams& p, const Block& block, const A* products) {
+  const A* bias = static_cast<const A*>(p.bias);
+  const int64_t apart = block.product_size(), image = block.image * p.height * p.width;
+  for (int64_t t = 0; t < block.tiles(); ++t) {
+    const int64_t top = 2 * (block.top + t / block.across()), left = 2 * (block.left + t % block.across());
     const A* add[4] = {};
     A* out[4] = {};
-    for (int64_t k = 0; k < 4; ++k) {
-      const int64_t pixel = task.tiles.pixel(task.first + t, k / 2, k % 2);
-      if (pixel < 0) continue;
-      out[k] = static_cast<A*>(p.y) + pixel * p.out;
-      if (p.add) add[k] = static_cast<const A*>(p.add) + pixel * p.out;
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t y = top + i / 2, x = left + i % 2, place = (image + y * p.width + x) * p.out;
+      if (y >= p.height || x >= p.width) continue;
+      out[i] = static_cast<A*>(p.y) + place;
+      if (p.add) add[i] = static_cast<const A*>(p.add) + place;
     }
-    for (int64_t j = task.first_panel; j < task.last_panel; ++j) {
+    for (int64_t j = block.first_panel; j < block.last_panel; ++j) {
       const int64_t begin = j * kColumns, end = std::min(begin + kColumns, p.out);
-      const A* m = products + ((j - task.first_panel) * task.rows + t) * kColumns - begin;
-      const A* bias = static_cast<const A*>(p.bias);
+      const A* m = products + ((j - block.first_panel) * block.rows + t) * kColumns - begin;
       int64_t c = begin;
       for (; c + kLanes<A> <= end; c += kLanes<A>)
         transform_output<A, kLanes<A>>(m + c, apart, bias, add, out, p.relu, c);
@@ -179,52 +173,74 @@ SPADE_INLINE void transform_outputs(const Task<A>& task, const A* products) {
   }
 }
 
-SPADE_EVERY_CPU void inputs_any(const Task<float>& task, float* inputs) {
-  transform_inputs(task, inputs);
-}
-SPADE_EVERY_CPU void inputs_any(const Task<double>& task, double* inputs) {
-  transform_inputs(task, inputs);
-}
-SPADE_EVERY_CPU void outputs_any(const Task<float>& task, const float* products) {
-  transform_outputs(task, products);
-}
-SPADE_EVERY_CPU void outputs_any(const Task<double>& task, const double* products) {
-  transform_outputs(task, products);
+#define SPADE_FOR_TYPE(A)                                                                                 \
+  SPADE_EVERY_CPU void inputs_any(const ConvParams& p, const Block& block, Source<A> source, A* inputs) { \
+    transform_inputs(p, block, source, inputs);                                                           \
+  }                                                                                                       \
+  SPADE_EVERY_CPU void outputs_any(const ConvParams& p, const Block& block, const A* products) {          \
+    transform_outputs(p, block, products);                                                                \
+  }
+SPADE_FOR_TYPE(float)
+SPADE_FOR_TYPE(double)
+#undef SPADE_FOR_TYPE
+
+// The pixels around a block, modulated into `memory`, which holds them all.
+template <class A>
+Source<A> modulated(Dtype dtype, const ConvParams& p, const Block& block, A* memory) {
+  const int64_t top = std::max(2 * block.top - 1, int64_t{0}), bottom = std::min(2 * block.bottom + 1, p.height);
+  const int64_t left = std::max(2 * block.left - 1, int64_t{0}), right = std::min(2 * block.right + 1, p.width);
+  for (int64_t y = top; y < bottom; ++y) {
+    const int64_t first = (block.image * p.height + y) * p.width;
+    modulate_pixels(dtype, *p.modulated, first + left, first + right, memory + (y - top) * (right - left) * p.in, p.in);
+  }
+  return {memory, right - left, top * (right - left) + left};
 }
 
 template <class A>
-void run(const Task<A>& task) {
-  const Conv3x3Params& p = task.p;
-  const int64_t panels = divide_up(p.out, kColumns);
-  const Scratch<A> inputs(kPoints * task.input_size()), products(kPoints * task.product_size());
-  inputs_any(task, inputs.data());
+void run(Dtype dtype, const ConvParams& p, const Block& block) {
+  const int64_t panels = divide_up(p.out, kColumns), input_size = block.input_size(p.in);
+  const Scratch<A> inputs(kPoints * input_size), products(kPoints * block.product_size());
+  if (p.modulated) {
+    const Scratch<A> pixels(2 * (block.bottom - block.top + 1) * 2 * (block.across() + 1) * p.in);
+    inputs_any(p, block, modulated(dtype, p, block, pixels.data()), inputs.data());
+  } else {
+    const A* x = static_cast<const A*>(p.x) + block.image * p.height * p.width * p.in;
+    inputs_any(p, block, Source<A>{x, p.width, 0}, inputs.data());
+  }
   // Point by point: its inputs stay in cache while its weights, the larger part in a deep network, pass once.
   for (int64_t point = 0; point < kPoints; ++point)
-    for (int64_t j = task.first_panel; j < task.last_panel; ++j)
-      multiply(task, inputs.data() + point * task.input_size(),
-               static_cast<const A*>(p.weights) + (point * panels + j) * p.in * kColumns,
-               products.data() + point * task.product_size() + (j - task.first_panel) * task.rows * kColumns);
-  outputs_any(task, products.data());
+    for (int64_t j = block.first_panel; j < block.last_panel; ++j)
+      multiply(p.in, block.rows, inputs.data() + point * input_size,
+               static_cast<const A*>(p.panels) + (point * panels + j) * p.in * kColumns,
+               products.data() + point * block.product_size() + (j - block.first_panel) * block.rows * kColumns);
+  outputs_any(p, block, products.data());
 }
 
 // How the work is cut depends on the number of threads; the order in which an element is summed does not.
 template <class A>
-void convolve(const Conv3x3Params& p) {
-  const Tiles tiles(p);
+void convolve(Dtype dtype, const ConvParams& p) {
   const int64_t threads = torch::stable::get_num_threads(), panels = divide_up(p.out, kColumns);
-  const int64_t parts =
-      std::max(divide_up(tiles.count, kMostTiles), std::min(threads, divide_up(tiles.count, kFewestTiles)));
-  const int64_t step = microkernel<A>().rows, size = divide_up(divide_up(tiles.count, parts), step) * step;
-  const int64_t blocks = divide_up(tiles.count, size);
+  const int64_t down = divide_up(p.height, 2), across = divide_up(p.width, 2);
+  const int64_t width = divide_up(across, divide_up(across, kMostTiles)), columns = divide_up(across, width);
+  const int64_t wanted = std::min(divide_up(threads, p.images * columns), divide_up(down * width, kFewestTiles));
+  const int64_t height =
+      divide_up(down, std::clamp(wanted, divide_up(down, std::max(kMostTiles / width, int64_t{1})), down));
+  const int64_t lines = divide_up(down, height), blocks = p.images * lines * columns;
   const int64_t panels_each = divide_up(panels, std::min(panels, divide_up(threads, blocks)));
   const int64_t groups = divide_up(panels, panels_each);
-  const Scratch<A> zeros(p.in);
-  std::fill_n(zeros.data(), p.in, A(0));
   in_pieces(blocks * groups, 1, [&](int64_t i, int64_t) {
-    const int64_t first = i / groups * size, first_panel = i % groups * panels_each;
-    const int64_t count = std::min(size, tiles.count - first);
-    run(Task<A>{p, tiles, first, count, first_panel, std::min(first_panel + panels_each, panels),
-                divide_up(count, step) * step, zeros.data()});
+    const int64_t at = i / groups, top = at / columns % lines * height, left = at % columns * width;
+    const int64_t first_panel = i % groups * panels_each, step = microkernel<A>().rows;
+    Block block{at / columns / lines,
+                top,
+                std::min(top + height, down),
+                left,
+                std::min(left + width, across),
+                first_panel,
+                std::min(first_panel + panels_each, panels),
+                0};
+    block.rows = divide_up(block.tiles(), step) * step;
+    run<A>(dtype, p, block);
   });
 }
 
@@ -236,39 +252,48 @@ void transform_weight(const double g[3], double to[4]) {
   to[3] = g[2];
 }
 
+// The points of one pair of channels' weight: itself, or G g G^T.
 template <class A>
-void weights_of(const Conv3x3Weights& w, A* to) {
-  const int64_t panels = divide_up(w.out, kColumns);
+void points_of(const ConvWeights& w, const A* from, double points[kPoints]) {
+  points[0] = from[0];
+  if (w.num_taps == 1) return;
+  double half[3][4];
+  for (int i = 0; i < 3; ++i) {
+    const double row[3] = {from[3 * i * w.tap], from[(3 * i + 1) * w.tap], from[(3 * i + 2) * w.tap]};
+    transform_weight(row, half[i]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const double column[3] = {half[0][j], half[1][j], half[2][j]};
+    double all[4];
+    transform_weight(column, all);
+    for (int i = 0; i < 4; ++i) points[4 * i + j] = all[i];
+  }
+}
+
+template <class A>
+void panels_of(const ConvWeights& w, A* to) {
+  const int64_t panels = divide_up(w.out, kColumns), points = w.num_taps == 1 ? 1 : kPoints;
   in_pieces(panels, 1, [&](int64_t panel, int64_t) {
     for (int64_t d = 0; d < w.in; ++d)
       for (int64_t c = 0; c < kColumns; ++c) {
         const int64_t o = panel * kColumns + c;
-        const A* from = static_cast<const A*>(w.weight) + o * w.out_step + d * w.in_step;
-        double half[3][4] = {};
-        for (int i = 0; i < 3 && o < w.out; ++i) {
-          const double row[3] = {from[3 * i * w.tap], from[(3 * i + 1) * w.tap], from[(3 * i + 2) * w.tap]};
-          transform_weight(row, half[i]);
-        }
-        for (int64_t j = 0; j < 4; ++j) {
-          const double column[3] = {half[0][j], half[1][j], half[2][j]};
-          double all[4];
-          transform_weight(column, all);
-          for (int64_t i = 0; i < 4; ++i)
-            to[(((4 * i + j) * panels + panel) * w.in + d) * kColumns + c] = static_cast<A>(all[i]);
-        }
+        double values[kPoints] = {};
+        if (o < w.out) points_of(w, static_cast<const A*>(w.weight) + o * w.out_step + d * w.in_step, values);
+        for (int64_t point = 0; point < points; ++point)
+          to[((point * panels + panel) * w.in + d) * kColumns + c] = static_cast<A>(values[point]);
       }
   });
 }
 
 }  // namespace
 
-void conv3x3(Dtype dtype, const Conv3x3Params& p) {
-  dtype == Dtype::f64 ? convolve<double>(p) : convolve<float>(p);
+void conv3x3(Dtype dtype, const ConvParams& p) {
+  dtype == Dtype::f64 ? convolve<double>(dtype, p) : convolve<float>(dtype, p);
 }
 
-void conv3x3_weights(Dtype dtype, const Conv3x3Weights& weights, void* panels) {
-  dtype == Dtype::f64 ? weights_of(weights, static_cast<double*>(panels))
-                      : weights_of(weights, static_cast<float*>(panels));
+void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels) {
+  dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
+                      : panels_of(weights, static_cast<float*>(panels));
 }
 
 }  // namespace spade

@@ -9,16 +9,19 @@ void sum_of_taps(Dtype dtype, const SumOfTapsParams& params);
 void segment_sum(Dtype dtype, const SegmentSumParams& params);
 void modulation_table(Dtype dtype, const ModulationTableParams& params);
 void modulation_table_grad(Dtype dtype, const ModulationTableGradParams& params);
-void conv3x3(Dtype dtype, const Conv3x3Params& params);
 void channel_stats(Dtype dtype, const ChannelStatsParams& params);
 void modulate(Dtype dtype, const ModulateParams& params);
+// The pixels [begin, end) of y only, `row` values apart from `y` on; by one thread.
+void modulate_pixels(Dtype dtype, const ModulateParams& params, int64_t begin, int64_t end, void* y, int64_t row);
 void modulate_table_grad(Dtype dtype, const ModulateParams& params);
 void modulate_input_grad(Dtype dtype, const ModulateParams& params);
+void conv1x1(Dtype dtype, const ConvParams& params);
+void conv3x3(Dtype dtype, const ConvParams& params);
 
 // Weights that stand still are laid out in panels of this many output columns: (panels, taps, depth, kPanelColumns) for
-// modulation_table, (16 points, panels, in, kPanelColumns) for conv3x3.
-constexpr int64_t kPanelColumns = 32;
+// modulation_table, (points, panels, in, kPanelColumns) for convolutions, which have 1 point or, 3 x 3, kPoints.
+constexpr int64_t kPanelColumns = 32, kPoints = 16;
 void weight_panels(Dtype dtype, const ModulationWeights& weights, void* panels);
-void conv3x3_weights(Dtype dtype, const Conv3x3Weights& weights, void* panels);
+void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels);
 
 }  // namespace spade

@@ -42,12 +42,11 @@ struct Pixel {
 };
 
 template <class T>
-SPADE_INLINE void forward(const ModulateParams& p, int64_t begin, int64_t end) {
+SPADE_INLINE void forward(const ModulateParams& p, int64_t begin, int64_t end, T* y, int64_t row) {
   using A = acc_t<T>;
   const A slope = static_cast<A>(p.slope);
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = begin; i < end; ++i, y += row) {
     const Pixel<T> pixel(p, i);
-    T* y = static_cast<T*>(p.out) + i * p.channels;
     for (int64_t c = 0; c < p.channels; ++c) {
       const A value = pixel.xhat(c) * pixel.scale[c] + pixel.shift[c];
       y[c] = static_cast<T>(value > 0 ? value : value * slope);
@@ -120,15 +119,15 @@ SPADE_INLINE void input_grad(const ModulateParams& p, int64_t begin, int64_t end
   p.upsample == 2 ? input_grad_of<T, 4>(p, begin, end) : input_grad_of<T, 1>(p, begin, end);
 }
 
-#define SPADE_FOR_DTYPE(name, T)                                                                            \
-  SPADE_EVERY_CPU void forward_##name(const ModulateParams& p, int64_t begin, int64_t end) {                \
-    forward<T>(p, begin, end);                                                                              \
-  }                                                                                                         \
-  SPADE_EVERY_CPU void entries_##name(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) { \
-    table_grad_of_entries<T>(p, begin, end, sum);                                                           \
-  }                                                                                                         \
-  SPADE_EVERY_CPU void input_##name(const ModulateParams& p, int64_t begin, int64_t end) {                  \
-    input_grad<T>(p, begin, end);                                                                           \
+#define SPADE_FOR_DTYPE(name, T)                                                                                \
+  SPADE_EVERY_CPU void forward_##name(const ModulateParams& p, int64_t begin, int64_t end, T* y, int64_t row) { \
+    forward(p, begin, end, y, row);                                                                             \
+  }                                                                                                             \
+  SPADE_EVERY_CPU void entries_##name(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) {     \
+    table_grad_of_entries<T>(p, begin, end, sum);                                                               \
+  }                                                                                                             \
+  SPADE_EVERY_CPU void input_##name(const ModulateParams& p, int64_t begin, int64_t end) {                      \
+    input_grad<T>(p, begin, end);                                                                               \
   }
 SPADE_FOR_DTYPE(f32, float)
 SPADE_FOR_DTYPE(f64, double)
@@ -136,11 +135,8 @@ SPADE_FOR_DTYPE(bf16, c10::BFloat16)
 SPADE_FOR_DTYPE(f16, c10::Half)
 #undef SPADE_FOR_DTYPE
 
-using Pass = void (*)(const ModulateParams&, int64_t, int64_t);
-
-void over_pixels(const ModulateParams& p, int64_t upsample, Pass pass) {
-  in_pieces(p.images * p.height * p.width * upsample * upsample, kPixelPiece,
-            [&](int64_t begin, int64_t end) { pass(p, begin, end); });
+int64_t pixels_of_y(const ModulateParams& p) {
+  return p.images * p.height * p.width * p.upsample * p.upsample;
 }
 
 template <class A, class Entries>
@@ -158,14 +154,27 @@ void over_rows(const ModulateParams& p, Entries entries) {
 
 }  // namespace
 
+void modulate_pixels(Dtype dtype, const ModulateParams& p, int64_t begin, int64_t end, void* y, int64_t row) {
+  switch (dtype) {
+    case Dtype::f32: return forward_f32(p, begin, end, static_cast<float*>(y), row);
+    case Dtype::f64: return forward_f64(p, begin, end, static_cast<double*>(y), row);
+    case Dtype::bf16: return forward_bf16(p, begin, end, static_cast<c10::BFloat16*>(y), row);
+    case Dtype::f16: return forward_f16(p, begin, end, static_cast<c10::Half*>(y), row);
+  }
+}
+
 void modulate(Dtype dtype, const ModulateParams& p) {
-  const Pass passes[] = {forward_f32, forward_f64, forward_bf16, forward_f16};
-  over_pixels(p, p.upsample, passes[static_cast<int>(dtype)]);
+  const int64_t size = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  in_pieces(pixels_of_y(p), kPixelPiece, [&](int64_t begin, int64_t end) {
+    modulate_pixels(dtype, p, begin, end, static_cast<char*>(p.out) + begin * p.channels * size, p.channels);
+  });
 }
 
 void modulate_input_grad(Dtype dtype, const ModulateParams& p) {
+  using Pass = void (*)(const ModulateParams&, int64_t, int64_t);
   const Pass passes[] = {input_f32, input_f64, input_bf16, input_f16};
-  over_pixels(p, 1, passes[static_cast<int>(dtype)]);
+  in_pieces(p.images * p.height * p.width, kPixelPiece,
+            [&](int64_t begin, int64_t end) { passes[static_cast<int>(dtype)](p, begin, end); });
 }
 
 void modulate_table_grad(Dtype dtype, const ModulateParams& p) {

@@ -186,38 +186,6 @@ Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
   return panels;
 }
 
-Tensor conv3x3_weights_op(const Tensor& weight_in) {
-  Tensor weight = as(weight_in, accumulator(weight_in));
-  if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const Tensor panels = torch::stable::new_empty(weight, {16, divide_up(out, kPanelColumns), in, kPanelColumns});
-  conv3x3_weights(dtype_of(panels),
-                  {weight.const_data_ptr(), out, in, weight.stride(0), weight.stride(1), weight.stride(3)},
-                  panels.mutable_data_ptr());
-  return panels;
-}
-
-Tensor conv3x3_op(const Tensor& x_in, const Tensor& weights_in, const Tensor& bias_in, const MaybeTensor& add_in,
-                  bool relu) {
-  const ScalarType acc = accumulator(x_in);
-  const Tensor x = channels_last(as(x_in, acc)), weights = dense(weights_in, acc), bias = dense(bias_in, acc);
-  const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = bias.size(0);
-  if (weights.size(2) != in)
-    throw std::runtime_error("conv3x3: x has " + std::to_string(in) + " channels, the weights are for " +
-                             std::to_string(weights.size(2)));
-  MaybeTensor add;
-  if (add_in) {
-    add = channels_last(as(*add_in, acc));
-    if (add->size(0) != images || add->size(1) != out || add->size(2) != height || add->size(3) != width)
-      throw std::runtime_error("conv3x3: what is to be added has another shape than the result");
-  }
-  const Tensor y = torch::stable::empty({images, out, height, width}, acc, std::nullopt, std::nullopt, std::nullopt,
-                                        torch::headeronly::MemoryFormat::ChannelsLast);
-  conv3x3(dtype_of(y), {x.const_data_ptr(), weights.const_data_ptr(), bias.const_data_ptr(), data(add),
-                        y.mutable_data_ptr(), images, height, width, in, out, relu});
-  return as(y, x_in.scalar_type());
-}
-
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
   const Tensor x = channels_last(x_in);
   const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulator(x));
@@ -304,6 +272,69 @@ Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   return d_x;
 }
 
+Tensor conv_panels_op(const Tensor& weight_in) {
+  Tensor weight = as(weight_in, accumulator(weight_in));
+  if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
+  const int64_t out = weight.size(0), in = weight.size(1), num_taps = weight.size(2) * weight.size(3);
+  const Tensor panels =
+      torch::stable::new_empty(weight, {num_taps == 1 ? 1 : kPoints, divide_up(out, kPanelColumns), in, kPanelColumns});
+  conv_panels(dtype_of(panels),
+              {weight.const_data_ptr(), out, in, num_taps, weight.stride(0), weight.stride(1), weight.stride(3)},
+              panels.mutable_data_ptr());
+  return panels;
+}
+
+Tensor convolve(ConvParams p, ScalarType acc, const Tensor& panels_in, const Tensor& bias_in,
+                const MaybeTensor& add_in) {
+  const Tensor panels = dense(panels_in, acc), bias = dense(bias_in, acc);
+  p.out = bias.size(0);
+  if (panels.size(2) != p.in)
+    throw std::runtime_error("conv: the input has " + std::to_string(p.in) + " channels, the weights are for " +
+                             std::to_string(panels.size(2)));
+  MaybeTensor add;
+  if (add_in) {
+    add = channels_last(as(*add_in, acc));
+    if (add->size(0) != p.images || add->size(1) != p.out || add->size(2) != p.height || add->size(3) != p.width)
+      throw std::runtime_error("conv: what is to be added has another shape than the result");
+  }
+  const Tensor y = torch::stable::empty({p.images, p.out, p.height, p.width}, acc, std::nullopt, std::nullopt,
+                                        std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  p.panels = panels.const_data_ptr();
+  p.bias = bias.const_data_ptr();
+  p.add = data(add);
+  p.y = y.mutable_data_ptr();
+  panels.size(0) == 1 ? conv1x1(dtype_of(y), p) : conv3x3(dtype_of(y), p);
+  return y;
+}
+
+Tensor conv_op(const Tensor& x_in, const Tensor& panels, const Tensor& bias, const MaybeTensor& add, bool relu) {
+  const ScalarType acc = accumulator(x_in);
+  const Tensor x = channels_last(as(x_in, acc));
+  ConvParams p{};
+  p.x = x.const_data_ptr();
+  p.images = x.size(0);
+  p.in = x.size(1);
+  p.height = x.size(2);
+  p.width = x.size(3);
+  p.relu = relu;
+  return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
+}
+
+Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
+                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels,
+                        const Tensor& bias, const MaybeTensor& add) {
+  const ScalarType acc = accumulator(x_in);
+  const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
+  ConvParams p{};
+  p.modulated = &call.params;
+  p.images = call.params.images;
+  p.in = call.params.channels;
+  p.height = upsample * call.params.height;
+  p.width = upsample * call.params.width;
+  return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
+}
+
 }  // namespace
 }  // namespace spade
 
@@ -314,10 +345,11 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
   m.impl("weight_panels", TORCH_BOX(&spade::weight_panels_op));
   m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
-  m.impl("conv3x3", TORCH_BOX(&spade::conv3x3_op));
-  m.impl("conv3x3_weights", TORCH_BOX(&spade::conv3x3_weights_op));
   m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
   m.impl("modulate", TORCH_BOX(&spade::modulate_op));
   m.impl("modulate_table_grad", TORCH_BOX(&spade::modulate_table_grad_op));
   m.impl("modulate_input_grad", TORCH_BOX(&spade::modulate_input_grad_op));
+  m.impl("conv_panels", TORCH_BOX(&spade::conv_panels_op));
+  m.impl("conv", TORCH_BOX(&spade::conv_op));
+  m.impl("modulate_conv", TORCH_BOX(&spade::modulate_conv_op));
 }

@@ -11,6 +11,7 @@ from torch import nn
 from spade_kernels import SPADE, freeze
 from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_kernels.layers import convolved
 from spade_kernels.normalization import moments
 from spade_model.errors import UserError
 
@@ -44,25 +45,11 @@ class SPADEResnetBlock(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         common: dict[str, Any] = {"upsample": upsample, "moments": moments(self.norm_0.param_free_norm, x)}
         if self.learned_shortcut:
-            shortcut = _convolved(self.conv_s, self.norm_s, x, segmap, **common)
+            shortcut = convolved(self.conv_s, self.norm_s, x, segmap, **common)
         else:
             shortcut = _double(x) if upsample == 2 else x
-        dx = _convolved(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
-        return _convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
-
-
-def _convolved(
-    conv: Conv2d,
-    norm: SPADE,
-    x: torch.Tensor,
-    segmap: Segmap,
-    slope: float = 1.0,
-    add: torch.Tensor | None = None,
-    **how,
-) -> torch.Tensor:
-    """conv(norm(x)) + add, the convolution's spectral norm divided out of the norm's small table."""
-    weight, gain = conv.weight_and_gain()
-    return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
+        dx = convolved(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
+        return convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
 
 
 class SPADEGenerator(nn.Module):
