@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import spade_kernels as sk
+from spade_kernels.convolution import Conv2d
+from spade_kernels.layers import convolved
 from spade_kernels.testing import random_spade, relative_error
 from spade_model.benchmark import results
 from spade_model.benchmark.masks import KERNEL_SIZE, fresh, resolutions
@@ -36,12 +38,18 @@ class _Recorder(TorchDispatchMode):
 
 @cache
 def recorded(mask: sk.LabelMap, ngf: int) -> dict[str, tuple]:
-    """The operators' calls in one forward and backward pass of a layer."""
+    """The operators' calls in one forward and backward pass of a layer, and in one with its convolution, frozen."""
     layer = random_spade("spadesyncbatch3x3", 2 * ngf, mask.channels).train()
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)
     with _Recorder() as recorder:
         layer(x, fresh(mask), slope=0.2).square().mean().backward()
-    return recorder.calls
+    convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
+    sk.freeze(layer)
+    sk.freeze(convolution)
+    with torch.no_grad(), _Recorder() as frozen:
+        convolution(layer(x, fresh(mask), slope=0.2))
+        convolved(convolution, layer, x, fresh(mask), slope=0.2)
+    return recorder.calls | {name: call for name, call in frozen.calls.items() if "conv" in name}
 
 
 def calls(config) -> dict[str, tuple]:

@@ -33,9 +33,9 @@ _ON_CUDA = {
     "modulate_table_grad": ("cuda", "triton"),
     "modulate_input_grad": ("cuda", "triton"),
     # Convolutions are cuDNN's there.
-    "conv_panels": (),
-    "conv": (),
-    "modulate_conv": (),
+    "conv_panels": ("reference",),
+    "conv": ("reference",),
+    "modulate_conv": ("reference",),
 }
 _TRITON_STEMS = {
     "weight_panels": "modulation_table",
@@ -106,7 +106,7 @@ def _candidates(name: str, device: str) -> tuple[str, ...]:
 
 def kernels_on(device: str) -> dict[str, str]:
     """By operator, the backend whose kernel a tensor on "cpu" or "cuda" takes."""
-    there = {"cpu": _cpu is not None, "cuda": _cuda is not None, "triton": _why_no_triton() is None}
+    there = {"cpu": _cpu is not None, "cuda": _cuda is not None, "triton": _why_no_triton() is None, "reference": True}
     taken = {}
     for name in _operators:
         candidates = [backend for backend in _candidates(name, device) if there[backend]]

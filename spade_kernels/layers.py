@@ -1,4 +1,4 @@
-"""SPADE as a drop-in layer, its constructor, module names and state_dict keys the original's; and a convolution of it."""
+"""SPADE as a drop-in layer, its names and state_dict keys the original's, and the convolution that follows one."""
 
 from __future__ import annotations
 

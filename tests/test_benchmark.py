@@ -74,6 +74,11 @@ def test_spade_free_has_no_spade_arithmetic(mask, generator):
     assert not torch.equal(eager(mask), eager(other))
 
 
+def test_packed_convolutions_do_not_change_the_spade_free_network(mask):
+    runs = eval_runs(settled_generator(mask, ngf=32), ("spade-free", "spade-free-packed"))
+    assert relative_error(runs["spade-free-packed"](mask), runs["spade-free"](mask)) < 1e-5
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_stock_planes_are_the_label_maps(mask, memory_format):
     planes = one_hot(mask, memory_format=memory_format)

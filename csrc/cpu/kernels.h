@@ -7,6 +7,8 @@ namespace spade {
 
 void sum_of_taps(Dtype dtype, const SumOfTapsParams& params);
 void segment_sum(Dtype dtype, const SegmentSumParams& params);
+// out[i] = condition[i] > 0 ? values[i] : 0, in acc.
+void where_positive(Dtype dtype, const void* condition, const void* values, int64_t count, void* out);
 void modulation_table(Dtype dtype, const ModulationTableParams& params);
 void modulation_table_grad(Dtype dtype, const ModulationTableGradParams& params);
 void channel_stats(Dtype dtype, const ChannelStatsParams& params);

@@ -28,14 +28,8 @@ Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
 
 Tensor where_positive(const Tensor& condition, const Tensor& values) {
   const Tensor result = torch::stable::empty_like(values);
-  const auto copy = [&](auto zero) {
-    using T = decltype(zero);
-    const T* c = static_cast<const T*>(condition.const_data_ptr());
-    const T* v = static_cast<const T*>(values.const_data_ptr());
-    T* out = static_cast<T*>(result.mutable_data_ptr());
-    for (int64_t i = 0; i < values.numel(); ++i) out[i] = c[i] > 0 ? v[i] : zero;
-  };
-  dtype_of(values) == Dtype::f64 ? copy(0.0) : copy(0.0f);
+  where_positive(dtype_of(values), condition.const_data_ptr(), values.const_data_ptr(), values.numel(),
+                 result.mutable_data_ptr());
   return result;
 }
 

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // columns held in registers while the taps are added
 constexpr int64_t kRowPiece = 64;
+constexpr int64_t kValuePiece = 8192;
 constexpr int64_t kSegmentPiece = 256;  // entries summed in one go; longer segments are cut
 
 template <class A>
@@ -57,7 +58,33 @@ SPADE_EVERY_CPU void add_entries_f64(const SegmentSumParams& p, int64_t begin, i
   add_entries<double>(p, begin, end, sum);
 }
 
+template <class A>
+SPADE_INLINE void keep_positive(const A* condition, const A* values, int64_t count, A* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = condition[i] > 0 ? values[i] : A(0);
+}
+
+SPADE_EVERY_CPU void keep_positive_any(const float* condition, const float* values, int64_t count, float* out) {
+  keep_positive(condition, values, count, out);
+}
+SPADE_EVERY_CPU void keep_positive_any(const double* condition, const double* values, int64_t count, double* out) {
+  keep_positive(condition, values, count, out);
+}
+
+template <class A>
+void where_positive(const void* condition, const void* values, int64_t count, void* out) {
+  in_pieces(count, kValuePiece, [&](int64_t begin, int64_t end) {
+    keep_positive_any(static_cast<const A*>(condition) + begin, static_cast<const A*>(values) + begin, end - begin,
+                      static_cast<A*>(out) + begin);
+  });
+}
+
 }  // namespace
+
+void where_positive(Dtype dtype, const void* condition, const void* values, int64_t count, void* out) {
+  dtype == Dtype::f64 ? where_positive<double>(condition, values, count, out)
+                      : where_positive<float>(condition, values, count, out);
+}
 
 void sum_of_taps(Dtype dtype, const SumOfTapsParams& p) {
   in_pieces(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spade_kernels import LabelMap, freeze
+from spade_kernels.convolution import PackedConv2d
 from spade_kernels.functional import use_path
 from spade_model.benchmark.masks import fresh
 from spade_model.benchmark.stock import StockGenerator, Variant, stock_generator
@@ -16,9 +17,10 @@ from spade_model.networks import SPADEGenerator, initialize
 
 Run = Callable[[LabelMap], Tensor]
 
-EVAL = ("eager", "tuned", "compiled", "ours", "ours-dense", "spade-free", "spade-free-compiled")
+EVAL = ("eager", "tuned", "compiled", "ours", "ours-dense", "spade-free", "spade-free-compiled", "spade-free-packed")
 """`stock.StockGenerator.become` has eager, tuned and spade-free; -compiled is torch.compile with frozen weights, and
-"compiled" that of tuned; ours-dense is ours without distinct windows."""
+"compiled" that of tuned; ours-dense is ours without distinct windows; spade-free-packed has our convolutions, so that
+what is left between it and ours are SPADE layers."""
 
 TRAINING = ("eager", "tuned", "compiled", "ours", "spade-free")
 
@@ -82,8 +84,19 @@ def training_run(network: nn.Module) -> Run:
 
 
 def _stock_run(generator: SPADEGenerator, name: str) -> Run:
+    if name == "spade-free-packed":
+        return _packed(stock_generator(generator, "spade-free", training=False))
     stock = stock_generator(generator, _COMPILED.get(name, cast(Variant, name)), training=False)
     return _compiled_run(stock) if name in _COMPILED else stock
+
+
+def _packed(network: nn.Module) -> nn.Module:
+    """The network with its convolutions as ours are when frozen."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            packed = PackedConv2d(module.weight, module.bias, module.padding)  # type: ignore[arg-type]
+            module.forward = packed.__call__  # type: ignore[method-assign]
+    return network
 
 
 def _compiled_run(stock: StockGenerator) -> Run:
