@@ -12,7 +12,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make check    lint, formatting and type checks"
 	@echo "make format   rewrite the sources in the project's format"
-	@echo "make bench    time everything, 20 minutes (DATAROOT=folder in the coco layout for real masks; REPEATS=5)"
+	@echo "make bench    time everything, 20 minutes (DATAROOT=folder in the coco layout for real masks; MASKS=8 REPEATS=3)"
 	@echo "make gpu-check  build, test, sanitize and time on a GPU, 8 minutes, with any PYTHON that has a CUDA torch, and nvcc"
 	@echo "                (FAST=1: 3 minutes; DATAROOT=folder as for bench; OUT=folder for the results)"
 	@echo "make fuzz     check 10,000 random label maps against the stock layer, 5 minutes"
@@ -48,10 +48,11 @@ format: install
 	$(BIN)/clang-format -i csrc/*.* csrc/*/* tests/cuda_host/*
 
 # glibc gives large blocks back to the system unless told otherwise, and page faults decide CPU timings: both are timed.
-REPEATS ?= 5
+MASKS ?= 8
+REPEATS ?= 3
 RAISED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 # With "=": pytest would take a separate value for a path, and look for a conftest.py there before it knows the option.
-TIME = $(BIN)/python -m pytest -q --benchmark-quiet --benchmark-disable-gc "--dataroot=$(DATAROOT)" --repeats=$(REPEATS)
+TIME = $(BIN)/python -m pytest -q --benchmark-quiet --benchmark-disable-gc "--dataroot=$(DATAROOT)" --masks=$(MASKS) --repeats=$(REPEATS)
 bench: install
 	mkdir -p build/bench benchmarks/results
 	for suite in ops layers generator training; do \
