@@ -23,8 +23,10 @@ CPU_SOURCES = [
     "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",
+    "cpu/conv_panels.cpp",
     "cpu/conv1x1.cpp",
     "cpu/conv3x3.cpp",
+    "cpu/conv3x3_weight_grad.cpp",
 ]
 CUDA_SOURCES = [
     "cuda/module.cpp",

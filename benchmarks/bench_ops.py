@@ -38,12 +38,12 @@ class _Recorder(TorchDispatchMode):
 
 @cache
 def recorded(mask: sk.LabelMap, ngf: int) -> dict[str, tuple]:
-    """The operators' calls in one forward and backward pass of a layer, and in one with its convolution, frozen."""
+    """The operators' calls of a layer and its convolution: forward and backward, and frozen."""
     layer = random_spade("spadesyncbatch3x3", 2 * ngf, mask.channels).train()
+    convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)
     with _Recorder() as recorder:
-        layer(x, fresh(mask), slope=0.2).square().mean().backward()
-    convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
+        convolved(convolution, layer, x, fresh(mask), slope=0.2).square().mean().backward()
     sk.freeze(layer)
     sk.freeze(convolution)
     with torch.no_grad(), _Recorder() as frozen:

@@ -117,6 +117,14 @@ struct ConvParams {
   bool relu;
 };
 
+// d_weight = the gradient of a 3 x 3 convolution's weight from that of its result; all in acc.
+struct ConvWeightGradParams {
+  const void* x;     // (images, height, width, in)
+  const void* grad;  // (images, height, width, out)
+  void* d_weight;    // (out, 9 taps, in)
+  int64_t images, height, width, in, out;
+};
+
 struct ConvWeights {
   const void* weight;  // element (o, i, t) at o * out_step + i * in_step + t * tap, acc
   int64_t out, in, num_taps;

@@ -36,6 +36,9 @@ _ON_CUDA = {
     "conv_panels": ("reference",),
     "conv": ("reference",),
     "modulate_conv": ("reference",),
+    "conv3x3": ("reference",),
+    "conv3x3_input_grad": ("reference",),
+    "conv3x3_weight_grad": ("reference",),
 }
 _TRITON_STEMS = {
     "weight_panels": "modulation_table",

@@ -68,7 +68,10 @@ class Conv2d(Freezable, nn.Conv2d):
                 return self.kept(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, Modulated) else x
-        y = F.conv2d(x, weight, self.bias, padding=self.padding)
+        if _suits_winograd(x, weight, self.padding):
+            y = ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if self.bias is None else self.bias)
+        else:
+            y = F.conv2d(x, weight, self.bias, padding=self.padding)
         return y if add is None else y + add
 
     def derive(self) -> PackedConv2d:
@@ -96,6 +99,20 @@ class Conv2d(Freezable, nn.Conv2d):
         self.weight_u.copy_(u)
         self.weight_v.copy_(_from_layout_of(self.weight_orig, v))
         return u, v, torch.dot(u, product).reciprocal()
+
+
+# Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
+# budget: sums over fewer pixels lose less in a direct convolution.
+_PIXELS = 32 * 32
+
+
+def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
+    """Whether `ops.conv3x3` is the faster convolution."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
+    enough = on_cpu and weight.shape[-1] == 3 and x.shape[0] * x.shape[2] * x.shape[3] >= _PIXELS
+    return enough and _Panels.fits(weight, padding, x.shape)
 
 
 class PackedConv2d:

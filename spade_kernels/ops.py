@@ -49,6 +49,9 @@ _SCHEMAS = {
     ),
     "conv_panels": "(Tensor weight) -> Tensor",
     "conv": "(Tensor x, Tensor panels, Tensor bias, Tensor? add, bool relu) -> Tensor",
+    "conv3x3": "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "conv3x3_input_grad": "(Tensor grad, Tensor weight) -> Tensor",
+    "conv3x3_weight_grad": "(Tensor grad, Tensor x) -> (Tensor, Tensor)",
     "modulate_conv": (
         "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, float slope, int upsample,"
         " Tensor panels, Tensor bias, Tensor? add) -> Tensor"
@@ -197,6 +200,11 @@ def modulate_conv(
     return _call(_ops.modulate_conv, x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add)
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3 x 3 convolution with padding 1: `reference.conv3x3`."""
+    return _call(_ops.conv3x3, x, weight, bias)
+
+
 def _accumulation_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
@@ -286,6 +294,23 @@ def _(x, panels, bias, add, relu):
     return _channels_last_like(x, channels=bias.shape[0])
 
 
+@_fake("conv3x3")
+def _(x, weight, bias):
+    return _channels_last_like(x, channels=bias.shape[0])
+
+
+@_fake("conv3x3_input_grad")
+def _(grad, weight):
+    return _channels_last_like(grad, channels=weight.shape[1])
+
+
+@_fake("conv3x3_weight_grad")
+def _(grad, x):
+    acc = _accumulation_dtype(grad)
+    weight = grad.new_empty(grad.shape[1], 3, 3, x.shape[1], dtype=acc).permute(0, 3, 1, 2)
+    return weight, grad.new_empty(grad.shape[1], dtype=acc)
+
+
 @_fake("modulate_conv")
 def _(x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add):
     return _channels_last_like(x, upsample, bias.shape[0])
@@ -302,8 +327,8 @@ def _autograd(name: str, setup_context, backward) -> None:
 
 def _second_derivative(ctx: Any, *grads: Any):
     raise NotImplementedError(
-        "spade_kernels ops have no second derivatives; for gradient penalties compute the layer with "
-        "torch.nn.functional on the one-hot condition (LabelMap.one_hot)"
+        "spade_kernels ops have no second derivatives, and what comes from weights that stand still has no first; for "
+        "gradient penalties compute the layer with torch.nn.functional on the one-hot condition (LabelMap.one_hot)"
     )
 
 
@@ -313,16 +338,14 @@ for _name in (
     "channel_stats_grad",
     "modulate_table_grad",
     "modulate_input_grad",
+    "conv3x3_input_grad",
+    "conv3x3_weight_grad",
 ):
     _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
 
 
-def _no_derivative(ctx: Any, *grads: Any):
-    raise NotImplementedError("weights that stand still, and what is computed from them, have no derivatives")
-
-
 for _name in ("weight_panels", "conv_panels", "conv", "modulate_conv"):
-    _autograd(_name, lambda ctx, inputs, output: None, _no_derivative)
+    _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
 
 
 def _hidden_rows_setup(ctx, inputs, output):
@@ -390,6 +413,25 @@ def _modulate_backward(ctx, grad):
 
 
 _autograd("modulate", _modulate_setup, _modulate_backward)
+
+
+def _conv3x3_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.bias_dtype = inputs[2].dtype
+
+
+def _conv3x3_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    d_x, d_weight, d_bias = None, None, None
+    if ctx.needs_input_grad[0]:
+        d_x = _ops.conv3x3_input_grad(grad, weight).to(x.dtype)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        d_weight, d_bias = _ops.conv3x3_weight_grad(grad, x)
+        d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
+    return d_x, d_weight, d_bias
+
+
+_autograd("conv3x3", _conv3x3_setup, _conv3x3_backward)
 
 
 def _normalization_means(

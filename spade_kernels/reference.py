@@ -281,6 +281,30 @@ def modulate_conv(
     return conv(y, panels, bias, add, False)
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, out, h, w), channels-last: F.conv2d of x (N, C, h, w), weight (out, C, 3, 3), bias (out,), with padding 1."""
+    acc = _accumulator(x)
+    y = F.conv2d(acc, weight.to(acc.dtype), bias.to(acc.dtype), padding=1)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of x, channels-last, from that of the convolution."""
+    acc = _accumulator(grad)
+    d_x = F.conv_transpose2d(acc, weight.to(acc.dtype), padding=1)
+    return d_x.to(grad.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_weight_grad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight, channels-last, and bias from that of the convolution; in the accumulation dtype."""
+    grad, x = _accumulator(grad), _accumulator(x)
+    shape = grad.new_empty(grad.shape[1], x.shape[1], 3, 3)
+    d_weight = torch.ops.aten.convolution_backward(
+        grad, x, shape, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+    return d_weight.contiguous(memory_format=torch.channels_last), grad.sum((0, 2, 3))
+
+
 def _winograd(x: Tensor, points: Tensor) -> Tensor:
     """(N, out, h, w) of x (N, C, h, w) and a weight's points (4, 4, C, out)."""
     height, width = x.shape[2:]

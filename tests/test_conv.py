@@ -82,6 +82,46 @@ def test_error_is_within_twice_the_stock_convolutions(k, channels, out, size, dt
         assert error(got) <= 2 * error(stock)
 
 
+# More tiles, in the last case, than the weight's gradient takes at once.
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    ("channels", "out", "size"), [(3, 33, (1, 2)), (70, 40, (7, 6)), (50, 17, (12, 9)), (3, 5, (130, 121))]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_equal_the_stock_convolutions(layout, channels, out, size):
+    p = Problem(channels, out, 3, size)
+    gradients = []
+    for run in (ops.conv3x3, lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1)):
+        leaves = [t.clone(memory_format=layout).requires_grad_() for t in (p.x, p.weight)]
+        leaves.append(p.bias.clone().requires_grad_())
+        run(*leaves).backward(p.add.contiguous(memory_format=layout))
+        gradients.append([leaf.grad for leaf in leaves])
+    for got, expected in zip(*gradients, strict=True):
+        assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("channels", "out", "size"), [(64, 32, 40), (256, 64, 32), (512, 64, 23)])
+def test_gradients_error_is_within_twice_the_stock_convolutions(channels, out, size):
+    p = Problem(channels, out, 3, (size, size), torch.float32)
+
+    def gradients(run, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [
+            t.to(dtype, memory_format=torch.channels_last).requires_grad_() for t in (p.x.clone(), p.weight.clone())
+        ]
+        leaves.append(p.bias.detach().clone().to(dtype).requires_grad_())
+        run(*leaves).backward(p.add.to(dtype, memory_format=torch.channels_last))
+        return [leaf.grad for leaf in leaves]
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    parts = (gradients(ops.conv3x3, torch.float32), gradients(stock, torch.float32), gradients(stock, torch.float64))
+    for got, theirs, exact in zip(*parts, strict=True):
+        for error in (lambda y, exact=exact: (y - exact).norm(), lambda y, exact=exact: (y - exact).abs().max()):
+            assert error(got) <= 2 * error(theirs)
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("k", KERNELS)
 def test_weights_in_any_layout(k):
@@ -129,6 +169,21 @@ def test_same_bits_every_time(k, channels, out, size):
         assert torch.equal(ops.conv(p.x, p.panels, p.bias, p.add), first)
 
 
+@pytest.mark.usefixtures("backend", "_restored_threads")
+@pytest.mark.parametrize(("channels", "out", "size"), [(48, 80, (31, 33)), (512, 256, (12, 12))])
+def test_gradients_have_the_same_bits_every_time(channels, out, size):
+    p = Problem(channels, out, 3, size, torch.float32)
+    leaves = [t.requires_grad_() for t in (p.x, p.weight, p.bias)]
+
+    def gradients(threads: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(threads)
+        return torch.autograd.grad(ops.conv3x3(*leaves), leaves, p.add)
+
+    first = gradients(1)
+    for repeat in range(10):
+        assert all(torch.equal(*pair) for pair in zip(gradients(1 + repeat % 2), first, strict=True))
+
+
 @pytest.mark.usefixtures("backend")
 def test_bad_shapes_raise():
     p = Problem(16, 32, 3, (8, 8))
@@ -142,6 +197,10 @@ def test_bad_shapes_raise():
 def test_no_images(k):
     p = Problem(16, 32, k, (8, 8))
     assert ops.conv(p.x[:0], p.panels, p.bias).shape == (0, 32, 8, 8)
+    weight = p.weight.requires_grad_()
+    if k == 3:
+        ops.conv3x3(p.x[:0], weight, p.bias).sum().backward()
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @COMPILED
@@ -168,6 +227,37 @@ def test_packed_convolutions_take_every_input(k, has_bias, relu):
     assert relative_error(convolution(p.x.double(), p.add.double()), expected(p.x, p.add)) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(convolution(p.x, p.add), expected(p.x, p.add)) < 1e-2
+
+
+@COMPILED
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("k", "size"), [(1, 40), (3, 40), (3, 20)])
+def test_training_convolutions_have_the_stock_ones_gradients(k, size, has_bias, spectral, monkeypatch):
+    """Large ones take this operator."""
+    called = []
+    monkeypatch.setattr(ops, "conv3x3", lambda *args: called.append(args) or torch.ops.spade_kernels.conv3x3(*args))
+    torch.manual_seed(0)
+    stock = torch.nn.Conv2d(16, 32, k, padding=k // 2, bias=has_bias)
+    stock = torch.nn.utils.spectral_norm(stock) if spectral else stock
+    ours = Conv2d(16, 32, k, padding=k // 2, bias=has_bias, spectral=spectral)
+    ours.load_state_dict(stock.state_dict())
+    stock.double()
+    x = torch.randn(1, 16, size, size)
+    add = torch.randn(1, 32, size, size)
+    results = []
+    for module, dtype in ((ours, torch.float32), (stock, torch.float64)):
+        leaf = x.detach().clone().to(dtype).requires_grad_()
+        y = module(leaf, add=add) if module is ours else module(leaf) + add
+        y.square().mean().backward()
+        results.append({"y": y, "x": leaf.grad, **{name: p.grad for name, p in module.named_parameters()}})
+    got, expected = results
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].shape == value.shape
+        assert relative_error(got[name], value) < 1e-5, name
+    assert len(called) == (k == 3 and size == 40)
 
 
 def frozen_pair(config: str = "spadebatch3x3", k: int = 3) -> tuple[SPADE, Conv2d]:

@@ -1,5 +1,6 @@
-// Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016): four outputs take 16 products per pair of channels instead of 36.
-// Its coefficients are 0, 1, -1 and, for the weights, 1/2: fewer sums than a direct convolution has, so no less exact.
+// What conv3x3.h describes, forward.
+#include "conv3x3.h"
+
 #include "gemm.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -11,25 +12,6 @@ namespace {
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
 constexpr int64_t kFewestTiles = 36, kMostTiles = 132;
-// Between what belongs to two points, so that a tile's points do not all meet in the same set of a cache.
-constexpr int64_t kGap = 16;
-constexpr int64_t kLine = 64;
-
-template <class A>
-constexpr int kLanes = static_cast<int>(kLine / sizeof(A));
-
-// `lanes` values, wherever they lie.
-template <class A, int lanes>
-struct Lanes {
-  typedef A Vector __attribute__((vector_size(lanes * sizeof(A)), aligned(sizeof(A)), may_alias));
-  static SPADE_INLINE const Vector& at(const A* values) {
-    return *reinterpret_cast<const Vector*>(values);
-  }
-  static SPADE_INLINE Vector& at(A* values) {
-    return *reinterpret_cast<Vector*>(values);
-  }
-};
-
 // What a task makes: the outputs of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has the 2 x 2
 // outputs from pixel (2 * i, 2 * j) on.
 struct Block {
@@ -59,30 +41,6 @@ struct Source {
   const A* pixels;
   int64_t width, first;
 };
-
-// B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `apart` apart.
-template <class A, int lanes>
-SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A* to, int64_t apart) {
-  using L = Lanes<A, lanes>;
-  typename L::Vector half[4][4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const typename L::Vector d0 = L::at(d[j] + channel), d1 = L::at(d[4 + j] + channel);
-    const typename L::Vector d2 = L::at(d[8 + j] + channel), d3 = L::at(d[12 + j] + channel);
-    half[0][j] = d0 - d2;
-    half[1][j] = d1 + d2;
-    half[2][j] = d2 - d1;
-    half[3][j] = d1 - d3;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i, to += 4 * apart) {
-    const auto* h = half[i];
-    L::at(to) = h[0] - h[2];
-    L::at(to + apart) = h[1] + h[2];
-    L::at(to + 2 * apart) = h[2] - h[1];
-    L::at(to + 3 * apart) = h[1] - h[3];
-  }
-}
 
 template <class A>
 SPADE_INLINE void transform_inputs(const ConvParams& p, const Block& block, Source<A> source, A* inputs) {
@@ -244,56 +202,10 @@ void convolve(Dtype dtype, const ConvParams& p) {
   });
 }
 
-// One dimension of G g: 4 values from 3.
-void transform_weight(const double g[3], double to[4]) {
-  to[0] = g[0];
-  to[1] = (g[0] + g[1] + g[2]) / 2;
-  to[2] = (g[0] - g[1] + g[2]) / 2;
-  to[3] = g[2];
-}
-
-// The points of one pair of channels' weight: itself, or G g G^T.
-template <class A>
-void points_of(const ConvWeights& w, const A* from, double points[kPoints]) {
-  points[0] = from[0];
-  if (w.num_taps == 1) return;
-  double half[3][4];
-  for (int i = 0; i < 3; ++i) {
-    const double row[3] = {from[3 * i * w.tap], from[(3 * i + 1) * w.tap], from[(3 * i + 2) * w.tap]};
-    transform_weight(row, half[i]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const double column[3] = {half[0][j], half[1][j], half[2][j]};
-    double all[4];
-    transform_weight(column, all);
-    for (int i = 0; i < 4; ++i) points[4 * i + j] = all[i];
-  }
-}
-
-template <class A>
-void panels_of(const ConvWeights& w, A* to) {
-  const int64_t panels = divide_up(w.out, kColumns), points = w.num_taps == 1 ? 1 : kPoints;
-  in_pieces(panels, 1, [&](int64_t panel, int64_t) {
-    for (int64_t d = 0; d < w.in; ++d)
-      for (int64_t c = 0; c < kColumns; ++c) {
-        const int64_t o = panel * kColumns + c;
-        double values[kPoints] = {};
-        if (o < w.out) points_of(w, static_cast<const A*>(w.weight) + o * w.out_step + d * w.in_step, values);
-        for (int64_t point = 0; point < points; ++point)
-          to[((point * panels + panel) * w.in + d) * kColumns + c] = static_cast<A>(values[point]);
-      }
-  });
-}
-
 }  // namespace
 
 void conv3x3(Dtype dtype, const ConvParams& p) {
   dtype == Dtype::f64 ? convolve<double>(dtype, p) : convolve<float>(dtype, p);
-}
-
-void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels) {
-  dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
-                      : panels_of(weights, static_cast<float*>(panels));
 }
 
 }  // namespace spade

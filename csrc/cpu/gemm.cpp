@@ -15,10 +15,10 @@ constexpr int64_t kDepth = 32;
 constexpr int64_t kFewestRows = 24, kMostRows = 96;
 constexpr int64_t kTasks = 8;
 
-// A tile of `rows` x (vectors * lanes): see Microkernel.
-template <class A, int lanes, int rows, int vectors>
-SPADE_INLINE void tile(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
-                       bool add) {
+// A tile of `rows` x (vectors * lanes): see Tile.
+template <class A, int lanes, int rows, int vectors, bool transposed>
+SPADE_INLINE void multiply_tile(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out,
+                                int64_t out_row, bool add) {
   typedef A Vector __attribute__((vector_size(lanes * sizeof(A)), aligned(sizeof(A))));
   Vector sum[rows][vectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
@@ -28,7 +28,7 @@ SPADE_INLINE void tile(int64_t depth, const A* a, int64_t a_row, const A* b, int
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] += a[r * a_row + d] * from[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] += a[transposed ? d * a_row + r : r * a_row + d] * from[v];
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -40,41 +40,33 @@ SPADE_INLINE void tile(int64_t depth, const A* a, int64_t a_row, const A* b, int
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(SPADE_ONE_TARGET)
-#define SPADE_TILE(name, cpu, A, lanes, rows, vectors)                                                                \
+#define SPADE_TILE(name, cpu, A, lanes, rows)                                                                         \
+  template <bool transposed>                                                                                          \
   __attribute__((target("arch=" cpu))) void name(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, \
                                                  A* out, int64_t out_row, bool add) {                                 \
-    tile<A, lanes, rows, vectors>(depth, a, a_row, b, b_row, out, out_row, add);                                      \
+    multiply_tile<A, lanes, rows, 2, transposed>(depth, a, a_row, b, b_row, out, out_row, add);                       \
   }
-SPADE_TILE(tile_v4_f32, "x86-64-v4", float, 16, 12, 2)
-SPADE_TILE(tile_v4_f64, "x86-64-v4", double, 8, 12, 2)
-SPADE_TILE(tile_v3_f32, "x86-64-v3", float, 8, 6, 2)
-SPADE_TILE(tile_v3_f64, "x86-64-v3", double, 4, 6, 2)
+SPADE_TILE(tile_v4, "x86-64-v4", float, 16, 12)
+SPADE_TILE(tile_v4, "x86-64-v4", double, 8, 12)
+SPADE_TILE(tile_v3, "x86-64-v3", float, 8, 6)
+SPADE_TILE(tile_v3, "x86-64-v3", double, 4, 6)
 #undef SPADE_TILE
 #endif
 
-template <class A>
+template <class A, bool transposed>
 void tile_any(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row, bool add) {
-  tile<A, 16 / sizeof(A), 4, 2>(depth, a, a_row, b, b_row, out, out_row, add);
+  multiply_tile<A, 16 / sizeof(A), 4, 2, transposed>(depth, a, a_row, b, b_row, out, out_row, add);
 }
 
 template <class A>
 Microkernel<A> choose() {
+  constexpr int64_t size = sizeof(A);
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(SPADE_ONE_TARGET)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) {
-    if constexpr (sizeof(A) == 4)
-      return {12, 32, tile_v4_f32};
-    else
-      return {12, 16, tile_v4_f64};
-  }
-  if (__builtin_cpu_supports("x86-64-v3")) {
-    if constexpr (sizeof(A) == 4)
-      return {6, 16, tile_v3_f32};
-    else
-      return {6, 8, tile_v3_f64};
-  }
+  if (__builtin_cpu_supports("x86-64-v4")) return {12, 128 / size, tile_v4<false>, tile_v4<true>};
+  if (__builtin_cpu_supports("x86-64-v3")) return {6, 64 / size, tile_v3<false>, tile_v3<true>};
 #endif
-  return {4, 32 / static_cast<int64_t>(sizeof(A)), tile_any<A>};
+  return {4, 32 / size, tile_any<A, false>, tile_any<A, true>};
 }
 
 int64_t round_up(int64_t value, int64_t step) {

@@ -23,12 +23,17 @@ struct Rows {
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Rows<float> b, float* out, bool add = false);
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Rows<double> b, double* out, bool add = false);
 
-// What this machine multiplies with, in registers: a tile out (rows, columns), or added to it, = a @ b from a (rows,
-// depth) and b (depth, columns). `a_row`, `b_row` and `out_row` say how far apart the rows are.
+// A tile out (rows, columns), or added to it, = a @ b from a (rows, depth) and b (depth, columns). `a_row`, `b_row` and
+// `out_row` say how far apart the rows are.
+template <class A>
+using Tile = void (*)(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
+                      bool add);
+
+// What this machine multiplies with, in registers; `transposed` takes a as (depth, rows).
 template <class A>
 struct Microkernel {
   int64_t rows, columns;
-  void (*tile)(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row, bool add);
+  Tile<A> tile, transposed;
 };
 
 // No tile is larger.

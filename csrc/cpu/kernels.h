@@ -19,6 +19,7 @@ void modulate_table_grad(Dtype dtype, const ModulateParams& params);
 void modulate_input_grad(Dtype dtype, const ModulateParams& params);
 void conv1x1(Dtype dtype, const ConvParams& params);
 void conv3x3(Dtype dtype, const ConvParams& params);
+void conv3x3_weight_grad(Dtype dtype, const ConvWeightGradParams& params);
 
 // Weights that stand still are laid out in panels of this many output columns: (panels, taps, depth, kPanelColumns) for
 // modulation_table, (points, panels, in, kPanelColumns) for convolutions, which have 1 point or, 3 x 3, kPoints.

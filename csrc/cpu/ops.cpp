@@ -7,9 +7,11 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "scratch.h"
 #include "vector.h"
 #include "window_index.h"
 
@@ -91,11 +93,11 @@ Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const T
   return dense(rows, taps_in.scalar_type());
 }
 
-Tensor column_sum(const Tensor& values) {
-  const int64_t all[] = {0, values.size(0)};
-  const Tensor sum = torch::stable::new_empty(values, {values.size(1)});
-  segment_sum(dtype_of(values),
-              {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, values.size(1), values.size(1), 1});
+// The sum over the rows of what lies in memory as (rows, width).
+Tensor column_sum(const Tensor& values, int64_t rows, int64_t width) {
+  const int64_t all[] = {0, rows};
+  const Tensor sum = torch::stable::new_empty(values, {width});
+  segment_sum(dtype_of(values), {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, width, width, 1});
   return sum;
 }
 
@@ -109,7 +111,7 @@ std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor&
   const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
   segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments,
                                  width, width, num_taps});
-  return {taps, column_sum(masked)};
+  return {taps, column_sum(masked, masked.size(0), width)};
 }
 
 // Whether a weight's taps are evenly apart, as in contiguous and in channels-last ones.
@@ -168,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
   modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(order),
                                          ids(starts) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
                                          d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), hidden.size(0)});
-  return {d_hidden, d_gamma, d_beta, column_sum(grad)};
+  return {d_hidden, d_gamma, d_beta, column_sum(grad, grad.size(0), grad.size(1))};
 }
 
 Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
@@ -266,25 +268,54 @@ Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   return d_x;
 }
 
-Tensor conv_panels_op(const Tensor& weight_in) {
-  Tensor weight = as(weight_in, accumulator(weight_in));
-  if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
-  const int64_t out = weight.size(0), in = weight.size(1), num_taps = weight.size(2) * weight.size(3);
+// A convolution's weight (out, in, k, k) in the accumulation type, kept alive beside the parameters that point into it.
+struct ConvWeightCall {
+  Tensor weight;
+  ConvWeights params{};
+
+  // Transposed, for the gradient of the input: channels change places, taps turn round.
+  ConvWeightCall(const Tensor& weight_in, ScalarType acc, bool transposed = false) : weight(as(weight_in, acc)) {
+    if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
+    params = {weight.const_data_ptr(), weight.size(0),   weight.size(1),  weight.size(2) * weight.size(3),
+              weight.stride(0),        weight.stride(1), weight.stride(3)};
+    if (!transposed) return;
+    params.weight = static_cast<const char*>(params.weight) + (params.num_taps - 1) * params.tap * value_size();
+    params.tap = -params.tap;
+    std::swap(params.out, params.in);
+    std::swap(params.out_step, params.in_step);
+  }
+
+  int64_t points() const {
+    return params.num_taps == 1 ? 1 : kPoints;
+  }
+  int64_t num_panels() const {
+    return divide_up(params.out, kPanelColumns);
+  }
+  int64_t value_size() const {
+    return dtype_of(weight) == Dtype::f64 ? 8 : 4;
+  }
+};
+
+// A convolution's weights as conv_panels lays them out.
+struct Panels {
+  const void* data;
+  int64_t points, in;
+};
+
+Tensor conv_panels_op(const Tensor& weight) {
+  const ConvWeightCall call(weight, accumulator(weight));
   const Tensor panels =
-      torch::stable::new_empty(weight, {num_taps == 1 ? 1 : kPoints, divide_up(out, kPanelColumns), in, kPanelColumns});
-  conv_panels(dtype_of(panels),
-              {weight.const_data_ptr(), out, in, num_taps, weight.stride(0), weight.stride(1), weight.stride(3)},
-              panels.mutable_data_ptr());
+      torch::stable::new_empty(call.weight, {call.points(), call.num_panels(), call.params.in, kPanelColumns});
+  conv_panels(dtype_of(panels), call.params, panels.mutable_data_ptr());
   return panels;
 }
 
-Tensor convolve(ConvParams p, ScalarType acc, const Tensor& panels_in, const Tensor& bias_in,
-                const MaybeTensor& add_in) {
-  const Tensor panels = dense(panels_in, acc), bias = dense(bias_in, acc);
+Tensor convolve(ConvParams p, ScalarType acc, const Panels& panels, const Tensor& bias_in, const MaybeTensor& add_in) {
+  const Tensor bias = dense(bias_in, acc);
   p.out = bias.size(0);
-  if (panels.size(2) != p.in)
+  if (panels.in != p.in)
     throw std::runtime_error("conv: the input has " + std::to_string(p.in) + " channels, the weights are for " +
-                             std::to_string(panels.size(2)));
+                             std::to_string(panels.in));
   MaybeTensor add;
   if (add_in) {
     add = channels_last(as(*add_in, acc));
@@ -294,15 +325,15 @@ Tensor convolve(ConvParams p, ScalarType acc, const Tensor& panels_in, const Ten
   const Tensor y = torch::stable::empty({p.images, p.out, p.height, p.width}, acc, std::nullopt, std::nullopt,
                                         std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
-  p.panels = panels.const_data_ptr();
+  p.panels = panels.data;
   p.bias = bias.const_data_ptr();
   p.add = data(add);
   p.y = y.mutable_data_ptr();
-  panels.size(0) == 1 ? conv1x1(dtype_of(y), p) : conv3x3(dtype_of(y), p);
+  panels.points == 1 ? conv1x1(dtype_of(y), p) : conv3x3(dtype_of(y), p);
   return y;
 }
 
-Tensor conv_op(const Tensor& x_in, const Tensor& panels, const Tensor& bias, const MaybeTensor& add, bool relu) {
+Tensor convolve(const Tensor& x_in, const Panels& panels, const Tensor& bias, const MaybeTensor& add, bool relu) {
   const ScalarType acc = accumulator(x_in);
   const Tensor x = channels_last(as(x_in, acc));
   ConvParams p{};
@@ -315,10 +346,24 @@ Tensor conv_op(const Tensor& x_in, const Tensor& panels, const Tensor& bias, con
   return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
 }
 
+// With a weight that is laid out for this call only.
+Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias) {
+  const int64_t count = call.points() * call.num_panels() * call.params.in * kPanelColumns;
+  const Scratch<char> panels(count * call.value_size());
+  conv_panels(dtype_of(call.weight), call.params, panels.data());
+  return convolve(x, {panels.data(), call.points(), call.params.in}, bias, std::nullopt, false);
+}
+
+Tensor conv_op(const Tensor& x, const Tensor& panels_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
+  const Tensor panels = dense(panels_in, accumulator(x));
+  return convolve(x, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add, relu);
+}
+
 Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels,
+                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels_in,
                         const Tensor& bias, const MaybeTensor& add) {
   const ScalarType acc = accumulator(x_in);
+  const Tensor panels = dense(panels_in, acc);
   const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
   ConvParams p{};
   p.modulated = &call.params;
@@ -326,7 +371,30 @@ Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rs
   p.in = call.params.channels;
   p.height = upsample * call.params.height;
   p.width = upsample * call.params.width;
-  return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
+  const Tensor y = convolve(p, acc, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add);
+  return as(y, x_in.scalar_type());
+}
+
+Tensor conv3x3_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  if (weight.size(2) != 3 || weight.size(3) != 3)
+    throw std::runtime_error("conv3x3: the weight must be (out, in, 3, 3)");
+  return convolve(x, ConvWeightCall(weight, accumulator(x)), bias);
+}
+
+Tensor conv3x3_input_grad_op(const Tensor& grad, const Tensor& weight) {
+  const ConvWeightCall call(weight, accumulator(grad), true);
+  return convolve(grad, call, torch::stable::new_zeros(call.weight, {call.params.out}));
+}
+
+std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const Tensor& x_in) {
+  const ScalarType acc = accumulator(grad_in);
+  const Tensor grad = channels_last(as(grad_in, acc)), x = channels_last(as(x_in, acc));
+  const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);
+  const Tensor d_weight = torch::stable::empty({out, in, 3, 3}, acc, std::nullopt, std::nullopt, std::nullopt,
+                                               torch::headeronly::MemoryFormat::ChannelsLast);
+  conv3x3_weight_grad(dtype_of(grad), {x.const_data_ptr(), grad.const_data_ptr(), d_weight.mutable_data_ptr(), images,
+                                       height, width, in, out});
+  return {d_weight, column_sum(grad, images * height * width, out)};
 }
 
 }  // namespace
@@ -345,5 +413,8 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("modulate_input_grad", TORCH_BOX(&spade::modulate_input_grad_op));
   m.impl("conv_panels", TORCH_BOX(&spade::conv_panels_op));
   m.impl("conv", TORCH_BOX(&spade::conv_op));
+  m.impl("conv3x3", TORCH_BOX(&spade::conv3x3_op));
+  m.impl("conv3x3_input_grad", TORCH_BOX(&spade::conv3x3_input_grad_op));
+  m.impl("conv3x3_weight_grad", TORCH_BOX(&spade::conv3x3_weight_grad_op));
   m.impl("modulate_conv", TORCH_BOX(&spade::modulate_conv_op));
 }

@@ -1,0 +1,54 @@
+// Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016): four outputs take 16 products per pair of channels instead of 36. A
+// tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A of its 4 x 4 inputs d. Its coefficients are 0, 1, -1 and, for the
+// weights, 1/2: fewer sums than a direct convolution has, so no less exact.
+#pragma once
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace spade {
+
+// Between what belongs to two points, so that a tile's points do not all meet in the same set of a cache.
+constexpr int64_t kGap = 16;
+constexpr int64_t kLine = 64;
+
+template <class A>
+constexpr int kLanes = static_cast<int>(kLine / sizeof(A));
+
+// `lanes` values, wherever they lie.
+template <class A, int lanes>
+struct Lanes {
+  typedef A Vector __attribute__((vector_size(lanes * sizeof(A)), aligned(sizeof(A)), may_alias));
+  static SPADE_INLINE const Vector& at(const A* values) {
+    return *reinterpret_cast<const Vector*>(values);
+  }
+  static SPADE_INLINE Vector& at(A* values) {
+    return *reinterpret_cast<Vector*>(values);
+  }
+};
+
+// B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `apart` apart.
+template <class A, int lanes>
+SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A* to, int64_t apart) {
+  using L = Lanes<A, lanes>;
+  typename L::Vector half[4][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const typename L::Vector d0 = L::at(d[j] + channel), d1 = L::at(d[4 + j] + channel);
+    const typename L::Vector d2 = L::at(d[8 + j] + channel), d3 = L::at(d[12 + j] + channel);
+    half[0][j] = d0 - d2;
+    half[1][j] = d1 + d2;
+    half[2][j] = d2 - d1;
+    half[3][j] = d1 - d3;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, to += 4 * apart) {
+    const auto* h = half[i];
+    L::at(to) = h[0] - h[2];
+    L::at(to + apart) = h[1] + h[2];
+    L::at(to + 2 * apart) = h[2] - h[1];
+    L::at(to + 3 * apart) = h[1] - h[3];
+  }
+}
+
+}  // namespace spade

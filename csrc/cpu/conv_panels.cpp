@@ -1,0 +1,80 @@
+// A convolution's weights as conv1x1 and conv3x3 read them: panels of output columns, and for 3 x 3 the points G g G^T.
+#include "conv3x3.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace spade {
+namespace {
+
+constexpr int64_t kColumns = kPanelColumns;
+constexpr int64_t kDepth = 16;  // input channels transposed at a time
+
+// to (4, kColumns) = G @ (a, b, c).
+template <class A>
+SPADE_INLINE void transform(const A* a, const A* b, const A* c, A* to, int64_t row) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < kColumns; ++i) {
+    const A outer = (a[i] + c[i]) / 2, inner = b[i] / 2;
+    to[i] = a[i];
+    to[row + i] = outer + inner;
+    to[2 * row + i] = outer - inner;
+    to[3 * row + i] = c[i];
+  }
+}
+
+// The panel's rows [first, last), at every point.
+template <class A>
+SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, A* panels) {
+  const int64_t column = panel * kColumns, valid = std::min(kColumns, w.out - column);
+  A taps[9][kDepth][kColumns] = {};
+  const A* from = static_cast<const A*>(w.weight) + column * w.out_step + first * w.in_step;
+  const auto copy = [&](int64_t t, int64_t d, int64_t c) {
+    taps[t][d][c] = from[c * w.out_step + d * w.in_step + t * w.tap];
+  };
+  // What lies side by side is read one after another.
+  if (w.in_step < w.out_step) {
+    for (int64_t c = 0; c < valid; ++c)
+      for (int64_t t = 0; t < w.num_taps; ++t)
+        for (int64_t d = 0; d < last - first; ++d) copy(t, d, c);
+  } else {
+    for (int64_t d = 0; d < last - first; ++d)
+      for (int64_t t = 0; t < w.num_taps; ++t)
+        for (int64_t c = 0; c < valid; ++c) copy(t, d, c);
+  }
+  const int64_t apart = divide_up(w.out, kColumns) * w.in * kColumns;
+  for (int64_t d = first; d < last; ++d) {
+    A* to = panels + (panel * w.in + d) * kColumns;
+    if (w.num_taps == 1) {
+      std::copy_n(taps[0][d - first], kColumns, to);
+      continue;
+    }
+    A half[3][4][kColumns];
+    for (int64_t i = 0; i < 3; ++i)
+      transform(taps[3 * i][d - first], taps[3 * i + 1][d - first], taps[3 * i + 2][d - first], half[i][0], kColumns);
+    for (int64_t j = 0; j < 4; ++j) transform(half[0][j], half[1][j], half[2][j], to + j * apart, 4 * apart);
+  }
+}
+SPADE_EVERY_CPU void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, float* panels) {
+  fill_rows(w, panel, first, last, panels);
+}
+SPADE_EVERY_CPU void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, double* panels) {
+  fill_rows(w, panel, first, last, panels);
+}
+
+template <class A>
+void panels_of(const ConvWeights& w, A* panels) {
+  const int64_t blocks = divide_up(w.in, kDepth);
+  in_pieces(divide_up(w.out, kColumns) * blocks, 1, [&](int64_t task, int64_t) {
+    const int64_t first = task % blocks * kDepth;
+    fill_any(w, task / blocks, first, std::min(first + kDepth, w.in), panels);
+  });
+}
+
+}  // namespace
+
+void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels) {
+  dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
+                      : panels_of(weights, static_cast<float*>(panels));
+}
+
+}  // namespace spade
