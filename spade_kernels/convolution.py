@@ -68,7 +68,7 @@ class Conv2d(Freezable, nn.Conv2d):
                 return self.kept(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, Modulated) else x
-        if _suits_winograd(x, weight, self.padding):
+        if _suits_winograd(x, weight, self.padding):  # type: ignore[arg-type]
             y = ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if self.bias is None else self.bias)
         else:
             y = F.conv2d(x, weight, self.bias, padding=self.padding)

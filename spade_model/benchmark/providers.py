@@ -95,7 +95,7 @@ def _packed(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             packed = PackedConv2d(module.weight, module.bias, module.padding)  # type: ignore[arg-type]
-            module.forward = packed.__call__  # type: ignore[method-assign]
+            module.forward = packed.__call__  # type: ignore[method-assign, assignment]
     return network
 
 
