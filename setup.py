@@ -17,6 +17,7 @@ from setuptools import setup
 CPU_SOURCES = [
     "module.cpp",
     "cpu/ops.cpp",
+    "cpu/conv_ops.cpp",
     "cpu/window_index.cpp",
     "cpu/gemm.cpp",
     "cpu/rows.cpp",

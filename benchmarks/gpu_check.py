@@ -29,6 +29,7 @@ TESTS = (
     "tests/test_ops.py",
     "tests/test_window_index.py",
     "tests/test_layers.py",
+    "tests/test_layer_compile.py",
     "tests/test_static.py",
     "tests/test_determinism.py",
     "tests/test_compiled.py",

@@ -13,14 +13,13 @@ import torch
 
 from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map
-from spade_model.benchmark.musts import judge
-from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, TRAINING, BenchRun, Result, load_runs
+from spade_model.benchmark.results import ALL_LAYERS, Result, load_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_check
 import gpu_sanitize
-from gpu import batches, clock, generator, layers, operators, parts, report, rotation, sanitizers, steps
+from gpu import batches, clock, generator, layers, operators, parts, rotation, sanitizers, steps
 
 CPU = torch.device("cpu")
 
@@ -244,92 +243,6 @@ def test_a_wrong_image_is_not_timed():
     runs["ours"] = lambda mask: exact * float("nan")
     with pytest.raises(AssertionError, match="nothing is timed"):
         generator.check_images(runs, lambda mask: exact, runs["tuned"], mask, 1e-3)
-
-
-def result(suite: str, case: str, provider: str, value: float, unit: str = "ms") -> Result:
-    return Result.of(suite, case, provider, [value], unit)
-
-
-ENVIRONMENT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "commit": "abc"}
-SETTINGS = {"ngf": 64, "distinct windows": {"real": {"8 x 8": 1.0, "256 x 256": 0.1}, "noise": {}}}
-
-
-@pytest.fixture
-def run() -> BenchRun:
-    case, size = "real, bf16, batch 8", "64 x 256 x 256, bf16, batch 8"
-    lines = [
-        result(EVAL, case, "baseline", 6.0),
-        result(EVAL, case, "ours", 2.5),
-        result(TRAINING, case, "baseline", 15.0),
-        result(TRAINING, case, "ours", 10.0),
-        result(LAYER, f"{ALL_LAYERS}, bf16, batch 8", "ours", 1.0),
-        result(operators.INDEX, "real, integers, batch 8", "cuda", 0.2),
-        result(operators.BANDWIDTH, f"modulate, {size}", "cuda", 2700.0, "GB/s"),
-        result(operators.BANDWIDTH, f"modulate, {size}", "copy", 3000.0, "GB/s"),
-        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "cuda", 1.0),
-        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "triton", 0.9),
-    ]
-    return BenchRun(ENVIRONMENT, SETTINGS, lines)
-
-
-class TestReport:
-    def test_bounds(self, run):
-        verdicts = judge(run, report.musts(run, 8))
-        words = {v.name: v.word for v in verdicts}
-        assert words["generator eval, real, bf16, batch 8: baseline / ours"] == "met"
-        assert words["generator forward + backward, real, bf16, batch 8: baseline / ours"] == "missed"
-        assert words["window indexes, real, integers, batch 8: cuda"] == "met"
-        assert words["bandwidth, modulate, 64 x 256 x 256, bf16, batch 8: cuda / copy"] == "met"
-        assert words["bandwidth, modulate, 64 x 256 x 256, bf16, batch 8: triton / copy"] == "not run"
-        assert words[f"layer forward, {ALL_LAYERS}, bf16, batch 8: baseline / ours"] == "not run"
-        step = report.judged(verdicts)
-        assert step.status == "FAILED"
-        assert "missed: generator forward + backward, real" in step.detail
-        assert report.judged([v for v in verdicts if v.word != "missed"]).status == "not run"
-        assert report.judged([v for v in verdicts if v.word == "met"]).status == "passed"
-
-    def test_only_the_kernels_that_are_taken_must_be_fast(self, run, monkeypatch):
-        taken = {"modulate": "cuda", "channel_stats": "triton"}
-        monkeypatch.setattr(report.backends, "kernels_on", lambda device: taken)
-        bounds = {(m.case.split(",")[0], m.numerator): m.bound for m in report.musts(run, 8) if m.denominator == "copy"}
-        assert bounds == {
-            ("modulate", "cuda"): ">=",
-            ("modulate", "triton"): "",
-            ("channel_stats", "cuda"): "",
-            ("channel_stats", "triton"): ">=",
-        }
-
-    def test_the_fastest_backend(self, run):
-        assert report.fastest(run.results) == {f"modulate, {ALL_LAYERS}, bf16, batch 8": "triton"}
-
-    def test_tables_say_what_was_not_run(self, run):
-        text = report.tables(run, judge(run, report.musts(run, 8)))
-        rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-        assert rows["generator eval, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("pass")
-        assert rows["generator forward + backward, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("FAIL")
-        assert rows["generator eval, noise, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("not run")
-        assert "2.40" in rows["generator eval, real, bf16, batch 8, ms"]
-
-    def test_the_file_holds_everything(self, run, tmp_path):
-        path = tmp_path / "new" / report.file_name(ENVIRONMENT)
-        assert path.name == "nvidia-h100-80gb-hbm3.json"
-        done = [steps.Step("build", "passed", 61.0, "well"), steps.Step("tests", "FAILED", 3.0, "not well")]
-        report.save(path, run, judge(run, report.musts(run, 8)), done)
-        assert load_runs(path) == [run]
-        content = json.loads(path.read_text())
-        assert content["steps"][1]["status"] == "FAILED"
-        assert content["bounds"][0]["word"] == "pass"
-        assert report.earlier(path, ENVIRONMENT) == (run.results, done)
-        assert report.earlier(path, ENVIRONMENT | {"commit": "def"}) == ([], [])
-        assert report.earlier(tmp_path / "none.json", ENVIRONMENT) == ([], [])
-
-    def test_new_results_take_the_place_of_old_ones(self, tmp_path):
-        lines = [json.dumps(vars(result(EVAL, "a", "ours", value))) for value in (1.0, 2.0)]
-        (tmp_path / "first.jsonl").write_text("\n".join(lines))
-        (tmp_path / "killed.jsonl").write_text(json.dumps(vars(result(EVAL, "b", "ours", 3.0))) + '\n{"suite": "gen')
-        found = report.gathered(tmp_path, ["first", "killed", "never"])
-        assert [(r.case, r.p50) for r in found] == [("a", 2.0), ("b", 3.0)]
-        assert [r.p50 for r in report.merged(found, [result(EVAL, "a", "ours", 5.0)])] == [5.0, 3.0]
 
 
 @pytest.fixture(scope="module")

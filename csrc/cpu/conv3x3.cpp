@@ -11,7 +11,9 @@ namespace {
 
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
+// Of a task: fewer waste what the weights cost to read, more leave the cache.
 constexpr int64_t kFewestTiles = 36, kMostTiles = 132;
+
 // What a task makes: the outputs of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has the 2 x 2
 // outputs from pixel (2 * i, 2 * j) on.
 struct Block {
@@ -122,11 +124,11 @@ SPADE_INLINE void transform_outputs(const ConvParams& p, const Block& block, con
     }
     for (int64_t j = block.first_panel; j < block.last_panel; ++j) {
       const int64_t begin = j * kColumns, end = std::min(begin + kColumns, p.out);
-      const A* m = products + ((j - block.first_panel) * block.rows + t) * kColumns - begin;
+      const A* m = products + ((j - block.first_panel) * block.rows + t) * kColumns;
       int64_t c = begin;
-      for (; c + kLanes<A> <= end; c += kLanes<A>)
-        transform_output<A, kLanes<A>>(m + c, apart, bias, add, out, p.relu, c);
-      for (; c < end; ++c) transform_output<A, 1>(m + c, apart, bias, add, out, p.relu, c);
+      for (; c + kLanes<A> <= end; c += kLanes<A>, m += kLanes<A>)
+        transform_output<A, kLanes<A>>(m, apart, bias, add, out, p.relu, c);
+      for (; c < end; ++c, ++m) transform_output<A, 1>(m, apart, bias, add, out, p.relu, c);
     }
   }
 }

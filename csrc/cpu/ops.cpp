@@ -1,32 +1,20 @@
-// The operators on CPU tensors: allocation, layout and dtype, then a kernel. Schemas are in spade_kernels/ops.py.
+// The operators on CPU tensors but for convolutions: allocation, layout and dtype, then a kernel. Schemas are in
+// spade_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <stdexcept>
-#include <string>
 #include <tuple>
-#include <utility>
 
-#include "../tensors.h"
+#include "calls.h"
 #include "kernels.h"
-#include "scratch.h"
 #include "vector.h"
 #include "window_index.h"
 
 namespace spade {
 namespace {
-
-// x (N, C, h, w) laid out as (N, h, w, C).
-Tensor channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
-  return torch::stable::empty({x.size(0), x.size(1), upsample * x.size(2), upsample * x.size(3)}, x.scalar_type(),
-                              std::nullopt, std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-}
 
 Tensor where_positive(const Tensor& condition, const Tensor& values) {
   const Tensor result = torch::stable::empty_like(values);
@@ -41,10 +29,6 @@ std::vector<int64_t> nearest_indices(int64_t from, int64_t to) {
   const float scale = static_cast<float>(from) / static_cast<float>(to);
   for (int64_t i = 0; i < to; ++i) result[i] = std::min(static_cast<int64_t>(static_cast<float>(i) * scale), from - 1);
   return result;
-}
-
-const int64_t* ids(const Tensor& t) {
-  return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,
@@ -93,14 +77,6 @@ Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const T
   return dense(rows, taps_in.scalar_type());
 }
 
-// The sum over the rows of what lies in memory as (rows, width).
-Tensor column_sum(const Tensor& values, int64_t rows, int64_t width) {
-  const int64_t all[] = {0, rows};
-  const Tensor sum = torch::stable::new_empty(values, {width});
-  segment_sum(dtype_of(values), {values.const_data_ptr(), nullptr, all, sum.mutable_data_ptr(), 1, width, width, 1});
-  return sum;
-}
-
 std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& order_in,
                                                const Tensor& starts_in, int64_t num_taps, bool relu) {
   const ScalarType acc = accumulator(grad);
@@ -112,11 +88,6 @@ std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor&
   segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments,
                                  width, width, num_taps});
   return {taps, column_sum(masked, masked.size(0), width)};
-}
-
-// Whether a weight's taps are evenly apart, as in contiguous and in channels-last ones.
-bool evenly_apart(const Tensor& weight) {
-  return weight.stride(2) == weight.size(3) * weight.stride(3);
 }
 
 // gamma and beta (C, depth, k, k) in the accumulation type, kept alive beside the parameters that point into them.
@@ -191,40 +162,6 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
   return {mean, m2};
 }
 
-// The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
-struct ModulateCall {
-  Tensor x, mean, rstd, table;
-  MaybeTensor grad, pixel_row, order, starts, mean_shift, mean_scale;
-  ModulateParams params{};
-
-  ModulateCall(const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in, const Tensor& table_in,
-               const MaybeTensor& pixel_row_in, double slope, int64_t upsample)
-      : x(channels_last(x_in)),
-        mean(dense(mean_in, accumulator(x_in))),
-        rstd(dense(rstd_in, accumulator(x_in))),
-        table(dense(table_in, accumulator(x_in))) {
-    if (pixel_row_in) pixel_row = dense(*pixel_row_in);
-    params.x = x.const_data_ptr();
-    params.mean = mean.const_data_ptr();
-    params.rstd = rstd.const_data_ptr();
-    params.table = table.const_data_ptr();
-    params.pixel_row = static_cast<const int64_t*>(data(pixel_row));
-    params.images = x.size(0);
-    params.height = x.size(2);
-    params.width = x.size(3);
-    params.channels = x.size(1);
-    params.upsample = upsample;
-    params.num_rows = table.size(0);
-    params.stats_stride = mean.size(0) == 1 ? 0 : x.size(1);
-    params.slope = slope;
-  }
-
-  void set_grad(const Tensor& grad_in) {
-    grad = channels_last(as(grad_in, x.scalar_type()));
-    params.grad = data(grad);
-  }
-};
-
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                    double slope, int64_t upsample, std::string) {
@@ -268,135 +205,6 @@ Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   return d_x;
 }
 
-// A convolution's weight (out, in, k, k) in the accumulation type, kept alive beside the parameters that point into it.
-struct ConvWeightCall {
-  Tensor weight;
-  ConvWeights params{};
-
-  // Transposed, for the gradient of the input: channels change places, taps turn round.
-  ConvWeightCall(const Tensor& weight_in, ScalarType acc, bool transposed = false) : weight(as(weight_in, acc)) {
-    if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
-    params = {weight.const_data_ptr(), weight.size(0),   weight.size(1),  weight.size(2) * weight.size(3),
-              weight.stride(0),        weight.stride(1), weight.stride(3)};
-    if (!transposed) return;
-    params.weight = static_cast<const char*>(params.weight) + (params.num_taps - 1) * params.tap * value_size();
-    params.tap = -params.tap;
-    std::swap(params.out, params.in);
-    std::swap(params.out_step, params.in_step);
-  }
-
-  int64_t points() const {
-    return params.num_taps == 1 ? 1 : kPoints;
-  }
-  int64_t num_panels() const {
-    return divide_up(params.out, kPanelColumns);
-  }
-  int64_t value_size() const {
-    return dtype_of(weight) == Dtype::f64 ? 8 : 4;
-  }
-};
-
-// A convolution's weights as conv_panels lays them out.
-struct Panels {
-  const void* data;
-  int64_t points, in;
-};
-
-Tensor conv_panels_op(const Tensor& weight) {
-  const ConvWeightCall call(weight, accumulator(weight));
-  const Tensor panels =
-      torch::stable::new_empty(call.weight, {call.points(), call.num_panels(), call.params.in, kPanelColumns});
-  conv_panels(dtype_of(panels), call.params, panels.mutable_data_ptr());
-  return panels;
-}
-
-Tensor convolve(ConvParams p, ScalarType acc, const Panels& panels, const Tensor& bias_in, const MaybeTensor& add_in) {
-  const Tensor bias = dense(bias_in, acc);
-  p.out = bias.size(0);
-  if (panels.in != p.in)
-    throw std::runtime_error("conv: the input has " + std::to_string(p.in) + " channels, the weights are for " +
-                             std::to_string(panels.in));
-  MaybeTensor add;
-  if (add_in) {
-    add = channels_last(as(*add_in, acc));
-    if (add->size(0) != p.images || add->size(1) != p.out || add->size(2) != p.height || add->size(3) != p.width)
-      throw std::runtime_error("conv: what is to be added has another shape than the result");
-  }
-  const Tensor y = torch::stable::empty({p.images, p.out, p.height, p.width}, acc, std::nullopt, std::nullopt,
-                                        std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  if (y.numel() == 0) return y;
-  p.panels = panels.data;
-  p.bias = bias.const_data_ptr();
-  p.add = data(add);
-  p.y = y.mutable_data_ptr();
-  panels.points == 1 ? conv1x1(dtype_of(y), p) : conv3x3(dtype_of(y), p);
-  return y;
-}
-
-Tensor convolve(const Tensor& x_in, const Panels& panels, const Tensor& bias, const MaybeTensor& add, bool relu) {
-  const ScalarType acc = accumulator(x_in);
-  const Tensor x = channels_last(as(x_in, acc));
-  ConvParams p{};
-  p.x = x.const_data_ptr();
-  p.images = x.size(0);
-  p.in = x.size(1);
-  p.height = x.size(2);
-  p.width = x.size(3);
-  p.relu = relu;
-  return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
-}
-
-// With a weight that is laid out for this call only.
-Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias) {
-  const int64_t count = call.points() * call.num_panels() * call.params.in * kPanelColumns;
-  const Scratch<char> panels(count * call.value_size());
-  conv_panels(dtype_of(call.weight), call.params, panels.data());
-  return convolve(x, {panels.data(), call.points(), call.params.in}, bias, std::nullopt, false);
-}
-
-Tensor conv_op(const Tensor& x, const Tensor& panels_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
-  const Tensor panels = dense(panels_in, accumulator(x));
-  return convolve(x, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add, relu);
-}
-
-Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels_in,
-                        const Tensor& bias, const MaybeTensor& add) {
-  const ScalarType acc = accumulator(x_in);
-  const Tensor panels = dense(panels_in, acc);
-  const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
-  ConvParams p{};
-  p.modulated = &call.params;
-  p.images = call.params.images;
-  p.in = call.params.channels;
-  p.height = upsample * call.params.height;
-  p.width = upsample * call.params.width;
-  const Tensor y = convolve(p, acc, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add);
-  return as(y, x_in.scalar_type());
-}
-
-Tensor conv3x3_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  if (weight.size(2) != 3 || weight.size(3) != 3)
-    throw std::runtime_error("conv3x3: the weight must be (out, in, 3, 3)");
-  return convolve(x, ConvWeightCall(weight, accumulator(x)), bias);
-}
-
-Tensor conv3x3_input_grad_op(const Tensor& grad, const Tensor& weight) {
-  const ConvWeightCall call(weight, accumulator(grad), true);
-  return convolve(grad, call, torch::stable::new_zeros(call.weight, {call.params.out}));
-}
-
-std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const Tensor& x_in) {
-  const ScalarType acc = accumulator(grad_in);
-  const Tensor grad = channels_last(as(grad_in, acc)), x = channels_last(as(x_in, acc));
-  const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);
-  const Tensor d_weight = torch::stable::empty({out, in, 3, 3}, acc, std::nullopt, std::nullopt, std::nullopt,
-                                               torch::headeronly::MemoryFormat::ChannelsLast);
-  conv3x3_weight_grad(dtype_of(grad), {x.const_data_ptr(), grad.const_data_ptr(), d_weight.mutable_data_ptr(), images,
-                                       height, width, in, out});
-  return {d_weight, column_sum(grad, images * height * width, out)};
-}
-
 }  // namespace
 }  // namespace spade
 
@@ -411,10 +219,4 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("modulate", TORCH_BOX(&spade::modulate_op));
   m.impl("modulate_table_grad", TORCH_BOX(&spade::modulate_table_grad_op));
   m.impl("modulate_input_grad", TORCH_BOX(&spade::modulate_input_grad_op));
-  m.impl("conv_panels", TORCH_BOX(&spade::conv_panels_op));
-  m.impl("conv", TORCH_BOX(&spade::conv_op));
-  m.impl("conv3x3", TORCH_BOX(&spade::conv3x3_op));
-  m.impl("conv3x3_input_grad", TORCH_BOX(&spade::conv3x3_input_grad_op));
-  m.impl("conv3x3_weight_grad", TORCH_BOX(&spade::conv3x3_weight_grad_op));
-  m.impl("modulate_conv", TORCH_BOX(&spade::modulate_conv_op));
 }
