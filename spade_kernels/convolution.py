@@ -68,10 +68,7 @@ class Conv2d(Freezable, nn.Conv2d):
                 return self.kept(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, Modulated) else x
-        if _suits_winograd(x, weight, self.padding):  # type: ignore[arg-type]
-            y = ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if self.bias is None else self.bias)
-        else:
-            y = F.conv2d(x, weight, self.bias, padding=self.padding)
+        y = convolve(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
         return y if add is None else y + add
 
     def derive(self) -> PackedConv2d:
@@ -104,6 +101,13 @@ class Conv2d(Freezable, nn.Conv2d):
 # Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
 # budget: sums over fewer pixels lose less in a direct convolution.
 _PIXELS = 32 * 32
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one; first derivatives for all tensors."""
+    if _suits_winograd(x, weight, padding):
+        return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
+    return F.conv2d(x, weight, bias, padding=padding)
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spade_kernels import ops
-from spade_kernels.convolution import PackedConv2d
+from spade_kernels.convolution import PackedConv2d, convolve
 from spade_kernels.label_map import LabelMap, WindowIndex
 from spade_kernels.normalization import Statistics, check_input
 from spade_kernels.recognize import recognize
@@ -105,7 +105,7 @@ class KeptWeights:
 _path = "auto"
 
 # Where benchmarks/crossover.py has the two ways cross: hidden windows per pixel, and pixels of a feature map.
-_DENSE_FROM, _DENSE_FROM_TRAINING, _DENSE_FROM_FROZEN = 0.9, 0.65, 0.6
+_DENSE_FROM, _DENSE_FROM_TRAINING = 0.6, 0.5
 _DENSE_PIXELS, _DENSE_PIXELS_FROZEN = 32 * 32, 16 * 16
 
 
@@ -211,7 +211,11 @@ def conv2d(
     """
     if isinstance(segmap, Tensor):
         planes = segmap if size is None else _resized(segmap, size)
-        return F.conv2d(planes, weight, bias, stride, padding)
+        return (
+            convolve(planes, weight, bias, [padding] * 2)
+            if stride == 1
+            else F.conv2d(planes, weight, bias, stride, padding)
+        )
     if weight.shape[1] != segmap.channels:
         raise ValueError(f"segmap has {segmap.channels} condition channels, the weight takes {weight.shape[1]}")
     if weight.shape[-1] != weight.shape[-2]:
@@ -277,13 +281,9 @@ def _prefers_dense(index: WindowIndex, frozen: bool) -> bool:
     if _path != "auto" or torch.compiler.is_compiling():
         return _path == "dense"
     images, height, width = index.hidden.pixel_row.shape
-    pixels = height * width
-    if frozen:
-        threshold, enough = _DENSE_FROM_FROZEN, pixels >= _DENSE_PIXELS_FROZEN
-    else:
-        threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
-        enough = pixels >= _DENSE_PIXELS
-    return enough and len(index.hidden) > threshold * images * pixels
+    threshold = _DENSE_FROM_TRAINING if torch.is_grad_enabled() else _DENSE_FROM
+    enough = height * width >= (_DENSE_PIXELS_FROZEN if frozen else _DENSE_PIXELS)
+    return enough and len(index.hidden) > threshold * images * height * width
 
 
 def _window_table(
@@ -326,7 +326,7 @@ def _dense_table(
         weight, bias = _joint_weight(weights), _joint_bias(weights)
         if gain is not None:
             weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
-        table = F.conv2d(hidden, weight, bias, padding=padding)
+        table = convolve(hidden, weight, bias, [padding] * 2)
     return table.permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import spade_kernels as sk
-from spade_kernels import backends, ops
+from spade_kernels import backends, functional, ops
 from spade_kernels.convolution import Conv2d, PackedConv2d
 from spade_kernels.layers import SPADE, convolved
-from spade_kernels.testing import random_label_map, relative_error
+from spade_kernels.testing import (
+    assert_within_budget,
+    forward_backward,
+    random_label_map,
+    random_spade,
+    relative_error,
+    stock_spade,
+)
 
 # One row of tiles is more than a task takes, or several rows are less.
 SIZES = [(1, 1), (1, 7), (2, 2), (5, 3), (12, 12), (17, 9), (5, 301)]
@@ -258,6 +267,28 @@ def test_training_convolutions_have_the_stock_ones_gradients(k, size, has_bias, 
         assert got[name].shape == value.shape
         assert relative_error(got[name], value) < 1e-5, name
     assert len(called) == (k == 3 and size == 40)
+
+
+@COMPILED
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", ["features", "label map"])
+def test_a_layer_at_every_pixel_keeps_the_error_budget(form, training, monkeypatch):
+    """Large enough for this operator in both of its convolutions."""
+    called = []
+    monkeypatch.setattr(ops, "conv3x3", lambda *args: called.append(args) or torch.ops.spade_kernels.conv3x3(*args))
+    layer = random_spade("spadebatch3x3", 24, 20).train(training)
+    x, label_map = torch.randn(1, 24, 40, 40), random_label_map("noise", (1, 40, 40), 20)
+    planes = label_map.one_hot() if form == "label map" else torch.randn(1, 20, 40, 40)
+    segmap = label_map if form == "label map" else planes
+    with functional.use_path("dense"):
+        got = forward_backward(lambda x: layer(x, segmap), layer, x, x)
+    assert len(called) == (2 if form == "features" else 1)
+
+    def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+        twin, condition, inputs = copy.deepcopy(layer).to(dtype), planes.to(dtype), x.to(dtype)
+        return forward_backward(lambda x: stock_spade(twin, x, condition), twin, inputs, inputs)
+
+    assert_within_budget(got, expected(torch.float32), expected(torch.float64))
 
 
 def frozen_pair(config: str = "spadebatch3x3", k: int = 3) -> tuple[SPADE, Conv2d]:
