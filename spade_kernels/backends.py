@@ -119,6 +119,11 @@ def kernels_on(device: str) -> dict[str, str]:
     return taken
 
 
+def is_compiled_on_cpu() -> bool:
+    """Whether CPU tensors take the compiled kernels; cheap enough to ask in every call."""
+    return _cpu is not None and _chosen != "reference"
+
+
 def can_run_reference() -> str | None:
     """None: plain PyTorch runs everywhere."""
     return None

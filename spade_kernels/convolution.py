@@ -167,7 +167,7 @@ class _Panels:
     @staticmethod
     def fits(weight: Tensor, padding: Sequence[int], shape: Sequence[int]) -> bool:
         out, channels, *kernel = weight.shape
-        known = [*kernel, *padding] in ([3, 3, 1, 1], [1, 1, 0, 0]) and backends.kernels_on("cpu")["conv"] == "cpu"
+        known = [*kernel, *padding] in ([3, 3, 1, 1], [1, 1, 0, 0]) and backends.is_compiled_on_cpu()
         return known and out >= 32 and channels >= 16 and shape[2] * shape[3] >= 128
 
     def __call__(self, x: Tensor | Modulated, add: Tensor | None) -> Tensor:

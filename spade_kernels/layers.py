@@ -102,8 +102,8 @@ def convolved(
 ) -> torch.Tensor:
     """conv(norm(x, segmap, slope, **how)) + add, with fewer passes over x and the convolution's weight.
 
-    In training the convolution's spectral norm is divided out of the norm's small table. Frozen, the convolution makes
-    the norm's result where it reads it: no tensor of that size ever exists.
+    In training the convolution's spectral norm is divided out of the norm's small table. Frozen, compiled CPU kernels
+    make the norm's result where the convolution reads it: no tensor of that size exists. The norm's hooks are called.
     """
     if conv.kept is not None and not (norm._forward_hooks or norm._forward_pre_hooks):
         return conv(norm.modulated(x, segmap, slope, **how), add=add)

@@ -122,3 +122,9 @@ print(torch.cuda.is_initialized(), *sorted(name for name in ("torch._dynamo", "t
     new, state = run.stdout.splitlines()
     assert not {"triton", "matplotlib", "PIL", "spade_model"} & set(new.split())
     assert state == "False"
+
+
+def test_the_short_question_has_the_long_ones_answer():
+    for name in ("reference", "auto", *(["cpu"] if backends.can_run_cpu() is None else [])):
+        use_backend(name)
+        assert backends.is_compiled_on_cpu() == (backends.kernels_on("cpu")["conv"] == "cpu")
