@@ -108,9 +108,7 @@ class TestWindowIndex:
         mask, threads = turns.masks(pytestconfig)[kind][case], torch.get_num_threads()
 
         def index() -> None:
-            labels = fresh(mask)
-            for size in resolutions(mask):
-                labels.window_index(size, KERNEL_SIZE)
+            fresh(mask).prepare(resolutions(mask), KERNEL_SIZE, gradients=False)
 
         torch.set_num_threads(1)
         if repeat == 0:

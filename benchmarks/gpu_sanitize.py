@@ -59,7 +59,8 @@ def calls() -> Iterator[Call]:
     for kind, kernel_size, stride in WINDOWS:
         mask = random_label_map(kind, (3, 33, 20), 200)
         with Recorder() as recorder:
-            mask.windows((21, 20), kernel_size, stride, kernel_size // 2)
+            sizes = [(21, 20), (33, 40), (5, 5)]
+            ops.window_index(mask.codes, sizes, kernel_size, stride, kernel_size // 2, levels=2)
         func, arguments = recorder.calls["window_index"]
         expected = tree_leaves(func(*arguments))
         yield Call(f"{kind}, {kernel_size}, {stride}", "window_index", func, arguments, torch.int64, expected)

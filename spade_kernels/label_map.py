@@ -111,10 +111,7 @@ class LabelMap(Packable):
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
         """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept."""
         height, width = map(int, size)
-        if min(height, width) + 2 * padding < kernel_size:
-            raise ValueError(
-                f"no {kernel_size}x{kernel_size} window fits size {(height, width)} with padding {padding}"
-            )
+        _check_fits((height, width), kernel_size, padding)
         key = ("codes", height, width, kernel_size, stride, padding)
         if key not in self._kept:
             with torch.inference_mode(False):
@@ -123,30 +120,38 @@ class LabelMap(Packable):
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
         """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept."""
-        height, width = map(int, size)
-        half = kernel_size // 2
-        hidden = self.windows((height, width), kernel_size, 1, half)
-        key = ("hidden rows", height, width, kernel_size)
-        if key not in self._kept:
-            with torch.inference_mode(False):
-                # Not len(): where torch.export traces, the number of rows is a symbol.
-                ids, num_ids = hidden.pixel_row + 1, hidden.windows.shape[0] + 1
-                self._kept[key] = Windows.of(ids, num_ids, (height, width), kernel_size, 1, half)
-        return WindowIndex(hidden, self._kept[key])
+        key = tuple(map(int, size))
+        self._index([key], kernel_size)
+        return WindowIndex(*(self._kept[name] for name in _index_keys(key, kernel_size)))
 
     def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int = 3, gradients: bool = True) -> LabelMap:
         """Builds what SPADE layers with kernel_size need at each of the `sizes` (h, w), ahead of their forward pass.
 
-        A data-loader worker that does so leaves the training process nothing to build. Without `gradients`, what only
-        the backward needs is left out. Returns the label map itself.
+        All together, which on a GPU asks the device once for their numbers of rows. A data-loader worker that does so
+        leaves the training process nothing to build. Without `gradients`, what only the backward needs is left out.
+        Returns the label map itself.
         """
-        for size in sizes:
+        wanted = [tuple(map(int, size)) for size in sizes]
+        self._index(wanted, kernel_size)
+        for size in wanted if gradients else ():
             index = self.window_index(size, kernel_size)
-            if gradients:
-                index.groups()
-                # For what has a row of its own for every pixel: the dense path, and a network's first convolution.
-                _ = index.hidden.row_pixels
+            index.groups()
+            # For what has a row of its own for every pixel: the dense path, and a network's first convolution.
+            _ = index.hidden.row_pixels
         return self
+
+    def _index(self, sizes: Iterable[tuple[int, ...]], kernel_size: int) -> None:
+        """Builds the window indexes that are not there."""
+        missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self._kept]
+        if not missing:
+            return
+        for size in missing:
+            _check_fits(size, kernel_size, kernel_size // 2)
+        with torch.inference_mode(False):
+            found = WindowIndex.of(self.codes, self.num_codes, missing, kernel_size)
+        for size, index in zip(missing, found, strict=True):
+            for key, windows in zip(_index_keys(size, kernel_size), index, strict=True):
+                self._kept.setdefault(key, windows)
 
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
@@ -271,6 +276,16 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
     edges[..., 1:, :] |= down
     edges[..., :-1, :] |= down
     return edges
+
+
+def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[tuple, tuple]:
+    """Where a label map keeps the two parts of a window index."""
+    return ("codes", *size, kernel_size, 1, kernel_size // 2), ("hidden rows", *size, kernel_size)
+
+
+def _check_fits(size: tuple[int, ...], kernel_size: int, padding: int) -> None:
+    if min(size) + 2 * padding < kernel_size:
+        raise ValueError(f"no {kernel_size}x{kernel_size} window fits size {size} with padding {padding}")
 
 
 def _is_integer(t: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ First derivatives exist for every float argument but the statistics; asking for 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from spade_kernels import backends
 _library = torch.library.Library("spade_kernels", "DEF")
 
 _SCHEMAS = {
-    "window_index": "(Tensor ids, SymInt[] size, int kernel_size, int stride, int padding) -> (Tensor, Tensor, Tensor)",
+    "window_index": "(Tensor ids, SymInt[] sizes, int kernel_size, int stride, int padding, int levels) -> Tensor[]",
     "hidden_rows": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? order, Tensor? starts, bool relu) -> Tensor",
     "hidden_rows_grad": (
         "(Tensor grad, Tensor rows, Tensor order, Tensor starts, int num_taps, bool relu) -> (Tensor, Tensor)"
@@ -89,9 +90,16 @@ def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
     return group_by_value(windows * taps + torch.arange(taps, device=windows.device), taps * num_ids)
 
 
-def window_index(ids: Tensor, size, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct windows, the row of every pixel and the rows of every image: `reference.window_index`."""
-    return _call(_ops.window_index, ids, list(size), kernel_size, stride, padding)
+def window_index(
+    ids: Tensor, sizes: Sequence[Sequence[int]], kernel_size: int, stride: int, padding: int, levels: int = 1
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Distinct windows, the row of every pixel and the rows of every image: `reference.window_index`.
+
+    For each of the `sizes` (h, w), and each level of it.
+    """
+    flat = [side for size in sizes for side in size]
+    found = _call(_ops.window_index, ids, flat, kernel_size, stride, padding, levels)
+    return list(zip(found[::3], found[1::3], found[2::3], strict=True))
 
 
 def hidden_rows(
@@ -214,14 +222,14 @@ def _fake(name: str):
 
 
 @_fake("window_index")
-def _(ids, size, kernel_size, stride, padding):
-    rows = torch.library.get_ctx().new_dynamic_size()
-    height, width = ((s + 2 * padding - kernel_size) // stride + 1 for s in size)
-    return (
-        ids.new_empty(rows, kernel_size**2),
-        ids.new_empty(ids.shape[0], height, width),
-        ids.new_empty(ids.shape[0] + 1),
-    )
+def _(ids, sizes, kernel_size, stride, padding, levels):
+    found = []
+    for size in zip(sizes[::2], sizes[1::2], strict=True):
+        for _ in range(levels):
+            size = tuple((side + 2 * padding - kernel_size) // stride + 1 for side in size)
+            windows = ids.new_empty(torch.library.get_ctx().new_dynamic_size(), kernel_size**2)
+            found += [windows, ids.new_empty(ids.shape[0], *size), ids.new_empty(ids.shape[0] + 1)]
+    return found
 
 
 @_fake("hidden_rows")

@@ -20,18 +20,30 @@ _TO_OUTPUT = [[1, 1, 1, 0], [0, 1, -1, -1]]
 
 
 def window_index(
-    ids: Tensor, size: list[int], kernel_size: int, stride: int, padding: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Interns the distinct kernel_size x kernel_size windows of the map resized (nearest) to `size`.
+    ids: Tensor, sizes: list[int], kernel_size: int, stride: int, padding: int, levels: int
+) -> list[Tensor]:
+    """Interns the distinct kernel_size x kernel_size windows of the map, resized (nearest) to each of the sizes.
 
     Args:
         ids: (N, H, W) int64, all positive; 0 is reserved for "outside the image".
+        sizes: h, w of the first, h, w of the second, ...
+        levels: 1, or 2 for the windows of those windows too: of the map of their rows, counted from 1.
 
     Returns:
-        windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64, image_rows (N + 1,) int64. Rows belong to
-        one image each and are numbered by first occurrence.
+        For each size, and each level of it: windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64,
+        image_rows (N + 1,) int64. Rows belong to one image each and are numbered by first occurrence.
     """
-    padded = F.pad(_resize_nearest(ids, size), (padding,) * 4)
+    found: list[Tensor] = []
+    for height, width in zip(sizes[::2], sizes[1::2], strict=True):
+        level = _resize_nearest(ids, [height, width])
+        for _ in range(levels):
+            found += _windows(level, kernel_size, stride, padding)
+            level = found[-2] + 1
+    return found
+
+
+def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    padded = F.pad(ids, (padding,) * 4)
     height, width = ((s - kernel_size) // stride + 1 for s in padded.shape[1:])
     image = torch.arange(ids.shape[0], device=ids.device).view(-1, 1, 1)
     across = [padded[:, :, j::stride][:, :, :width] for j in range(kernel_size)]

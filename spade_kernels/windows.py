@@ -40,7 +40,8 @@ class Windows(Packable):
         cls, ids: torch.Tensor, num_ids: int, size: Sequence[int], kernel_size: int, stride: int, padding: int
     ) -> Windows:
         """Windows of ids (N, H, W), all positive, after a nearest resize to `size`."""
-        return cls(*ops.window_index(ids, size, kernel_size, stride, padding), num_ids)
+        (found,) = ops.window_index(ids, [size], kernel_size, stride, padding)
+        return cls(*found, num_ids)
 
     def __len__(self) -> int:
         return self.windows.shape[0]
@@ -83,6 +84,17 @@ class WindowIndex(NamedTuple):
 
     hidden: Windows
     modulation: Windows
+
+    @classmethod
+    def of(
+        cls, codes: torch.Tensor, num_codes: int, sizes: Sequence[Sequence[int]], kernel_size: int
+    ) -> list[WindowIndex]:
+        """Of codes (N, H, W) at each of the `sizes` (h, w)."""
+        found = ops.window_index(codes, sizes, kernel_size, 1, kernel_size // 2, levels=2)
+        hidden = [Windows(*level, num_codes) for level in found[::2]]
+        # Not len(): where torch.export traces, the number of rows is a symbol.
+        pairs = zip(hidden, found[1::2], strict=True)
+        return [cls(of_codes, Windows(*level, of_codes.windows.shape[0] + 1)) for of_codes, level in pairs]
 
     def groups(self) -> tuple[Segments, Segments, Segments]:
         """What the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""

@@ -325,8 +325,7 @@ def index_builder(generator: nn.Module) -> Callable[[LabelMap], object] | None:
     """What builds the window indexes of a label map for the generator; None for one that uses none."""
     if not isinstance(generator, SPADEGenerator):
         return None
-    kernel_size = generator.head_0.norm_0.mlp_gamma.kernel_size[0]
-    return partial(LabelMap.prepare, sizes=generator.resolutions(), kernel_size=kernel_size)
+    return partial(LabelMap.prepare, sizes=generator.resolutions(), kernel_size=generator.kernel_size)
 
 
 def choose_device(name: str) -> torch.device:

@@ -84,32 +84,49 @@ def numbers(*values: int):
 
 
 def window_index(
-    library: ctypes.CDLL, ids: Tensor, size: tuple[int, int], convolution: tuple[int, int, int], order: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    library: ctypes.CDLL,
+    ids: Tensor,
+    sizes: list[tuple[int, int]],
+    convolution: tuple[int, int, int],
+    order: str,
+    levels: int = 1,
+) -> list[Tensor]:
     kernel_size, stride, padding = convolution
-    height, width = ((s + 2 * padding - kernel_size) // stride + 1 for s in size)
     images = ids.shape[0]
-    windows = guarded(images * height * width, kernel_size**2, dtype=torch.int64)
-    pixel_row = guarded(images, height, width, dtype=torch.int64)
-    image_rows = guarded(images + 1, dtype=torch.int64)
-    library.window_index.restype = ctypes.c_int64
+    found: list[Tensor] = []
+    for size in sizes:
+        for _ in range(levels):
+            size = tuple((s + 2 * padding - kernel_size) // stride + 1 for s in size)
+            found.append(guarded(images * size[0] * size[1], kernel_size**2, dtype=torch.int64))
+            found.append(guarded(images, *size, dtype=torch.int64))
+            found.append(guarded(images + 1, dtype=torch.int64))
+    num_rows = numbers(*[0] * (len(sizes) * levels))
     library.run_on(*ORDERS[order])
-    rows = library.window_index(
+    library.window_index.restype = ctypes.c_bool
+    assert library.window_index(
         pointer(ids),
         numbers(*ids.shape),
-        numbers(*size),
+        numbers(*(side for size in sizes for side in size)),
+        ctypes.c_int64(len(sizes)),
         numbers(*convolution),
-        *map(pointer, (windows, pixel_row, image_rows)),
+        ctypes.c_int64(levels),
+        (ctypes.c_void_p * len(found))(*(t.data_ptr() for t in found)),
+        num_rows,
     )
-    for result in (windows, pixel_row, image_rows):
+    for result in found:
         assert_written_within(result)
-    assert (windows[rows:] == -77).all()
-    return windows[:rows], pixel_row, image_rows
+    for i, rows in enumerate(num_rows):
+        assert (found[3 * i][rows:] == -77).all()
+        found[3 * i] = found[3 * i][:rows]
+    return found
 
 
-def check_windows(library: ctypes.CDLL, ids: Tensor, size, convolution, order: str = "forwards") -> None:
-    expected = reference.window_index(ids, list(size), *convolution)
-    for got, wanted in zip(window_index(library, ids, size, convolution, order), expected, strict=True):
+def check_windows(
+    library: ctypes.CDLL, ids: Tensor, sizes, convolution, order: str = "forwards", levels: int = 1
+) -> None:
+    flat = [side for size in sizes for side in size]
+    expected = reference.window_index(ids, flat, *convolution, levels)
+    for got, wanted in zip(window_index(library, ids, sizes, convolution, order, levels), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -118,38 +135,47 @@ def check_windows(library: ctypes.CDLL, ids: Tensor, size, convolution, order: s
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_windows(windows_library, kind, convolution, order):
     ids = random_labels(kind, (3, 13, 10), 6) + 1
-    for size in [(13, 10), (7, 7), (20, 31)]:
-        check_windows(windows_library, ids, size, convolution, order)
+    check_windows(windows_library, ids, [(13, 10), (7, 7), (20, 31)], convolution, order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_windows_of_windows(windows_library, kind, order):
+    ids = random_labels(kind, (3, 13, 10), 6) + 1
+    # More maps than one launch takes.
+    sizes = [(13, 10), (1, 1), (40, 39), *((8 + i, 9) for i in range(8))]
+    check_windows(windows_library, ids, sizes, (3, 1, 1), order, levels=2)
+    check_windows(windows_library, ids, sizes[:3], (5, 1, 2), order, levels=3)
+    check_windows(windows_library, ids, sizes[2:], (4, 2, 2), order, levels=2)
 
 
 def test_nearest_resize(windows_library):
     for source in range(1, 41):
         ids = torch.arange(1, source + 1).view(1, 1, source)
-        for target in range(1, 41):
-            check_windows(windows_library, ids, (1, target), (1, 1, 0))
+        check_windows(windows_library, ids, [(1, target) for target in range(1, 41)], (1, 1, 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_windows_of_several_blocks(windows_library, order):
     """More pixels than threads in a block, and more than one turn for each."""
     ids = random_labels("islands", (8, 200, 200), 30) + 1
-    check_windows(windows_library, ids, (200, 200), (3, 1, 1), order)
-    check_windows(windows_library, ids[:3, :101, :99].contiguous(), (77, 150), (3, 1, 1), order)
+    check_windows(windows_library, ids, [(200, 200), (9, 9)], (3, 1, 1), order, levels=2)
+    check_windows(windows_library, ids[:3, :101, :99].contiguous(), [(77, 150)], (3, 1, 1), order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["noise", "stripes", "islands"])
 def test_windows_that_meet_in_one_slot(one_slot_library, kind, order):
     ids = random_labels(kind, (2, 17, 19), 50) + 1
-    check_windows(one_slot_library, ids, (17, 19), (3, 1, 1), order)
-    check_windows(one_slot_library, ids, (9, 30), (4, 2, 2), order)
+    check_windows(one_slot_library, ids, [(17, 19)], (3, 1, 1), order, levels=2)
+    check_windows(one_slot_library, ids, [(9, 30)], (4, 2, 2), order)
 
 
 def test_ids_of_any_size(windows_library):
     """Ids are compared as they are: none can reach outside a table or stand for another."""
     values = torch.tensor([1, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1, -1, -(2**63)])
     ids = values[random_labels("noise", (2, 12, 11), len(values))]
-    windows, pixel_row, _ = window_index(windows_library, ids, (12, 11), (3, 1, 1), "forwards")
+    windows, pixel_row, _ = window_index(windows_library, ids, [(12, 11)], (3, 1, 1), "forwards")
     padded = F.pad(ids, (1, 1, 1, 1))
     expected = padded.unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)
     assert torch.equal(windows[pixel_row], expected)
@@ -159,7 +185,7 @@ def test_ids_of_any_size(windows_library):
 def test_windows_under_contention(windows_library):
     for seed in range(5):
         ids = random_labels("noise", (1, 90, 90), 2, seed) + 1
-        check_windows(windows_library, ids, (90, 90), (3, 1, 1), "threads")
+        check_windows(windows_library, ids, [(90, 90)], (3, 1, 1), "threads", levels=2)
 
 
 DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}

@@ -50,7 +50,7 @@ class Problem:
         modulate = (*stats, self.table, rows.pixel_row)
         weights = (self.gamma, self.beta)
         return {
-            "window_index": (self.label_map.codes, [H + 1, W], K, 1, K // 2),
+            "window_index": (self.label_map.codes, [H + 1, W, H, W], K, 1, K // 2, 2),
             "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.uses_by_tap, True),
             "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.uses_by_tap, K * K, True),
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.uses_by_tap),

@@ -25,7 +25,7 @@ def padded_windows(ids: torch.Tensor, size, kernel_size: int, stride: int, paddi
 
 
 def check_index(ids: torch.Tensor, size, kernel_size: int, stride: int, padding: int) -> None:
-    windows, pixel_row, image_rows = ops.window_index(ids, size, kernel_size, stride, padding)
+    ((windows, pixel_row, image_rows),) = ops.window_index(ids, [size], kernel_size, stride, padding)
     expected = padded_windows(ids, size, kernel_size, stride, padding)
     assert torch.equal(windows[pixel_row], expected)
     assert image_rows[0] == 0
@@ -36,11 +36,16 @@ def check_index(ids: torch.Tensor, size, kernel_size: int, stride: int, padding:
         assert len(windows[first:end].unique(dim=0)) == end - first
 
 
+def assert_equal(got, expected) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nearest_resize_equals_interpolate():
     for source in range(1, 41):
         ids = torch.arange(1, source + 1).view(1, source, 1)
         for target in range(1, 41):
-            windows, pixel_row, _ = ops.window_index(ids, (target, 1), 1, 1, 0)
+            ((windows, pixel_row, _),) = ops.window_index(ids, [(target, 1)], 1, 1, 0)
             expected = F.interpolate(ids.unsqueeze(1).float(), size=(target, 1), mode="nearest").flatten()
             assert windows[pixel_row].flatten().tolist() == expected.tolist(), (source, target)
 
@@ -51,6 +56,23 @@ def test_windows_are_those_of_a_convolution(kind, kernel_size, stride, padding):
     ids = random_labels(kind, (3, 13, 10), 6) + 1
     for size in [(13, 10), (7, 7), (20, 31)]:
         check_index(ids, size, kernel_size, stride, padding)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride", "padding"), CONVOLUTIONS[1:5])
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_sizes_and_levels_at_once(kind, kernel_size, stride, padding):
+    """As one by one: a level of windows is the map of ids for the next."""
+    ids = random_labels(kind, (3, 13, 10), 6) + 1
+    # More than one launch takes on a GPU.
+    sizes = [(13, 10), (7, 7), (20, 31), *((8 + i, 9) for i in range(8))]
+    found = ops.window_index(ids, sizes, kernel_size, stride, padding, levels=2)
+    assert len(found) == 2 * len(sizes)
+    for size, first, second in zip(sizes, found[::2], found[1::2], strict=True):
+        (expected,) = ops.window_index(ids, [size], kernel_size, stride, padding)
+        assert_equal(first, expected)
+        (expected,) = ops.window_index(first[1] + 1, [first[1].shape[1:]], kernel_size, stride, padding)
+        assert_equal(second, expected)
+        check_index(first[1] + 1, first[1].shape[1:], kernel_size, stride, padding)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -72,10 +94,10 @@ def test_any_map(kind, shape, size, convolution, num_labels, seed):
 def test_keys_too_large_for_64_bits_are_renumbered(monkeypatch, limit):
     ids = random_labels("noise", (2, 9, 8), 200) + 1
     ids[1] = ids[0]
-    whole = ops.window_index(ids, (9, 8), 5, 1, 2)
+    (whole,) = ops.window_index(ids, [(9, 8)], 5, 1, 2)
     monkeypatch.setattr(reference, "_KEY_LIMIT", limit)
-    for expected, got in zip(whole, ops.window_index(ids, (9, 8), 5, 1, 2), strict=True):
-        assert torch.equal(got, expected)
+    (again,) = ops.window_index(ids, [(9, 8)], 5, 1, 2)
+    assert_equal(again, whole)
 
 
 def test_huge_ids_stay_exact():

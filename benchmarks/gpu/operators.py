@@ -148,7 +148,7 @@ def window_index(work: Workload) -> Iterator[Result]:
     for name in names[::-1]:
         # The reference, last of all, first.
         sk.use_backend(name)
-        mask = fresh(found[0])
+        mask = fresh(found[0]).prepare(resolutions(found[0]), gradients=False)
         got = [t for size in resolutions(mask) for part in mask.window_index(size, 3) for t in _tensors(part)]
         expected = expected or got
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{name}: the window indexes differ"

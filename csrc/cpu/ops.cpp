@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "calls.h"
 #include "kernels.h"
@@ -31,39 +32,71 @@ std::vector<int64_t> nearest_indices(int64_t from, int64_t to) {
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,
-                                                   int64_t kernel_size, int64_t stride, int64_t padding) {
+int64_t* mutable_ids(const Tensor& t) {
+  return static_cast<int64_t*>(t.mutable_data_ptr());
+}
+
+// One image's windows at one size, level by level, rows counted from 0 in each.
+std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, WindowIndexParams p, int64_t levels) {
+  const std::vector<int64_t> rows_of = nearest_indices(map.size(1), p.height),
+                             cols_of = nearest_indices(map.size(2), p.width);
+  const int64_t* from = ids(map) + image * map.size(1) * map.size(2);
+  std::vector<int64_t> level(p.height * p.width);
+  for (int64_t y = 0; y < p.height; ++y)
+    for (int64_t x = 0; x < p.width; ++x) level[y * p.width + x] = from[rows_of[y] * map.size(2) + cols_of[x]];
+
+  std::vector<ImageWindows> found;
+  for (int64_t i = 0; i < levels; ++i) {
+    p.out_height = (p.height + 2 * p.padding - p.kernel_size) / p.stride + 1;
+    p.out_width = (p.width + 2 * p.padding - p.kernel_size) / p.stride + 1;
+    p.ids = level.data();
+    found.push_back(window_index(p));
+    level = found.back().pixel_row;
+    for (int64_t& row : level) ++row;
+    p.height = p.out_height;
+    p.width = p.out_width;
+  }
+  return found;
+}
+
+std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                    int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
   const Tensor map = dense(ids_in);
-  const int64_t images = map.size(0), height = size[0], width = size[1];
-  const std::vector<int64_t> rows_of = nearest_indices(map.size(1), height),
-                             cols_of = nearest_indices(map.size(2), width);
-  const int64_t out_height = (height + 2 * padding - kernel_size) / stride + 1;
-  const int64_t out_width = (width + 2 * padding - kernel_size) / stride + 1;
-
-  std::vector<ImageWindows> found(images);
-  in_pieces(images, 1, [&](int64_t n, int64_t) {
-    std::vector<int64_t> resized(height * width);
-    const int64_t* from = ids(map) + n * map.size(1) * map.size(2);
-    for (int64_t y = 0; y < height; ++y)
-      for (int64_t x = 0; x < width; ++x) resized[y * width + x] = from[rows_of[y] * map.size(2) + cols_of[x]];
-    found[n] = window_index({resized.data(), height, width, kernel_size, stride, padding, out_height, out_width});
+  const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
+  std::vector<std::vector<ImageWindows>> found(num_sizes * images);
+  in_pieces(num_sizes * images, 1, [&](int64_t i, int64_t) {
+    const int64_t height = sizes[2 * (i / images)], width = sizes[2 * (i / images) + 1];
+    found[i] = windows_of_image(map, i % images, {nullptr, height, width, kernel_size, stride, padding, 0, 0}, levels);
   });
 
+  std::vector<Tensor> results;
   const int64_t taps = kernel_size * kernel_size;
-  const Tensor image_rows = torch::stable::new_empty(map, {images + 1});
-  int64_t* first_row = static_cast<int64_t*>(image_rows.mutable_data_ptr());
-  first_row[0] = 0;
-  for (int64_t n = 0; n < images; ++n)
-    first_row[n + 1] = first_row[n] + static_cast<int64_t>(found[n].windows.size()) / taps;
-  const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
-  const Tensor pixel_row = torch::stable::new_empty(map, {images, out_height, out_width});
-  in_pieces(images, 1, [&](int64_t n, int64_t) {
-    std::copy(found[n].windows.begin(), found[n].windows.end(),
-              static_cast<int64_t*>(windows.mutable_data_ptr()) + first_row[n] * taps);
-    int64_t* rows = static_cast<int64_t*>(pixel_row.mutable_data_ptr()) + n * out_height * out_width;
-    for (int64_t row : found[n].pixel_row) *rows++ = row + first_row[n];
-  });
-  return {windows, pixel_row, image_rows};
+  for (int64_t s = 0; s < num_sizes; ++s) {
+    int64_t height = sizes[2 * s], width = sizes[2 * s + 1];
+    std::vector<int64_t> first_id(images, 0);
+    for (int64_t level = 0; level < levels; ++level) {
+      height = (height + 2 * padding - kernel_size) / stride + 1;
+      width = (width + 2 * padding - kernel_size) / stride + 1;
+      const auto of = [&](int64_t n) -> const ImageWindows& { return found[s * images + n][level]; };
+      const Tensor image_rows = torch::stable::new_empty(map, {images + 1});
+      int64_t* first_row = mutable_ids(image_rows);
+      first_row[0] = 0;
+      for (int64_t n = 0; n < images; ++n)
+        first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / taps;
+      const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
+      const Tensor pixel_row = torch::stable::new_empty(map, {images, height, width});
+      in_pieces(images, 1, [&](int64_t n, int64_t) {
+        int64_t* to = mutable_ids(windows) + first_row[n] * taps;
+        for (int64_t id : of(n).windows) *to++ = id == 0 ? 0 : id + first_id[n];
+        to = mutable_ids(pixel_row) + n * height * width;
+        for (int64_t row : of(n).pixel_row) *to++ = row + first_row[n];
+      });
+      // The next level's ids are this one's rows.
+      first_id.assign(first_row, first_row + images);
+      results.insert(results.end(), {windows, pixel_row, image_rows});
+    }
+  }
+  return results;
 }
 
 Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in, const MaybeTensor&,

@@ -40,8 +40,9 @@ struct Block {
 
 // Two blocks of 256 on a multiprocessor keep enough loads in flight; asked for nothing, ptxas spills to fit more.
 template <class Kernel>
-__global__ __launch_bounds__(Kernel::kThreads,
-                             Kernel::kThreads <= 512 ? 512 / Kernel::kThreads : 1) void run(const Kernel kernel) {
+__global__ __launch_bounds__(Kernel::kThreads, Kernel::kThreads <= 512
+                                                   ? 512 / Kernel::kThreads
+                                                   : 1) void run(const __grid_constant__ Kernel kernel) {
   if constexpr (requires { typename Kernel::Shared; }) {
     __shared__ typename Kernel::Shared shared;
     kernel(Block{}, shared);

@@ -13,16 +13,15 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../tensors.h"
+#include "checks.h"
 #include "kernels.h"
+#include "window_plan.h"
 
 namespace spade::cuda {
 namespace {
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::runtime_error(std::string("spade_kernels: ") + what);
-}
 
 // The device of a tensor, made current, and its current stream.
 class Launch {
@@ -62,54 +61,44 @@ Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
                               std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-uint32_t extent(int64_t value, int64_t least, const char* what) {
-  require(value >= least && value < (int64_t{1} << 30), what);
-  return static_cast<uint32_t>(value);
-}
-
-std::tuple<Tensor, Tensor, Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef size,
-                                                   int64_t kernel_size, int64_t stride, int64_t padding) {
+std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                    int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
   require(ids_in.dim() == 3 && ids_in.scalar_type() == ScalarType::Long, "ids must be int64 of shape (N, H, W)");
-  require(size.size() == 2, "size must be (h, w)");
   const Launch launch(ids_in);
   const Tensor ids = dense(ids_in, ScalarType::Long);
-  WindowIndexCall call{};
-  call.ids = ids.const_data_ptr<int64_t>();
-  call.images = ids.size(0);
-  require(call.images >= 1 && call.images <= std::numeric_limits<uint16_t>::max(), "a batch has 1 to 65535 images");
-  call.source_height = extent(ids.size(1), 1, "the map is empty or too large");
-  call.source_width = extent(ids.size(2), 1, "the map is empty or too large");
-  call.height = extent(size[0], 1, "size must be positive");
-  call.width = extent(size[1], 1, "size must be positive");
-  call.kernel_size = extent(kernel_size, 1, "kernel_size must be positive");
-  call.stride = extent(stride, 1, "stride must be positive");
-  call.padding = extent(padding, 0, "padding must not be negative");
-  require(std::min(size[0], size[1]) + 2 * padding >= kernel_size, "no window fits the size");
-  plan_window_index(call);
-  const int64_t pixels = int64_t{call.out_height} * call.out_width;
-  require(call.images * pixels < (int64_t{1} << 30), "a batch has less than 2^30 windows");
-
-  const Tensor pixel_row = torch::stable::new_empty(ids, {call.images, call.out_height, call.out_width});
-  const Tensor image_rows = torch::stable::new_empty(ids, {call.images + 1});
-  const int64_t slots = call.images << call.slot_bits;
-  const Tensor scratch = torch::stable::new_empty(ids, {slots + call.images * call.blocks}, ScalarType::Int);
-  call.pixel_row = pixel_row.mutable_data_ptr<int64_t>();
-  call.image_rows = image_rows.mutable_data_ptr<int64_t>();
-  call.slots = static_cast<uint32_t*>(scratch.mutable_data_ptr());
-  call.counts = call.slots + slots;
-  number_windows(call, launch.stream());
+  WindowPlan plan({ids.size(0), ids.size(1), ids.size(2)}, {sizes.begin(), sizes.end()}, kernel_size, stride, padding,
+                  levels);
+  const Tensor scratch = torch::stable::new_empty(ids, {plan.scratch_size()}, ScalarType::Int);
+  plan.divide(static_cast<uint32_t*>(scratch.mutable_data_ptr()));
+  std::vector<Tensor> pixel_rows, image_rows;
+  plan.for_each_map([&](WindowMap& map, const WindowMap* before) {
+    pixel_rows.push_back(torch::stable::new_empty(ids, {ids.size(0), map.out_height, map.out_width}));
+    image_rows.push_back(torch::stable::new_empty(ids, {ids.size(0) + 1}));
+    map.pixel_row = pixel_rows.back().mutable_data_ptr<int64_t>();
+    map.image_rows = image_rows.back().mutable_data_ptr<int64_t>();
+    map.ids = before ? before->pixel_row : ids.const_data_ptr<int64_t>();
+    map.first_id = before ? 1 : 0;
+  });
+  if (pixel_rows.empty()) return {};
+  for (const WindowIndexCall& call : plan.calls) number_windows(call, launch.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
   // The one thing the host has to know: how many rows there are.
-  int64_t rows = 0;
-  STD_CUDA_CHECK(
-      cudaMemcpyAsync(&rows, call.image_rows + call.images, sizeof(rows), cudaMemcpyDeviceToHost, launch.stream()));
+  std::vector<uint32_t> rows(pixel_rows.size());
+  STD_CUDA_CHECK(cudaMemcpyAsync(rows.data(), plan.calls[0].maps[0].rows, sizeof(uint32_t) * rows.size(),
+                                 cudaMemcpyDeviceToHost, launch.stream()));
   STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream()));
-  const Tensor windows = torch::stable::new_empty(ids, {rows, kernel_size * kernel_size});
-  call.windows = windows.mutable_data_ptr<int64_t>();
-  write_windows(call, launch.stream());
+  std::vector<Tensor> results;
+  plan.for_each_map([&](WindowMap& map, const WindowMap*) {
+    map.num_rows = rows[map.rows - plan.calls[0].maps[0].rows];
+    results.push_back(torch::stable::new_empty(ids, {map.num_rows, kernel_size * kernel_size}));
+    map.windows = results.back().mutable_data_ptr<int64_t>();
+    const size_t i = results.size() / 3;
+    results.insert(results.end(), {pixel_rows[i], image_rows[i]});
+  });
+  for (const WindowIndexCall& call : plan.calls) write_windows(call, launch.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {windows, pixel_row, image_rows};
+  return results;
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {

@@ -24,18 +24,20 @@ SPADE_DEVICE uint32_t nearest(uint32_t i, float scale, uint32_t source) {
 // The windows of one image.
 struct Windows {
   const WindowIndexCall& p;
+  const WindowMap& map;
   const int64_t* ids;
 
-  SPADE_DEVICE Windows(const WindowIndexCall& params, int64_t image)
-      : p(params), ids(params.ids + image * params.source_height * params.source_width) {}
+  SPADE_DEVICE Windows(const WindowIndexCall& call, const WindowMap& of, int64_t image)
+      : p(call), map(of), ids(of.ids + image * of.source_height * of.source_width) {}
 
   // Tap (i, j) of the window of a pixel; 0 outside the image.
   SPADE_DEVICE int64_t id(uint32_t pixel, uint32_t i, uint32_t j) const {
-    const uint32_t y = pixel / p.out_width * p.stride + i - p.padding,
-                   x = pixel % p.out_width * p.stride + j - p.padding;
-    if (y >= p.height || x >= p.width) return 0;  // above and left of the image they wrap round
-    return load_constant(ids + static_cast<int64_t>(nearest(y, p.scale_y, p.source_height)) * p.source_width +
-                         nearest(x, p.scale_x, p.source_width));
+    const uint32_t y = pixel / map.out_width * p.stride + i - p.padding,
+                   x = pixel % map.out_width * p.stride + j - p.padding;
+    if (y >= map.height || x >= map.width) return 0;  // above and left of the image they wrap round
+    return map.first_id +
+           load_constant(ids + static_cast<int64_t>(nearest(y, map.scale_y, map.source_height)) * map.source_width +
+                         nearest(x, map.scale_x, map.source_width));
   }
   SPADE_DEVICE bool same(uint32_t a, uint32_t b) const {
     for (uint32_t i = 0; i < p.kernel_size; ++i)
@@ -47,9 +49,17 @@ struct Windows {
     uint64_t h = 0;
     for (uint32_t i = 0; i < p.kernel_size; ++i)
       for (uint32_t j = 0; j < p.kernel_size; ++j) h = (h ^ static_cast<uint64_t>(id(pixel, i, j))) * SPADE_HASH_FACTOR;
-    return static_cast<uint32_t>(h >> (64 - p.slot_bits));  // the top bits depend on all ids
+    return static_cast<uint32_t>(h >> (64 - map.slot_bits));  // the top bits depend on all ids
   }
 };
+
+SPADE_DEVICE uint32_t pixels_of(const WindowMap& map) {
+  return map.out_height * map.out_width;
+}
+
+SPADE_DEVICE uint32_t* slots_of(const WindowMap& map, uint32_t image) {
+  return map.slots + (static_cast<int64_t>(image) << map.slot_bits);
+}
 
 // Finds every pixel's slot, keeping the first pixel of each window there.
 struct Insert {
@@ -57,11 +67,12 @@ struct Insert {
   WindowIndexCall p;
 
   SPADE_DEVICE void operator()(const Thread& t) const {
-    const uint32_t pixels = p.out_height * p.out_width, pixel = t.x * t.lanes + t.lane;
+    const WindowMap& map = p.maps[t.z];
+    const uint32_t pixels = pixels_of(map), pixel = t.x * t.lanes + t.lane;
     if (pixel >= pixels) return;
-    const Windows windows(p, t.y);
-    uint32_t* slots = p.slots + (static_cast<int64_t>(t.y) << p.slot_bits);
-    const uint32_t mask = (1u << p.slot_bits) - 1;
+    const Windows windows(p, map, t.y);
+    uint32_t* slots = slots_of(map, t.y);
+    const uint32_t mask = (1u << map.slot_bits) - 1;
     uint32_t slot = windows.hash(pixel);
     for (;; slot = (slot + 1) & mask) {
       uint32_t there = load_now(slots + slot);
@@ -72,7 +83,7 @@ struct Insert {
       if (pixel < there) fetch_min(slots + slot, pixel);
       break;
     }
-    p.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel] = slot;
+    map.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel] = slot;
   }
 };
 
@@ -80,8 +91,8 @@ struct Insert {
 struct Run {
   uint32_t begin, end;
 
-  SPADE_DEVICE Run(const WindowIndexCall& p, uint32_t block) {
-    const uint32_t pixels = p.out_height * p.out_width, length = (pixels + p.blocks - 1) / p.blocks;
+  SPADE_DEVICE Run(const WindowMap& map, uint32_t block) {
+    const uint32_t pixels = pixels_of(map), length = (pixels + map.blocks - 1) / map.blocks;
     begin = min(block * length, pixels);
     end = min(begin + length, pixels);
   }
@@ -96,9 +107,11 @@ struct Count {
   WindowIndexCall p;
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
-    const Run run(p, block.x);
-    const uint32_t* slots = p.slots + (static_cast<int64_t>(block.y) << p.slot_bits);
-    int64_t* pixel_row = p.pixel_row + static_cast<int64_t>(block.y) * p.out_height * p.out_width;
+    const WindowMap& map = p.maps[block.z];
+    if (block.x >= map.blocks) return;
+    const Run run(map, block.x);
+    const uint32_t* slots = slots_of(map, block.y);
+    int64_t* pixel_row = map.pixel_row + static_cast<int64_t>(block.y) * pixels_of(map);
     block.phase([&](const Thread& t) {
       if (t.lane == 0) shared.count = 0;
     });
@@ -113,12 +126,12 @@ struct Count {
       if (count) fetch_add(&shared.count, count);
     });
     block.phase([&](const Thread& t) {
-      if (t.lane == 0) p.counts[block.y * p.blocks + block.x] = shared.count;
+      if (t.lane == 0) map.counts[block.y * map.blocks + block.x] = shared.count;
     });
   }
 };
 
-// Numbers the marked pixels in order and leaves the number in their slot.
+// Numbers the marked pixels in order, leaves the number in their slot, and notes which pixel it is.
 struct Number {
   static constexpr int kThreads = spade::cuda::kThreads;
   static constexpr int kMasks = kThreads / 32;
@@ -129,24 +142,27 @@ struct Number {
   WindowIndexCall p;
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
-    const Run run(p, block.x);
-    const uint32_t blocks_before = block.y * p.blocks + block.x;
-    uint32_t* slots = p.slots + (static_cast<int64_t>(block.y) << p.slot_bits);
-    const int64_t* pixel_row = p.pixel_row + static_cast<int64_t>(block.y) * p.out_height * p.out_width;
+    const WindowMap& map = p.maps[block.z];
+    if (block.x >= map.blocks) return;
+    const Run run(map, block.x);
+    const uint32_t blocks_before = block.y * map.blocks + block.x, pixels_before = block.y * pixels_of(map);
+    uint32_t* slots = slots_of(map, block.y);
+    const int64_t* pixel_row = map.pixel_row + static_cast<int64_t>(pixels_before);
     block.phase([&](const Thread& t) {
       if (t.lane == 0) shared.before = 0;
       if (t.lane < 2 * kMasks) shared.first[t.lane / kMasks][t.lane % kMasks] = 0;
     });
     block.phase([&](const Thread& t) {
       uint32_t sum = 0;
-      for (uint32_t b = t.lane; b < blocks_before; b += t.lanes) sum += p.counts[b];
+      for (uint32_t b = t.lane; b < blocks_before; b += t.lanes) sum += map.counts[b];
       if (sum) fetch_add(&shared.before, sum);
     });
     uint32_t number = shared.before;
     block.phase([&](const Thread& t) {
       if (t.lane != 0) return;
-      if (block.x == 0) p.image_rows[block.y] = number;
-      if (blocks_before + 1 == p.blocks * p.images) p.image_rows[p.images] = number + p.counts[blocks_before];
+      if (block.x == 0) map.image_rows[block.y] = number;
+      if (blocks_before + 1 == map.blocks * p.images)
+        map.image_rows[p.images] = *map.rows = number + map.counts[blocks_before];
     });
     uint32_t turn = 0;
     for (uint32_t begin = run.begin; begin < run.end; begin += block.lanes, turn ^= 1) {
@@ -161,61 +177,85 @@ struct Number {
         uint32_t row = number + count_bits(first[t.lane / 32] & ((1u << t.lane % 32) - 1));
         for (uint32_t i = 0; i < t.lane / 32; ++i) row += count_bits(first[i]);
         slots[~pixel_row[begin + t.lane]] = row;
+        map.firsts[row] = pixels_before + begin + t.lane;
       });
       for (int i = 0; i < kMasks; ++i) number += count_bits(first[i]);
     }
   }
 };
 
-// Gives every pixel its row, and every row its window.
+// Gives every pixel its row.
+struct Look {
+  static constexpr int kThreads = spade::cuda::kThreads;
+  WindowIndexCall p;
+
+  SPADE_DEVICE void operator()(const Thread& t) const {
+    const WindowMap& map = p.maps[t.z];
+    const uint32_t pixels = pixels_of(map), pixel = t.x * t.lanes + t.lane;
+    if (pixel >= pixels) return;
+    int64_t& pixel_row = map.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel];
+    pixel_row = slots_of(map, t.y)[pixel_row < 0 ? ~pixel_row : pixel_row];
+  }
+};
+
+// Gives every row its window; a thread writes one id.
 struct Write {
   static constexpr int kThreads = spade::cuda::kThreads;
   WindowIndexCall p;
 
   SPADE_DEVICE void operator()(const Thread& t) const {
-    const uint32_t pixels = p.out_height * p.out_width, pixel = t.x * t.lanes + t.lane;
-    if (pixel >= pixels) return;
-    int64_t& pixel_row = p.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel];
-    const bool first = pixel_row < 0;
-    const int64_t row = p.slots[(static_cast<int64_t>(t.y) << p.slot_bits) + (first ? ~pixel_row : pixel_row)];
-    pixel_row = row;
-    if (!first) return;
-    const Windows windows(p, t.y);
-    int64_t* to = p.windows + row * p.kernel_size * p.kernel_size;
-    for (uint32_t i = 0; i < p.kernel_size; ++i)
-      for (uint32_t j = 0; j < p.kernel_size; ++j) *to++ = windows.id(pixel, i, j);
+    const WindowMap& map = p.maps[t.z];
+    const uint32_t taps = p.kernel_size * p.kernel_size, pixels = pixels_of(map);
+    const int64_t at = static_cast<int64_t>(t.x) * t.lanes + t.lane;
+    if (at >= static_cast<int64_t>(map.num_rows) * taps) return;
+    const uint32_t first = map.firsts[at / taps], tap = at % taps;
+    const Windows windows(p, map, first / pixels);
+    map.windows[at] = windows.id(first % pixels, tap / p.kernel_size, tap % p.kernel_size);
   }
 };
 
+// As many blocks as the map that asks for the most.
+template <class Blocks>
+Grid over_maps(const WindowIndexCall& p, uint32_t images, const Blocks& blocks) {
+  int64_t most = 0;
+  for (uint32_t i = 0; i < p.count; ++i) most = std::max<int64_t>(most, blocks(p.maps[i]));
+  return {static_cast<uint32_t>(most), images, p.count, kThreads, 1};
+}
+
 Grid over_pixels(const WindowIndexCall& p) {
-  const int64_t blocks = ceil_div(static_cast<int64_t>(p.out_height) * p.out_width, kThreads);
-  return {static_cast<uint32_t>(blocks), static_cast<uint32_t>(p.images), 1, kThreads, 1};
+  return over_maps(p, p.images,
+                   [](const WindowMap& map) { return ceil_div(map.out_height * map.out_width, kThreads); });
 }
 
 }  // namespace
 
-void plan_window_index(WindowIndexCall& p) {
-  p.out_height = (p.height + 2 * p.padding - p.kernel_size) / p.stride + 1;
-  p.out_width = (p.width + 2 * p.padding - p.kernel_size) / p.stride + 1;
-  const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
+void plan_window_index(const WindowIndexCall& p, WindowMap& map) {
+  map.out_height = (map.height + 2 * p.padding - p.kernel_size) / p.stride + 1;
+  map.out_width = (map.width + 2 * p.padding - p.kernel_size) / p.stride + 1;
+  const int64_t pixels = static_cast<int64_t>(map.out_height) * map.out_width;
   // At least half of the slots stay empty, so every search ends, and soon.
-  for (p.slot_bits = 1; (int64_t{1} << p.slot_bits) < 2 * pixels;) ++p.slot_bits;
+  for (map.slot_bits = 1; (int64_t{1} << map.slot_bits) < 2 * pixels;) ++map.slot_bits;
   const int64_t most = std::max<int64_t>(kMostBlocks / p.images, 1);
-  p.blocks = static_cast<uint32_t>(std::min(ceil_div(pixels, kThreads), most));
-  p.scale_y = static_cast<float>(p.source_height) / static_cast<float>(p.height);
-  p.scale_x = static_cast<float>(p.source_width) / static_cast<float>(p.width);
+  map.blocks = static_cast<uint32_t>(std::min(ceil_div(pixels, kThreads), most));
+  map.scale_y = static_cast<float>(map.source_height) / static_cast<float>(map.height);
+  map.scale_x = static_cast<float>(map.source_width) / static_cast<float>(map.width);
 }
 
 void number_windows(const WindowIndexCall& p, Stream stream) {
-  fill_bytes(p.slots, 0xff, sizeof(uint32_t) * (p.images << p.slot_bits), stream);
+  size_t slots = 0;
+  for (uint32_t i = 0; i < p.count; ++i) slots += static_cast<size_t>(p.images) << p.maps[i].slot_bits;
+  fill_bytes(p.maps[0].slots, 0xff, sizeof(uint32_t) * slots, stream);
+  const Grid runs = over_maps(p, p.images, [](const WindowMap& map) { return map.blocks; });
   launch(over_pixels(p), stream, Insert{p});
-  const Grid runs{p.blocks, static_cast<uint32_t>(p.images), 1, kThreads, 1};
   launch(runs, stream, Count{p});
   launch(runs, stream, Number{p});
+  launch(over_pixels(p), stream, Look{p});
 }
 
 void write_windows(const WindowIndexCall& p, Stream stream) {
-  launch(over_pixels(p), stream, Write{p});
+  const int64_t taps = int64_t{p.kernel_size} * p.kernel_size;
+  launch(over_maps(p, 1, [&](const WindowMap& map) { return ceil_div(map.num_rows * taps, kThreads); }), stream,
+         Write{p});
 }
 
 }  // namespace spade::cuda

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spade_kernels import SPADE, freeze
+from spade_kernels import SPADE, LabelMap, freeze
 from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import convolved
@@ -116,6 +116,8 @@ class SPADEGenerator(nn.Module):
             TypeError, ValueError: the segmap (see `as_condition`) or z does not fit.
         """
         segmap = as_condition(segmap, self.semantic_nc)
+        if isinstance(segmap, LabelMap):
+            segmap.prepare(self.resolutions(), self.kernel_size, gradients=False)
         x = self.head_0(self._start(segmap, z), segmap)
         x = self.G_middle_0(x, segmap, upsample=2)
         x = self.G_middle_1(x, segmap, upsample=1 if self.num_upsampling_layers == "normal" else 2)
@@ -140,6 +142,11 @@ class SPADEGenerator(nn.Module):
                 f"z must be a float tensor of shape {(count, self.z_dim)}, got {z.dtype} of shape {tuple(z.shape)}"
             )
         return self.fc(z).view(count, -1, *self.start_size)
+
+    @property
+    def kernel_size(self) -> int:
+        """Of the SPADE layers' convolutions."""
+        return self.head_0.norm_0.mlp_gamma.kernel_size[0]
 
     def resolutions(self) -> list[tuple[int, int]]:
         """(height, width) of every feature map that SPADE layers modulate, from the smallest."""

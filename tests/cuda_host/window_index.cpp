@@ -1,5 +1,7 @@
-// csrc/cuda/window_index.cu as a host compiler sees it, behind a function that ctypes can call.
+// csrc/cuda/window_index.cu as a host compiler sees it, behind functions that ctypes can call.
 #include "window_index.cu"
+
+#include "window_plan.h"
 
 using namespace spade;
 using namespace spade::cuda;
@@ -11,29 +13,31 @@ void run_on(bool in_reverse, int threads) {
   host_threads = threads;
 }
 
-// `windows` has room for a row per pixel. Returns the number of rows.
-int64_t window_index(const int64_t* ids, const int64_t* shape, const int64_t* size, const int64_t* convolution,
-                     int64_t* windows, int64_t* pixel_row, int64_t* image_rows) {
-  WindowIndexCall p{};
-  p.ids = ids;
-  p.windows = windows;
-  p.pixel_row = pixel_row;
-  p.image_rows = image_rows;
-  p.images = shape[0];
-  p.source_height = shape[1];
-  p.source_width = shape[2];
-  p.height = size[0];
-  p.width = size[1];
-  p.kernel_size = convolution[0];
-  p.stride = convolution[1];
-  p.padding = convolution[2];
-  plan_window_index(p);
-  std::vector<uint32_t> slots(p.images << p.slot_bits), counts(p.images * p.blocks);
-  p.slots = slots.data();
-  p.counts = counts.data();
-  number_windows(p, nullptr);
-  write_windows(p, nullptr);
-  return image_rows[p.images];
+// shape: of the ids. convolution: kernel_size, stride, padding. results: windows, pixel_row and image_rows of each size
+// and level; `windows` has room for a row per pixel. Writes how many rows there are of each. False: the scratch was
+// written outside of.
+bool window_index(const int64_t* ids, const int64_t* shape, const int64_t* sizes, int64_t num_sizes,
+                  const int64_t* convolution, int64_t levels, int64_t** results, int64_t* num_rows) {
+  WindowPlan plan({shape[0], shape[1], shape[2]}, {sizes, sizes + 2 * num_sizes}, convolution[0], convolution[1],
+                  convolution[2], levels);
+  constexpr int64_t margin = 64;
+  constexpr uint32_t unwritten = 0xABABABABu;
+  std::vector<uint32_t> scratch(plan.scratch_size() + 2 * margin, unwritten);
+  plan.divide(scratch.data() + margin);
+  plan.for_each_map([&](WindowMap& map, const WindowMap* before) {
+    map.windows = *results++;
+    map.pixel_row = *results++;
+    map.image_rows = *results++;
+    map.ids = before ? before->pixel_row : ids;
+    map.first_id = before ? 1 : 0;
+  });
+  for (const WindowIndexCall& call : plan.calls) number_windows(call, nullptr);
+  plan.for_each_map([&](WindowMap& map, const WindowMap*) { *num_rows++ = map.num_rows = *map.rows; });
+  for (const WindowIndexCall& call : plan.calls) write_windows(call, nullptr);
+  const auto untouched = [&](auto first) {
+    return std::all_of(first, first + margin, [](uint32_t u) { return u == unwritten; });
+  };
+  return untouched(scratch.begin()) && untouched(scratch.end() - margin);
 }
 
 }  // extern "C"
