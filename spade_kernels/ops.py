@@ -80,8 +80,9 @@ backends.register(_library, list(_SCHEMAS))
 def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
     """(order, starts): positions of `values`, flattened, grouped by value 0 .. num_values - 1, in increasing order."""
     flat = values.flatten()
-    starts = torch.nn.functional.pad(torch.bincount(flat, minlength=num_values).cumsum(0), (1, 0))
-    return flat.argsort(stable=True), starts
+    # Not bincount: on a GPU that asks the device for the largest value.
+    counts = flat.new_zeros(num_values + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts.cumsum(0)
 
 
 def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:

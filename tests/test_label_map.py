@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spade_kernels import SPADE, LabelMap, instance_edges
+from spade_kernels import SPADE, LabelMap, instance_edges, ops
 from spade_kernels.functional import conv2d
 from spade_kernels.testing import (
     MASK_KINDS,
@@ -219,6 +219,28 @@ def test_everything_is_built_once():
     assert label_map.window_index((6, 6), 5) != index
     assert label_map[:].window_index((6, 6), 3) != index
     assert label_map.to("cpu") is label_map
+
+
+def test_indexes_at_several_sizes_are_built_at_once(monkeypatch):
+    """On a GPU each call asks the device for its numbers of rows."""
+    label_map = random_label_map("blobs", SHAPE, CLASSES)
+    seen, sizes, window_index = label_map.windows((6, 6), 3, 1, 1), [], ops.window_index
+
+    def counted(ids, wanted, *how, **more):
+        sizes.append(wanted)
+        return window_index(ids, wanted, *how, **more)
+
+    monkeypatch.setattr(ops, "window_index", counted)
+    label_map.prepare([(6, 6), (13, 10), (6, 6)])
+    label_map.prepare([(13, 10), (9, 9)])
+    assert sizes == [[(6, 6), (13, 10)], [(9, 9)]]
+    assert label_map.window_index((6, 6), 3).hidden is seen
+    for size in [(6, 6), (13, 10), (9, 9)]:
+        alone = random_label_map("blobs", SHAPE, CLASSES).window_index(size, 3)
+        for got, expected in zip(label_map.window_index(size, 3), alone, strict=True):
+            assert got.num_ids == expected.num_ids
+            assert torch.equal(got.windows, expected.windows)
+            assert torch.equal(got.pixel_row, expected.pixel_row)
 
 
 SIZES = [(6, 5), (13, 10)]

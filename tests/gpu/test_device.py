@@ -35,6 +35,24 @@ def test_no_synchronisation_once_the_index_is_there(generator):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_one_synchronisation_for_the_index(generator, monkeypatch):
+    """That of its row counts, which the kernel itself asks for: PyTorch's own functions ask for nothing."""
+    if sk.build_info()["kernels"]["window_index"] != "cuda":
+        pytest.skip("the CUDA kernels are not built")
+    mask = random_label_map("blobs", (2, SIZE, SIZE), CLASSES)
+    calls = []
+    window_index = ops.window_index
+    monkeypatch.setattr(
+        ops, "window_index", lambda *arguments, **how: calls.append(1) or window_index(*arguments, **how)
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask.prepare(generator.resolutions())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert calls == [1]
+
+
 def test_on_another_stream():
     layer = random_spade("spadebatch3x3", 64, CLASSES).eval()
     x, mask = torch.randn(2, 64, SIZE, SIZE), random_label_map("blobs", (2, SIZE, SIZE), CLASSES)
