@@ -229,6 +229,21 @@ def test_channel_stats(pixels_library, dtype, shape, order):
     assert_within_budget(by_name(names, (mean, m2)), by_name(names, stock), by_name(names, exact))
 
 
+@pytest.mark.parametrize("place", [0, 1, 640, -1])
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_channel_stats_beside_one_far_off(pixels_library, size, place):
+    """Whichever pixel it is, the others lose no digits."""
+    shape = (2, 8, 60, 70)
+    x = torch.randn(shape)
+    x.flatten(2)[:, :, place] = size
+    pixels, mean, m2 = channels_last(x), *(guarded(*shape[:2], dtype=torch.float32) for _ in range(2))
+    pixels_library.run_on(*ORDERS["forwards"])
+    pixels_library.channel_stats(0, *map(pointer, (pixels, mean, m2)), numbers(*shape))
+    names = ("mean", "m2")
+    stock, exact = reference.channel_stats(x), reference.channel_stats(x.double())
+    assert_within_budget(by_name(names, (mean, m2)), by_name(names, stock), by_name(names, exact))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channel_stats_grad(pixels_library, dtype, shape):

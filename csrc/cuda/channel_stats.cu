@@ -1,6 +1,7 @@
 // Mean and sum of squared deviations: of a piece of an image's pixels by one block, then of all pieces. Every count is
-// small and every tree has one shape, so sums keep their precision and their bits. Values are taken from the image's
-// first pixel: means of pieces would otherwise be rounded to a channel's magnitude, and their differences with them.
+// small and every tree has one shape, so sums keep their precision and their bits. A thread counts from one of its
+// pixels, and from there on a mean is a sum of two numbers: rounded to a channel's magnitude, means of parts would lose
+// the differences between them.
 #include "access.h"
 #include "kernels.h"
 
@@ -9,16 +10,14 @@ namespace {
 
 constexpr int kBatch = 4;  // pixels a thread has in registers, for a mean first and deviations second
 constexpr int kPixelsOfThread = 16;
-constexpr uint32_t kMergeLanes = 32, kMergeRows = 32;
+constexpr uint32_t kMergeLanes = 32;
 
-// Statistics of V channels over `count` pixels.
+// Statistics of V channels over `count` pixels, with means counted from some origin. Merged as by Chan et al. 1979.
 template <class A, int V>
-struct Stats {
+struct StatsFromOrigin {
   A count = 0, mean[V] = {}, m2[V] = {};
 
-  // Chan et al. 1979.
-  SPADE_DEVICE void merge(const Stats& other) {
-    if (other.count == 0) return;
+  SPADE_DEVICE void merge(const StatsFromOrigin& other) {
     const A share = other.count / (count + other.count), weight = count * share;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -30,16 +29,43 @@ struct Stats {
   }
 };
 
+// The same with means that are mean + rest.
+template <class A, int V>
+struct Stats {
+  A count = 0, mean[V] = {}, rest[V] = {}, m2[V] = {};
+
+  // The nearest number to a + b and what that leaves (Knuth's exact sum of two).
+  SPADE_DEVICE void set_mean(int i, A a, A b) {
+    mean[i] = a + b;
+    const A of_b = mean[i] - a;
+    rest[i] = (a - (mean[i] - of_b)) + (b - of_b);
+  }
+
+  // Of pixels there are at least as many here as in the other.
+  SPADE_DEVICE void merge(const Stats& other) {
+    if (other.count == 0) return;
+    const A share = other.count / (count + other.count), weight = count * share;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A delta = (other.mean[i] - mean[i]) + (other.rest[i] - rest[i]);
+      set_mean(i, mean[i], rest[i] + delta * share);
+      m2[i] += other.m2[i] + delta * delta * weight;
+    }
+    count += other.count;
+  }
+};
+
 // One Stats for each thread of a block; banks are threads.
 template <class A, int V, int threads>
 struct SharedStats {
-  A count[threads], mean[V][threads], m2[V][threads];
+  A count[threads], mean[V][threads], rest[V][threads], m2[V][threads];
 
   SPADE_DEVICE void put(uint32_t thread, const Stats<A, V>& stats) {
     count[thread] = stats.count;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       mean[i][thread] = stats.mean[i];
+      rest[i][thread] = stats.rest[i];
       m2[i][thread] = stats.m2[i];
     }
   }
@@ -49,11 +75,12 @@ struct SharedStats {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       stats.mean[i] = mean[i][thread];
+      stats.rest[i] = rest[i][thread];
       stats.m2[i] = m2[i][thread];
     }
     return stats;
   }
-  // Merges the rows of a block into row 0, two by two.
+  // Merges the rows of a block into row 0, two by two. Rows of no pixels come last.
   SPADE_DEVICE void merge_rows(const Block& block) {
     for (uint32_t step = 1; step < block.rows; step *= 2)
       block.phase([&](const Thread& t) {
@@ -66,7 +93,7 @@ struct SharedStats {
   }
 };
 
-// Where the pieces' statistics stand: (images, pieces, 2, channels).
+// Where the pieces' statistics stand: (images, pieces, 3, channels).
 struct Pieces {
   int64_t pixels_of_one, count;
 };
@@ -84,19 +111,33 @@ struct PieceStats {
     return static_cast<A>(x.at[i]) - static_cast<A>(origin.at[i]);
   }
 
+  // Among the first pixels, channel by channel: not one that lies far off from all the rest.
+  static SPADE_DEVICE Values<T, V> nearest_to_0(const Values<T, V>* x, int count) {
+    Values<T, V> nearest = x[0];
+#pragma unroll
+    for (int b = 1; b < kBatch; ++b)
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A here = static_cast<A>(x[b].at[i]), there = static_cast<A>(nearest.at[i]);
+        if (b < count && (here < 0 ? -here : here) < (there < 0 ? -there : there)) nearest.at[i] = x[b].at[i];
+      }
+    return nearest;
+  }
+
   SPADE_DEVICE Stats<A, V> of_thread(const Thread& t, int64_t channel) const {
     const int64_t first = t.x * pieces.pixels_of_one, left = p.pixels - first - t.row;
     const int count = left <= 0 ? 0 : static_cast<int>(min((left + t.rows - 1) / t.rows, int64_t{kPixelsOfThread}));
     const int64_t start = (t.z * p.pixels + first + t.row) * p.channels + channel, step = t.rows * p.channels;
+    if (count == 0) return {};
     Values<T, V> origin;
-    origin.load(p.x, t.z * p.pixels * p.channels + channel);
-    Stats<A, V> total;
+    StatsFromOrigin<A, V> total;
     for (int begin = 0; begin < count; begin += kBatch) {
       Values<T, V> x[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
         if (begin + b < count) x[b].load(p.x, start + (begin + b) * step);
-      Stats<A, V> batch;
+      if (begin == 0) origin = nearest_to_0(x, count);
+      StatsFromOrigin<A, V> batch;
       batch.count = static_cast<A>(min(count - begin, kBatch));
       const A scale = 1 / batch.count;
 #pragma unroll
@@ -114,7 +155,14 @@ struct PieceStats {
         }
       total.merge(batch);
     }
-    return total;
+    Stats<A, V> found;
+    found.count = total.count;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      found.set_mean(i, static_cast<A>(origin.at[i]), total.mean[i]);
+      found.m2[i] = total.m2[i];
+    }
+    return found;
   }
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
@@ -127,11 +175,12 @@ struct PieceStats {
       const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
       if (t.row != 0 || channel >= p.channels) return;
       const Stats<A, V> stats = shared.get(t.lane);
-      A* to = parts + (t.z * pieces.count + t.x) * 2 * p.channels + channel;
+      A* to = parts + (t.z * pieces.count + t.x) * 3 * p.channels + channel;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         to[i] = stats.mean[i];
-        to[p.channels + i] = stats.m2[i];
+        to[p.channels + i] = stats.rest[i];
+        to[2 * p.channels + i] = stats.m2[i];
       }
     });
   }
@@ -140,7 +189,8 @@ struct PieceStats {
 template <class T>
 struct MergePieces {
   using A = acc_t<T>;
-  static constexpr int kThreads = kMergeLanes * kMergeRows;
+  static constexpr uint32_t kRows = 128 / sizeof(A);  // in 64 registers a thread, which is what 1024 threads have
+  static constexpr int kThreads = kMergeLanes * kRows;
   using Shared = SharedStats<A, 1, kThreads>;
   ChannelStatsParams p;
   Pieces pieces;
@@ -152,12 +202,16 @@ struct MergePieces {
       Stats<A, 1> total;
       if (channel < p.channels)
         for (int64_t piece = t.row; piece < pieces.count; piece += t.rows) {
-          const A* from = parts + (t.y * pieces.count + piece) * 2 * p.channels + channel;
+          const A* from = parts + (t.y * pieces.count + piece) * 3 * p.channels + channel;
           Stats<A, 1> stats;
           stats.count = static_cast<A>(min(pieces.pixels_of_one, p.pixels - piece * pieces.pixels_of_one));
           stats.mean[0] = load_constant(from);
-          stats.m2[0] = load_constant(from + p.channels);
-          total.merge(stats);
+          stats.rest[0] = load_constant(from + p.channels);
+          stats.m2[0] = load_constant(from + 2 * p.channels);
+          if (piece == t.row)
+            total = stats;
+          else
+            total.merge(stats);
         }
       shared.put(t.row * t.lanes + t.lane, total);
     });
@@ -165,8 +219,7 @@ struct MergePieces {
     block.phase([&](const Thread& t) {
       const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
       if (t.row != 0 || channel >= p.channels) return;
-      const A origin = static_cast<A>(static_cast<const T*>(p.x)[t.y * p.pixels * p.channels + channel]);
-      static_cast<A*>(p.mean)[t.y * p.channels + channel] = origin + shared.mean[0][t.lane];
+      static_cast<A*>(p.mean)[t.y * p.channels + channel] = shared.mean[0][t.lane] + shared.rest[0][t.lane];
       static_cast<A*>(p.m2)[t.y * p.channels + channel] = shared.m2[0][t.lane];
     });
   }
@@ -224,7 +277,7 @@ void for_call(Dtype dtype, const ChannelStatsParams& p, const F& f) {
 
 int64_t channel_stats_parts(Dtype dtype, const ChannelStatsParams& p) {
   int64_t count = 0;
-  for_call(dtype, p, [&](auto, auto, Grid, Pieces pieces) { count = p.images * pieces.count * 2 * p.channels; });
+  for_call(dtype, p, [&](auto, auto, Grid, Pieces pieces) { count = p.images * pieces.count * 3 * p.channels; });
   return count;
 }
 
@@ -235,7 +288,7 @@ void channel_stats(Dtype dtype, const ChannelStatsParams& p, void* scratch, Stre
     A* parts = static_cast<A*>(scratch);
     launch(grid, stream, PieceStats<T, v()>{p, pieces, parts});
     const Grid merge{static_cast<uint32_t>(ceil_div(p.channels, kMergeLanes)), static_cast<uint32_t>(p.images), 1,
-                     kMergeLanes, kMergeRows};
+                     kMergeLanes, MergePieces<T>::kRows};
     launch(merge, stream, MergePieces<T>{p, pieces, parts});
   });
 }
