@@ -86,3 +86,13 @@ def test_compiled_kernels(what, tmp_path):
     for kernel in kernels:
         targets[kernel["source"], kernel["name"], kernel["variant"]].add(kernel["target"])
     assert all(found == TARGETS for found in targets.values())
+
+
+def test_layers_up_to_the_launch():
+    """What Triton's launcher makes of real layers' arguments compiles, and is what the figures above are of."""
+    pytest.importorskip("triton.compiler", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_launches.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == triton_kernels()
