@@ -29,34 +29,33 @@ CONVOLUTIONS = [(1, 1, 0), (3, 1, 1), (5, 1, 2), (4, 2, 2), (3, 2, 1), (3, 1, 0)
 ORDERS = {"forwards": (False, 1), "backwards": (True, 1), "threads": (False, 4)}
 
 
-def compiled(name: str, folder: Path, *flags: str) -> ctypes.CDLL:
+def compiled(name: str, folder: Path, *flags: str) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     library = folder / f"{name}.so"
-    paths = [f"-I{path}" for path in (HERE / "cuda_host", CUDA, *include_paths())]
-    command = [compiler, *FLAGS, *CHECKS, "-Wno-unknown-pragmas", *flags, *paths]
-    done = subprocess.run(
-        [*command, str(HERE / "cuda_host" / f"{name}.cpp"), "-o", str(library)], capture_output=True, text=True
-    )
+    paths = [f"-I{HERE / 'cuda_host'}", f"-I{CUDA}", *(f"-isystem{path}" for path in include_paths())]
+    source = str(HERE / "cuda_host" / f"{name}.cpp")
+    command = [compiler, *FLAGS, *CHECKS, "-Wno-unknown-pragmas", *paths, source, *flags, "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    return library
 
 
 @pytest.fixture(scope="module")
 def windows_library(tmp_path_factory) -> ctypes.CDLL:
-    return compiled("window_index", tmp_path_factory.mktemp("host"))
+    return ctypes.CDLL(str(compiled("window_index", tmp_path_factory.mktemp("host"))))
 
 
 @pytest.fixture(scope="module")
 def one_slot_library(tmp_path_factory) -> ctypes.CDLL:
     """All windows look for their place in the same slot."""
-    return compiled("window_index", tmp_path_factory.mktemp("one_slot"), "-DSPADE_HASH_FACTOR=0ull")
+    return ctypes.CDLL(str(compiled("window_index", tmp_path_factory.mktemp("one_slot"), "-DSPADE_HASH_FACTOR=0ull")))
 
 
 @pytest.fixture(scope="module")
 def pixels_library(tmp_path_factory) -> ctypes.CDLL:
-    return compiled("pixels", tmp_path_factory.mktemp("host"))
+    return ctypes.CDLL(str(compiled("pixels", tmp_path_factory.mktemp("host"))))
 
 
 CANARY = 64

@@ -1,10 +1,6 @@
 // The operators on CUDA tensors: checks, allocation, layout and dtype, then kernels on the current stream. Schemas are
 // in spade_kernels/ops.py.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -18,36 +14,11 @@
 #include "../tensors.h"
 #include "checks.h"
 #include "kernels.h"
+#include "launch.h"
 #include "window_plan.h"
 
 namespace spade::cuda {
 namespace {
-
-// The device of a tensor, made current, and its current stream.
-class Launch {
- public:
-  explicit Launch(const Tensor& t) : device_(index_of(t)), guard_(device_) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const {
-    return stream_;
-  }
-  void require_here(const Tensor& t) const {
-    require(index_of(t) == device_, "all tensors must be on one device");
-  }
-
- private:
-  static int32_t index_of(const Tensor& t) {
-    require(t.is_cuda(), "all tensors must be on one device");
-    return t.get_device_index();
-  }
-
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
 
 // x (N, C, h, w) laid out as (N, h, w, C).
 Tensor channels_last(const Tensor& x) {
@@ -81,13 +52,11 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   });
   if (pixel_rows.empty()) return {};
   for (const WindowIndexCall& call : plan.calls) number_windows(call, launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
 
   // The one thing the host has to know: how many rows there are.
   std::vector<uint32_t> rows(pixel_rows.size());
-  STD_CUDA_CHECK(cudaMemcpyAsync(rows.data(), plan.calls[0].maps[0].rows, sizeof(uint32_t) * rows.size(),
-                                 cudaMemcpyDeviceToHost, launch.stream()));
-  STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream()));
+  launch.read(rows.data(), plan.calls[0].maps[0].rows, sizeof(uint32_t) * rows.size());
   std::vector<Tensor> results;
   plan.for_each_map([&](WindowMap& map, const WindowMap*) {
     map.num_rows = rows[map.rows - plan.calls[0].maps[0].rows];
@@ -97,7 +66,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
     results.insert(results.end(), {pixel_rows[i], image_rows[i]});
   });
   for (const WindowIndexCall& call : plan.calls) write_windows(call, launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return results;
 }
 
@@ -112,7 +81,7 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
   require(params.pixels > 0, "images must have pixels");
   const Tensor parts = torch::stable::new_empty(x, {channel_stats_parts(dtype_of(x), params)}, acc);
   channel_stats(dtype_of(x), params, parts.mutable_data_ptr(), launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   return {mean, m2};
 }
 
@@ -131,7 +100,7 @@ Tensor channel_stats_grad_op(const Tensor& x_in, const Tensor& mean_in, const Te
                      {x.const_data_ptr(), mean.const_data_ptr(), grad_mean.const_data_ptr(), grad_m2.const_data_ptr(),
                       out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1)},
                      launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch.check();
   Tensor like_x = torch::stable::empty_like(x_in);
   if (like_x.stride(1) == out.stride(1) && like_x.stride(3) == out.stride(3)) return out;
   return torch::stable::copy_(like_x, out);
@@ -225,7 +194,7 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
   modulate(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  call.launch.check();
   return y;
 }
 
@@ -242,7 +211,7 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   const int64_t count = modulate_table_grad_parts(call.dtype, table_dtype, call.params);
   const Tensor parts = torch::stable::new_empty(x, {count}, accumulator(x));
   modulate_table_grad(call.dtype, table_dtype, call.params, parts.mutable_data_ptr(), call.launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  call.launch.check();
   return sums;
 }
 
@@ -255,14 +224,14 @@ Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
   const Tensor d_x = empty_channels_last(x);
   call.params.out = d_x.mutable_data_ptr();
   modulate_input_grad(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  call.launch.check();
   return d_x;
 }
 
 }  // namespace
 }  // namespace spade::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, SPADE_DISPATCH_KEY, m) {
   m.impl("window_index", TORCH_BOX(&spade::cuda::window_index_op));
   m.impl("channel_stats", TORCH_BOX(&spade::cuda::channel_stats_op));
   m.impl("channel_stats_grad", TORCH_BOX(&spade::cuda::channel_stats_grad_op));

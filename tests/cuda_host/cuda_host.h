@@ -36,6 +36,7 @@ struct Thread {
 // How the next launches run.
 inline bool backwards = false;
 inline int host_threads = 1;
+inline std::atomic<int64_t> launches = 0;
 
 // body(i) for all i below count.
 template <class Body>
@@ -66,6 +67,7 @@ void run_block(const Block& block, const Kernel& kernel) {
 
 template <class Kernel>
 void launch(Grid grid, cudaStream_t, const Kernel& kernel) {
+  ++launches;
   const uint32_t blocks = grid.x * grid.y * grid.z;
   const auto share = [&](uint32_t first, uint32_t step) {
     in_any_order(blocks, [&](uint32_t i) {
