@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree
 
 from spade_kernels.packing import Packable, Slot, pack, unpack
-from spade_kernels.windows import WindowIndex, Windows
+from spade_kernels.windows import WindowIndex, Windows, build_segments
 
 
 class LabelMap(Packable):
@@ -133,11 +133,11 @@ class LabelMap(Packable):
         """
         wanted = [tuple(map(int, size)) for size in sizes]
         self._index(wanted, kernel_size)
-        for size in wanted if gradients else ():
-            index = self.window_index(size, kernel_size)
-            index.groups()
-            # For what has a row of its own for every pixel: the dense path, and a network's first convolution.
-            _ = index.hidden.row_pixels
+        if gradients:
+            indexes = [windows for size in wanted for windows in self.window_index(size, kernel_size)]
+            # Hidden windows' pixels are for what has a row of its own for every pixel: the dense path, and a network's
+            # first convolution.
+            build_segments(indexes, indexes)
         return self
 
     def _index(self, sizes: Iterable[tuple[int, ...]], kernel_size: int) -> None:

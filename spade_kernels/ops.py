@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -80,15 +81,44 @@ backends.register(_library, list(_SCHEMAS))
 def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
     """(order, starts): positions of `values`, flattened, grouped by value 0 .. num_values - 1, in increasing order."""
     flat = values.flatten()
+    return flat.argsort(stable=True), _group_starts(flat, num_values)
+
+
+def _group_starts(flat: Tensor, num_values: int) -> Tensor:
     # Not bincount: on a GPU that asks the device for the largest value.
-    counts = flat.new_zeros(num_values + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))
-    return flat.argsort(stable=True), counts.cumsum(0)
+    return flat.new_zeros(num_values + 1).scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum(0)
+
+
+def group_each_by_value(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`group_by_value` of several tensors on one device; on a GPU all at once, which takes a tenth of the launches."""
+    if not values or not values[0].is_cuda:
+        return [group_by_value(*one) for one in zip(values, num_values, strict=True)]
+    return group_at_once(values, num_values)
+
+
+def group_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`group_each_by_value`: as the groups of one tensor, in which the values of each have numbers of their own."""
+    lengths = [value.numel() for value in values]
+    first_value, first_entry = ([0, *accumulate(counts)] for counts in (num_values, lengths))
+    own = torch._foreach_add([value.flatten() for value in values], first_value[:-1])
+    keys = torch.cat(own)
+    # Of half the width in half the passes.
+    order = (keys.int() if first_value[-1] < 2**31 else keys).argsort(stable=True)
+    starts = _group_starts(keys, first_value[-1])
+    orders = torch._foreach_sub(order.split(lengths), first_entry[:-1])
+    bounds = [starts[first : first + count + 1] for first, count in zip(first_value[:-1], num_values, strict=True)]
+    return list(zip(orders, torch._foreach_sub(bounds, first_entry[:-1]), strict=True))
+
+
+def tap_uses(windows: Tensor) -> Tensor:
+    """id * T + tap of every use of an id by windows (rows, T): what `group_by_tap` groups."""
+    taps = windows.shape[1]
+    return torch.add(torch.arange(taps, device=windows.device), windows, alpha=taps)
 
 
 def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
     """(order, starts): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
-    taps = windows.shape[1]
-    return group_by_value(windows * taps + torch.arange(taps, device=windows.device), taps * num_ids)
+    return group_by_value(tap_uses(windows), windows.shape[1] * num_ids)
 
 
 def window_index(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from spade_kernels.label_map import LabelMap
-from spade_kernels.packing import pack, unpack
-from spade_kernels.windows import Windows
+from spade_kernels.packing import pack, tensors, unpack
+from spade_kernels.windows import Windows, build_segments
 
 _FEWEST = 64
 
@@ -47,11 +47,22 @@ class StaticLabelMap:
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
             raise ValueError("of the label map and the place, one has edges and one has not")
-        buffer, _ = pack(_padded(other, self._layout), pinned=mine.device.type == "cuda" and other.device.type == "cpu")
-        assert self._buffer is not None
-        assert buffer is not None
-        self._buffer.copy_(buffer, non_blocking=True)
+        padded = _padded(other, self._layout)
+        if other.device == mine.device:
+            _copy_each(tensors(mine), tensors(padded))
+        else:
+            buffer, _ = pack(padded, pinned=mine.device.type == "cuda")
+            assert self._buffer is not None
+            assert buffer is not None
+            self._buffer.copy_(buffer, non_blocking=True)
         return mine
+
+
+def _copy_each(to: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Those of one dtype in one launch."""
+    for dtype in {t.dtype for t in to}:
+        same = [i for i, t in enumerate(to) if t.dtype == dtype]
+        torch._foreach_copy_([to[i] for i in same], [values[i] for i in same])
 
 
 def _held(label_map: LabelMap) -> dict:
@@ -68,7 +79,12 @@ def _padded(label_map: LabelMap, like: LabelMap | None) -> LabelMap:
         raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
     twin = label_map._with_codes(label_map.codes, None)
     twin.labels = label_map.labels.long()  # The same layout whatever integers the labels came as.
-    for key, windows in (like or label_map)._kept.items():
+    wanted = (like or label_map)._kept
+    for kernel_size in {key[3] for key in wanted if key[0] == "hidden rows"}:
+        sizes = [key[1:3] for key in wanted if key[0] == "hidden rows" and key[3] == kernel_size]
+        label_map.prepare(sizes, kernel_size, gradients=False)
+    models, made = [], []
+    for key, windows in wanted.items():
         if not isinstance(windows, Windows):
             continue
         kind, height, width, kernel_size, *how = key
@@ -83,8 +99,13 @@ def _padded(label_map: LabelMap, like: LabelMap | None) -> LabelMap:
                 f"the label map has {len(found)} distinct {kernel_size}x{kernel_size} windows at {height} x {width}, "
                 f"the place has room for {rows}; make a new StaticLabelMap of it"
             )
-        padded = found.padded(rows, num_ids)
-        twin._kept[key] = padded.with_segments_of(windows)
+        twin._kept[key] = found.padded(rows, num_ids)
+        models.append(windows)
+        made.append(twin._kept[key])
+    build_segments(
+        [mine for mine, model in zip(made, models, strict=True) if model._uses_by_tap is not None],
+        [mine for mine, model in zip(made, models, strict=True) if model._row_pixels is not None],
+    )
     return twin
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,14 +51,6 @@ class Windows(Packable):
         windows = torch.nn.functional.pad(self.windows, (0, 0, 0, rows - len(self)))
         return Windows(windows, self.pixel_row, self.image_rows, num_ids)
 
-    def with_segments_of(self, other: Windows) -> Windows:
-        """Itself, with those segments built that the other has."""
-        if other._uses_by_tap is not None:
-            _ = self.uses_by_tap
-        if other._row_pixels is not None:
-            _ = self.row_pixels
-        return self
-
     @property
     def uses_by_tap(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
@@ -74,6 +66,20 @@ class Windows(Packable):
             with torch.inference_mode(False):
                 self._row_pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
         return self._row_pixels
+
+
+def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> None:
+    """Builds `uses_by_tap` of some windows and `row_pixels` of others, as far as they are not there, all at once."""
+    by_tap = [windows for windows in by_tap if windows._uses_by_tap is None]
+    by_pixel = [windows for windows in by_pixel if windows._row_pixels is None]
+    values = [ops.tap_uses(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
+    counts = [windows.windows.shape[1] * windows.num_ids for windows in by_tap] + [len(w) for w in by_pixel]
+    with torch.inference_mode(False):
+        segments = ops.group_each_by_value(values, counts)
+    for windows, found in zip(by_tap, segments[: len(by_tap)], strict=True):
+        windows._uses_by_tap = found
+    for windows, found in zip(by_pixel, segments[len(by_tap) :], strict=True):
+        windows._row_pixels = found
 
 
 class WindowIndex(NamedTuple):

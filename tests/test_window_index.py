@@ -117,6 +117,17 @@ def test_groups_keep_the_order_of_uses(num_values, values):
     assert groups == [[i for i, value in enumerate(values) if value == v] for v in range(num_values)]
 
 
+@pytest.mark.parametrize("by_each", [ops.group_each_by_value, ops.group_at_once])
+def test_groups_of_several(by_each):
+    """As of each alone; `group_at_once` is what a GPU does."""
+    values = [
+        torch.randint(c, shape) for c, shape in ((5, (2, 3, 4)), (1, (7,)), (99, (50, 9)), (3, (0,)), (4, (1, 1)))
+    ]
+    counts = [5, 1, 100, 3, 9]
+    for value, count, found in zip(values, counts, by_each(values, counts), strict=True):
+        assert_equal(found, ops.group_by_value(value, count))
+
+
 @pytest.mark.parametrize("counts", [[0, 3, 0, 0, 1, 0], [256, 257, 1, 0, 1000], [0], [0, 0, 5]])
 def test_segment_sum(counts):
     values = torch.randn(40, 3, dtype=torch.float64)
