@@ -80,6 +80,9 @@ SPADE_DEVICE void fetch_or(uint32_t* at, uint32_t value) {
 SPADE_DEVICE uint32_t count_bits(uint32_t bits) {
   return __popc(bits);
 }
+SPADE_DEVICE uint32_t count_leading_zeros(uint32_t bits) {
+  return __clz(bits);
+}
 
 // Reads what no thread of the launch writes.
 template <class Word>

@@ -61,29 +61,55 @@ SPADE_DEVICE uint32_t* slots_of(const WindowMap& map, uint32_t image) {
   return map.slots + (static_cast<int64_t>(image) << map.slot_bits);
 }
 
-// Finds every pixel's slot, keeping the first pixel of each window there.
+// Finds every pixel's slot, keeping the first pixel of each window there. In an area of one window all pixels would
+// want the same slot: only those look for it that follow another window, and pass it on to the pixels after them.
 struct Insert {
   static constexpr int kThreads = spade::cuda::kThreads;
+  struct Shared {
+    uint32_t slot[kThreads];
+    uint32_t looked[kThreads / 32];  // a bit for each thread
+  };
   WindowIndexCall p;
 
-  SPADE_DEVICE void operator()(const Thread& t) const {
-    const WindowMap& map = p.maps[t.z];
-    const uint32_t pixels = pixels_of(map), pixel = t.x * t.lanes + t.lane;
-    if (pixel >= pixels) return;
-    const Windows windows(p, map, t.y);
-    uint32_t* slots = slots_of(map, t.y);
-    const uint32_t mask = (1u << map.slot_bits) - 1;
-    uint32_t slot = windows.hash(pixel);
-    for (;; slot = (slot + 1) & mask) {
+  SPADE_DEVICE uint32_t slot_of(const Windows& windows, uint32_t* slots, uint32_t pixel) const {
+    const uint32_t mask = (1u << windows.map.slot_bits) - 1;
+    for (uint32_t slot = windows.hash(pixel);; slot = (slot + 1) & mask) {
       uint32_t there = load_now(slots + slot);
       if (there == kEmpty) there = compare_and_swap(slots + slot, kEmpty, pixel);
-      if (there == kEmpty) break;
+      if (there == kEmpty) return slot;
       if (!windows.same(there, pixel)) continue;
       // Nearly always the first is there already, and a load is cheaper than an atomic on a slot that many want.
       if (pixel < there) fetch_min(slots + slot, pixel);
-      break;
+      return slot;
     }
-    map.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel] = slot;
+  }
+
+  SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
+    const WindowMap& map = p.maps[block.z];
+    const uint32_t pixels = pixels_of(map), begin = block.x * block.lanes;
+    if (begin >= pixels) return;
+    block.phase([&](const Thread& t) {
+      if (t.lane < kThreads / 32) shared.looked[t.lane] = 0;
+    });
+    block.phase([&](const Thread& t) {
+      const uint32_t pixel = begin + t.lane;
+      const Windows windows(p, map, t.y);
+      if (pixel >= pixels || (t.lane > 0 && windows.same(pixel, pixel - 1))) return;
+      shared.slot[t.lane] = slot_of(windows, slots_of(map, t.y), pixel);
+      fetch_or(&shared.looked[t.lane / 32], 1u << t.lane % 32);
+    });
+    block.phase([&](const Thread& t) {
+      const uint32_t pixel = begin + t.lane;
+      if (pixel >= pixels) return;
+      uint32_t word = t.lane / 32, looked = shared.looked[word] << (31 - t.lane % 32), last = t.lane;
+      if (looked == 0) {
+        while (shared.looked[--word] == 0) {
+        }
+        looked = shared.looked[word];
+        last = 32 * word + 31;
+      }
+      map.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel] = shared.slot[last - count_leading_zeros(looked)];
+    });
   }
 };
 

@@ -106,6 +106,9 @@ inline void fetch_or(uint32_t* at, uint32_t value) {
 inline uint32_t count_bits(uint32_t bits) {
   return std::popcount(bits);
 }
+inline uint32_t count_leading_zeros(uint32_t bits) {
+  return std::countl_zero(bits);
+}
 
 template <class Word>
 Word load_constant(const Word* from) {
