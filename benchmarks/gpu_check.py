@@ -32,6 +32,7 @@ TESTS = (
     "tests/test_layer_compile.py",
     "tests/test_static.py",
     "tests/test_determinism.py",
+    "tests/test_distributed.py::test_two_processes_equal_one_with_the_doubled_batch",
     "tests/test_compiled.py",
 )
 _FAST_TESTS = 2

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from test_train import losses
 
 SCRIPT = Path(__file__).parent / "distributed_step.py"
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: there is no GPU")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -23,10 +25,11 @@ def recorded(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, device):
     """Gradients of all three networks, synchronized batch norm included, and the running statistics."""
-    run([sys.executable, str(SCRIPT), str(tmp_path / "one.pt"), "1"])
-    run([*TORCHRUN, str(SCRIPT), str(tmp_path / "two.pt"), "1"])
+    run([sys.executable, str(SCRIPT), str(tmp_path / "one.pt"), "1", device])
+    run([*TORCHRUN, str(SCRIPT), str(tmp_path / "two.pt"), "1", device])
     one, two = recorded(tmp_path / "one.pt"), recorded(tmp_path / "two.pt")
     assert one["gradients"].keys() == two["gradients"].keys()
     for kind in ("gradients", "buffers"):
