@@ -305,15 +305,18 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     # A narrow dtype would wrap num_labels and ignore_index to its own range.
     classes = labels.to(torch.int64)
-    ignored = torch.zeros_like(classes, dtype=torch.bool) if ignore_index is None else classes == ignore_index
-    bad = (~ignored & ((classes < 0) | (classes >= num_labels))).nonzero()
-    if len(bad):
+    ignored = None if ignore_index is None else classes == ignore_index
+    seen = classes if ignored is None else classes.masked_fill(ignored, 0)
+    # Where labels are on a GPU, the one thing it is asked for.
+    least, most = torch.stack(torch.aminmax(seen)).tolist()
+    if least < 0 or most >= num_labels:
+        bad = ((seen < 0) | (seen >= num_labels)).nonzero()
         n, y, x = bad[0].tolist()
         raise ValueError(
             f"label {classes[n, y, x].item()} at image {n}, pixel (x={x}, y={y}) is outside 0..{num_labels - 1} "
             f"({len(bad)} such pixels); raise num_labels, or name the value with ignore_index"
         )
-    return classes.masked_fill(ignored, num_labels)
+    return classes if ignored is None else classes.masked_fill(ignored, num_labels)
 
 
 def _check_edges(edges: torch.Tensor, labels: torch.Tensor) -> None:

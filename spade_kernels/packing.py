@@ -78,13 +78,6 @@ def unpack(buffer: Tensor | None, layout: _T) -> _T:
     return layout if buffer is None else _changed(layout, Slot, lambda slot: slot.of(buffer))
 
 
-def tensors(nest: Any) -> list[Tensor]:
-    """All tensors of `nest`, in the order of their places."""
-    found: list[Tensor] = []
-    _changed(nest, Tensor, found.append)
-    return found
-
-
 def _changed(nest: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """A copy of the nest with everything of this kind changed."""
     if isinstance(nest, kind):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from spade_kernels.label_map import LabelMap
-from spade_kernels.packing import pack, tensors, unpack
+from spade_kernels.packing import pack, unpack
 from spade_kernels.windows import Windows, build_segments
 
 _FEWEST = 64
@@ -26,18 +28,18 @@ class StaticLabelMap:
     """
 
     def __init__(self, example: LabelMap):
-        self._buffer, self._layout = pack(_padded(example, None))
-        self.label_map = unpack(self._buffer, self._layout)
+        self.label_map = unpack(*pack(_with_room(example)))
+        self._held = _held(self.label_map)
 
     def copy_(self, other: LabelMap) -> LabelMap:
-        """Puts another label map here, in one transfer, after building what its indexes lack. Returns `label_map`.
+        """Puts another label map here, from any device, after building what its indexes lack. Returns `label_map`.
 
         Raises:
             ValueError: its size, classes or edges differ, or it has more distinct windows than there is room for.
             RuntimeError: the network has asked for an index that the example did not hold.
         """
         mine = self.label_map
-        if _held(mine) != _held(self._layout):
+        if _held(mine) != self._held:
             raise RuntimeError(
                 "the network needed more of the label map than the example held, which has no fixed place; run the "
                 "network on the example before making a StaticLabelMap of it"
@@ -47,22 +49,28 @@ class StaticLabelMap:
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
             raise ValueError("of the label map and the place, one has edges and one has not")
-        padded = _padded(other, self._layout)
-        if other.device == mine.device:
-            _copy_each(tensors(mine), tensors(padded))
-        else:
-            buffer, _ = pack(padded, pinned=mine.device.type == "cuda")
-            assert self._buffer is not None
-            assert buffer is not None
-            self._buffer.copy_(buffer, non_blocking=True)
+        other = other.to(mine.device, non_blocking=True)
+        places, found = _windows_of(mine), _windows_like(mine, other)
+        pairs = [(mine.codes, other.codes), (mine.labels, other.labels.long())]
+        if mine.edges is not None and other.edges is not None:
+            pairs.append((mine.edges, other.edges))
+        for place, windows in zip(places, found, strict=True):
+            # Rows to spare keep what they are: windows of some label map before, which no pixel sees.
+            pairs.append((place.windows[: len(windows)], windows.windows))
+            pairs += [(place.pixel_row, windows.pixel_row), (place.image_rows, windows.image_rows)]
+        _copy_each(pairs)
+        again = [Windows(place.windows, place.pixel_row, place.image_rows, place.num_ids) for place in places]
+        _build_segments_like(places, again)
+        segments = [(place.segments(), new.segments()) for place, new in zip(places, again, strict=True)]
+        _copy_each([pair for of_place, new in segments for pair in zip(of_place, new, strict=True)])
         return mine
 
 
-def _copy_each(to: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """Those of one dtype in one launch."""
-    for dtype in {t.dtype for t in to}:
-        same = [i for i, t in enumerate(to) if t.dtype == dtype]
-        torch._foreach_copy_([to[i] for i in same], [values[i] for i in same])
+def _copy_each(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies the second of each pair into the first; those of one dtype in one launch."""
+    for dtype in {to.dtype for to, _ in pairs}:
+        same = [pair for pair in pairs if pair[0].dtype == dtype]
+        torch._foreach_copy_([to for to, _ in same], [value for _, value in same])
 
 
 def _held(label_map: LabelMap) -> dict:
@@ -73,42 +81,65 @@ def _held(label_map: LabelMap) -> dict:
     }
 
 
-def _padded(label_map: LabelMap, like: LabelMap | None) -> LabelMap:
-    """A twin with the window indexes of `like`, in their sizes; with its own, rounded up, where that is None."""
-    if label_map.is_pooled:
+def _windows_of(label_map: LabelMap) -> list[Windows]:
+    return [kept for kept in label_map._kept.values() if isinstance(kept, Windows)]
+
+
+def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> None:
+    """Builds those segments of each of `made` that its model has."""
+    pairs = list(zip(models, made, strict=True))
+    build_segments(
+        [windows for model, windows in pairs if model._uses_by_tap is not None],
+        [windows for model, windows in pairs if model._row_pixels is not None],
+    )
+
+
+def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
+    """Of the label map, the windows that the place holds.
+
+    Raises:
+        ValueError: there are more than the place has room for.
+    """
+    keys = {key: kept for key, kept in place._kept.items() if isinstance(kept, Windows)}
+    of_rows = [key for key in keys if key[0] == "hidden rows"]
+    for kernel_size in {key[3] for key in of_rows}:
+        label_map.prepare([key[1:3] for key in of_rows if key[3] == kernel_size], kernel_size, gradients=False)
+    found = []
+    for (kind, height, width, kernel_size, *how), mine in keys.items():
+        size = (height, width)
+        windows = (
+            label_map.windows(size, kernel_size, *how)
+            if kind == "codes"
+            else label_map.window_index(size, kernel_size).modulation
+        )
+        if len(windows) > len(mine):
+            raise ValueError(
+                f"the label map has {len(windows)} distinct {kernel_size}x{kernel_size} windows at {height} x {width}, "
+                f"the place has room for {len(mine)}; make a new StaticLabelMap of it"
+            )
+        found.append(windows)
+    return found
+
+
+def _with_room(example: LabelMap) -> LabelMap:
+    """A twin whose window indexes have rows to spare."""
+    if example.is_pooled:
         raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
-    twin = label_map._with_codes(label_map.codes, None)
-    twin.labels = label_map.labels.long()  # The same layout whatever integers the labels came as.
-    wanted = (like or label_map)._kept
-    for kernel_size in {key[3] for key in wanted if key[0] == "hidden rows"}:
-        sizes = [key[1:3] for key in wanted if key[0] == "hidden rows" and key[3] == kernel_size]
-        label_map.prepare(sizes, kernel_size, gradients=False)
-    models, made = [], []
-    for key, windows in wanted.items():
+    twin = example._with_codes(example.codes, None)
+    twin.labels = example.labels.long()  # The same layout whatever integers the labels came as.
+    for key, windows in example._kept.items():
         if not isinstance(windows, Windows):
             continue
-        kind, height, width, kernel_size, *how = key
-        if kind == "codes":
-            found, num_ids = label_map.windows((height, width), kernel_size, *how), windows.num_ids
-        else:
-            hidden, found = label_map.window_index((height, width), kernel_size)
-            num_ids = windows.num_ids if like else _bucket(len(hidden), hidden.pixel_row) + 1
-        rows = len(windows) if like else _bucket(len(found), found.pixel_row)
-        if len(found) > rows:
-            raise ValueError(
-                f"the label map has {len(found)} distinct {kernel_size}x{kernel_size} windows at {height} x {width}, "
-                f"the place has room for {rows}; make a new StaticLabelMap of it"
-            )
-        twin._kept[key] = found.padded(rows, num_ids)
-        models.append(windows)
-        made.append(twin._kept[key])
-    build_segments(
-        [mine for mine, model in zip(made, models, strict=True) if model._uses_by_tap is not None],
-        [mine for mine, model in zip(made, models, strict=True) if model._row_pixels is not None],
-    )
+        num_ids = windows.num_ids
+        if key[0] == "hidden rows":
+            hidden = example.window_index(key[1:3], key[3]).hidden
+            num_ids = _bucket(hidden) + 1
+        twin._kept[key] = windows.padded(_bucket(windows), num_ids)
+    _build_segments_like(_windows_of(example), _windows_of(twin))
     return twin
 
 
-def _bucket(rows: int, pixel_row: torch.Tensor) -> int:
+def _bucket(windows: Windows) -> int:
+    rows = len(windows)
     step = max(_FEWEST, 1 << max(rows.bit_length() - 3, 0))
-    return min(-(-rows // step) * step, pixel_row.numel())
+    return min(-(-rows // step) * step, windows.pixel_row.numel())

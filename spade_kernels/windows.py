@@ -67,6 +67,10 @@ class Windows(Packable):
                 self._row_pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
         return self._row_pixels
 
+    def segments(self) -> list[torch.Tensor]:
+        """The tensors of those segments that are there."""
+        return [*(self._uses_by_tap or ()), *(self._row_pixels or ())]
+
 
 def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> None:
     """Builds `uses_by_tap` of some windows and `row_pixels` of others, as far as they are not there, all at once."""
