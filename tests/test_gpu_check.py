@@ -13,7 +13,7 @@ import torch
 
 from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map
-from spade_model.benchmark.results import ALL_LAYERS, Result, load_runs
+from spade_model.benchmark.results import ALL_LAYERS, EVAL, TRAINING, Result, load_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -299,14 +299,13 @@ class TestParts:
 
     def test_training(self, measured):
         found = measured(lambda work: generator.training(work, "bf16", 2, with_baseline=False))
-        assert {provider for _, provider in found} == {
-            "original",
-            "tuned",
-            "spade-free",
-            "ours",
-            "ours-indexed",
-            "ours-replay",
-        }
+        stocks = {"original", "tuned", "spade-free"}
+        assert {provider for _, provider in found} == stocks | {"ours", "ours-indexed", "ours-replay"}
+
+    def test_ours_compiled(self, measured):
+        found = measured(lambda work: generator.both_compiled(work, "bf16", 2))
+        for suite in (EVAL, TRAINING):
+            assert {"ours", "ours-compiled", "baseline"} <= {provider for of, provider in found if of == suite}
 
     @pytest.mark.parametrize("training", [False, True])
     def test_layers(self, measured, training):

@@ -4,7 +4,8 @@
 in one CUDA graph with the making of its one-hot planes ("max-autotune" would capture the compiled part alone); in eval
 its spectral norm is folded. "tuned" is the same without the compiler, "spade-free" is that without its SPADE layers.
 "ours" makes its label map and the window indexes in every call and replays a graph; for "ours-indexed" they were made
-ahead, as loader workers do; "ours-replay" is the graph alone. "original" is as shipped: eager, float32, NCHW.
+ahead, as loader workers do; "ours-replay" is the graph alone; "ours-compiled" is "ours" compiled like the baseline.
+"original" is as shipped: eager, float32, NCHW.
 
 Precision: in eval, "bf16" has the weights themselves in bfloat16; in training it is autocast over float32 weights.
 "tf32" are float32 tensors whose products round their factors to tf32. The same holds on both sides.
@@ -12,7 +13,9 @@ Precision: in eval, "bf16" has the weights themselves in bfloat16; in training i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +58,21 @@ def training(work: Workload, precision: str, batch: int, *, with_baseline: bool)
             yield from networks.measured()
 
 
+def both_compiled(work: Workload, precision: str, batch: int) -> Iterator[Result]:
+    """`evaluation` and `training` of the main masks with ours compiled too, once everything is."""
+    with torch.no_grad(), float32_products("tf32" if precision == "tf32" else "shipped"):
+        evaluated = _Eval(work, precision, batch)
+        evaluated.add_baseline()
+        evaluated.compile_ours()
+        yield from evaluated.measured(work.main_masks)
+        del evaluated
+    with float32_products("tf32" if precision == "tf32" else "shipped"):
+        trained = _Training(work, precision, batch)
+        trained.add_stock("baseline")
+        trained.compile_ours()
+        yield from trained.measured()
+
+
 class _Eval:
     """The networks in eval mode, captured for one batch size."""
 
@@ -72,16 +90,22 @@ class _Eval:
         if batch == work.batch:
             self.runs["original"] = with_products("shipped", lambda mask: painted(original, mask, torch.float32))
         self.exact = with_products("ieee", lambda mask: painted(original, mask, torch.float32))
+        self.paint: Callable[[LabelMap], Tensor] | None = None
 
     def add_baseline(self) -> None:
         self.baseline.paint = compiled(self.baseline.paint, self.work.device)  # type: ignore[method-assign]
         self.runs["baseline"] = self._captured(self.baseline)
+
+    def compile_ours(self) -> None:
+        self.paint = compiled(self.ours.forward, self.work.device)
 
     def measured(self, kind: str) -> Iterator[Result]:
         """Captures ours for masks of this kind, compares every output, takes the times."""
         prepare = preparation(self.ours, gradients=False)
         place, found = place_for(self.work.batches(self.batch, kind), prepare)
         runs = self.runs | our_runs(lambda: self.ours(place.label_map), place, found, prepare)
+        if self.paint is not None:
+            runs |= compiled_runs(lambda: self.paint(place.label_map), place, found, prepare)
         if kind == "noise":
             with use_path("dense"):
                 dense = our_runs(lambda: self.ours(place.label_map), place, found, prepare)
@@ -111,10 +135,10 @@ class _Training:
             self.ours = settled_generator(found[0], work.ngf).train()
         self._remember("ours", self.ours)
         prepare = preparation(self.ours, gradients=True)
-        place, self.found = place_for(found, prepare)
-        step = self._step(self.ours, lambda: self.ours(place.label_map))
+        self.place, self.found = place_for(found, prepare)
+        step = self._step(self.ours, lambda: self.ours(self.place.label_map))
         self.peaks["ours"] = peak(step, before, work.device)
-        self.runs |= our_runs(step, place, self.found, prepare)
+        self.runs |= our_runs(step, self.place, self.found, prepare)
         self.exact = with_products("ieee", self._image("exact", "original", torch.float32))
         self.tuned = self._image("tuned image", "tuned", self.dtype)
         # At larger batches there is no memory for every network's activations.
@@ -134,6 +158,11 @@ class _Training:
             step = self._step(stock, lambda: painted(stock, static, self.dtype))
         self.peaks[name] = peak(step, before, self.work.device)
         self.runs[name] = filled(static, step if name == "original" else Captured(step, self.work.device))
+
+    def compile_ours(self) -> None:
+        paint = compiled(self.ours.forward, self.work.device)
+        step = self._step(self.ours, lambda: paint(self.place.label_map))
+        self.runs |= compiled_runs(step, self.place, self.found, preparation(self.ours, gradients=True))
 
     def measured(self) -> Iterator[Result]:
         """The peaks; then compares every image and takes the times."""
@@ -256,6 +285,16 @@ def our_runs(
         return graph()
 
     return {"ours": whole, "ours-indexed": ahead, "ours-replay": lambda mask: graph()}
+
+
+def compiled_runs(*arguments: Any) -> dict[str, Run]:
+    """`our_runs` of a compiled network, with everything; none where the compiler fails."""
+    try:
+        return {"ours-compiled": our_runs(*arguments)["ours"]}
+    except Exception:
+        # What is measured without it is wanted all the same.
+        traceback.print_exc()
+        return {}
 
 
 def with_products(precision: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:

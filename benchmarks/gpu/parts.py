@@ -20,7 +20,7 @@ import torch
 
 from gpu.batches import Workload, load_masks, read_masks, save_masks
 from gpu.clock import settle
-from gpu.generator import evaluation, training
+from gpu.generator import both_compiled, evaluation, training
 from gpu.layers import layers
 from gpu.operators import agreement, operators, window_index
 from spade_model.benchmark.command import settings
@@ -45,6 +45,7 @@ def parts(batch: int, others: tuple[int, ...]) -> dict[str, Part]:
         f"eval-bf16-{batch}": partial(evaluation, precision="bf16", batch=batch, with_baseline=True),
         f"training-bf16-{batch}": partial(training, precision="bf16", batch=batch, with_baseline=True),
         f"layers-bf16-{batch}": partial(_both_layers, precision="bf16"),
+        f"compiled-bf16-{batch}": partial(both_compiled, precision="bf16", batch=batch),
     }
     # All of the others without the baseline, as compiling takes minutes; with it as far as there is time.
     rest = [(precision, size) for precision in ("tf32", "bf16") for size in (batch, *others)]

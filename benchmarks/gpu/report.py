@@ -18,7 +18,17 @@ from spade_model.benchmark.musts import Must, Verdict
 from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, LAYER_TRAINING, TRAINING, BenchRun, Result, load_runs
 from spade_model.benchmark.tables import markdown, spread
 
-_PROVIDERS = ("original", "tuned", "baseline", "ours", "ours-indexed", "ours-replay", "ours-dense", "spade-free")
+_PROVIDERS = (
+    "original",
+    "tuned",
+    "baseline",
+    "ours",
+    "ours-compiled",
+    "ours-indexed",
+    "ours-replay",
+    "ours-dense",
+    "spade-free",
+)
 _KERNELS = ("cuda", "triton", "cpu", "reference", "copy", "matmul")
 _WORDS = {"met": "pass", "missed": "FAIL"}
 _SAME = ("device", "torch", "cuda", "triton", "commit", "dataroot")  # for results to stand in one file
