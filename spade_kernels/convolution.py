@@ -131,6 +131,11 @@ class PackedConv2d:
         self._bias, self._padding, self._relu = bias, list(padding), relu
         self._packable = weight.device.type == "cpu" and weight.dtype == torch.float32
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether calls leave it as it is."""
+        return not self._packable
+
     def __call__(self, x: Tensor | Modulated, add: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `add`."""
         packs = self._packs(x.x if isinstance(x, Modulated) else x)

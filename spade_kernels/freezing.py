@@ -18,13 +18,18 @@ class Freezable(nn.Module):
     _kept: Any = None
 
     def derive(self) -> Any:
-        """What `kept` returns while the module is frozen."""
+        """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`."""
         raise NotImplementedError
 
     @property
     def kept(self) -> Any:
-        """What the weights come to, or None where they have to be read: not frozen, recording gradients, or traced."""
-        if self._kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """What the weights come to, or None where they have to be read: not frozen, recording gradients, or exported.
+
+        Compiled code reads it as long as it `is_traceable`.
+        """
+        if self._kept is None or torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not self._kept.is_traceable):
             return None
         return self._kept
 

@@ -75,6 +75,8 @@ class Weights(NamedTuple):
 class KeptWeights:
     """What `spade` otherwise makes of the weights in every call. Without derivatives; for weights that stand still."""
 
+    is_traceable = True
+
     def __init__(self, weights: Weights):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
@@ -85,21 +87,32 @@ class KeptWeights:
 
     def taps(self, segmap: LabelMap, weight: Tensor) -> Tensor:
         """The shared convolution's taps for label maps of this one's kind."""
-        kind = (segmap.num_labels, segmap.edges is not None)
-        # What is made while a CUDA graph is captured holds nothing until that graph has run.
-        if segmap.is_pooled or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if segmap.is_pooled:
             return _taps(segmap, weight)
-        if kind not in self._taps:
-            self._taps[kind] = _taps(segmap, weight)
-        return self._taps[kind]
+        kind = (segmap.num_labels, segmap.edges is not None)
+        if kind in self._taps:
+            return self._taps[kind]
+        taps = _taps(segmap, weight)
+        if not _is_recorded(weight):
+            self._taps[kind] = taps
+        return taps
 
     def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
         """The shared convolution with its ReLU, and the joint one."""
-        if self._dense is None:
-            weight, bias = self._weights.shared
-            joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
-            self._dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
-        return self._dense
+        if self._dense is not None:
+            return self._dense
+        weight, bias = self._weights.shared
+        joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
+        dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
+        if not _is_recorded(weight):
+            self._dense = dense
+        return dense
+
+
+def _is_recorded(weight: Tensor) -> bool:
+    """Whether what is made now holds nothing until a CUDA graph or compiled code has run, and then only until it does
+    again."""
+    return torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 _path = "auto"

@@ -23,8 +23,8 @@ def test_operators_and_layers(tmp_path):
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     library = compiled("operators", tmp_path, "-DTORCH_TARGET_VERSION=0x020b000000000000", *libraries)
     kinds = "cpu" if sk.build_info()["backends"]["cpu"] is None else "reference"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:xdist", "-k", kinds]
-    path = os.pathsep.join([str(HERE / "cuda_host"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_host_plugin", "-p", "no:xdist", "-k", kinds]
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, *(str(HERE / name) for name in TESTS)],
         capture_output=True,

@@ -231,3 +231,31 @@ def test_compiled():
     change_weights(block.train())
     block.eval()
     assert relative_error(compiled(x, mask()), copy.deepcopy(block)(x, mask())) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["label map", "dense"])
+@torch.no_grad()
+def test_compiled_code_reads_what_is_kept(kind):
+    """Weights in another dtype than CPUs pack, as all are on a GPU: their norm is not taken in every call."""
+    torch._dynamo.reset()
+    called: set[str] = set()
+
+    def recorded(module, _):
+        called.update(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    block, x = generator(dtype=torch.float64).up_3, torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    condition = mask() if kind == "label map" else torch.randn(2, mask().channels, 8, 8, dtype=torch.float64)
+    expected = block(x, condition)
+    compiled = torch.compile(block, backend=recorded, fullgraph=True)
+    assert relative_error(compiled(x, condition), expected) < 1e-12
+    assert any("dot" in name for name in called)
+    called.clear()
+    sk.freeze(block)
+    for _ in range(2):
+        assert relative_error(compiled(x, condition), expected) < 1e-12
+    assert called
+    assert not any("dot" in name for name in called)
+    change_weights(block)
+    sk.freeze(block)
+    assert relative_error(compiled(x, condition), copy.deepcopy(block)(x, condition)) < 1e-12
