@@ -8,12 +8,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spade_kernels import ops
 from spade_kernels.convolution import PackedConv2d, convolve
 from spade_kernels.label_map import LabelMap, WindowIndex
-from spade_kernels.normalization import Statistics, check_input
+from spade_kernels.normalization import (
+    Statistics,
+    accumulation_dtype,
+    check_input,
+    goes_by_running_statistics,
+    running_statistics,
+)
 from spade_kernels.recognize import recognize
 
 Segmap = LabelMap | Tensor
@@ -73,20 +79,29 @@ class Weights(NamedTuple):
 
 
 class KeptWeights:
-    """What `spade` otherwise makes of the weights in every call. Without derivatives; for weights that stand still."""
+    """What a layer otherwise makes of its weights in every call. Without derivatives; for weights that stand still."""
 
     is_traceable = True
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights, norm: nn.Module):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
         wide = torch.promote_types(weights.gamma[1].dtype, torch.float32)
-        self.bias = _joint_bias(Weights(*((weight, bias.to(wide)) for weight, bias in weights)))
+        self.hidden_bias, self.bias = weights.shared[1].to(wide), _joint_bias(weights, wide)
+        self._stats: Statistics | None = None
+        if isinstance(norm, nn.BatchNorm2d) and goes_by_running_statistics(norm):
+            self._stats = running_statistics(norm, wide)
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
-    def taps(self, segmap: LabelMap, weight: Tensor) -> Tensor:
+    def stats_for(self, x: Tensor, norm: nn.Module) -> Statistics | None:
+        """Those of the layer's norm, where they are the same for every x of this dtype."""
+        fits = self._stats and self._stats.mean.dtype == accumulation_dtype(x) and goes_by_running_statistics(norm)
+        return self._stats if fits else None
+
+    def taps(self, segmap: LabelMap) -> Tensor:
         """The shared convolution's taps for label maps of this one's kind."""
+        weight = self._weights.shared[0]
         if segmap.is_pooled:
             return _taps(segmap, weight)
         kind = (segmap.num_labels, segmap.edges is not None)
@@ -110,8 +125,7 @@ class KeptWeights:
 
 
 def _is_recorded(weight: Tensor) -> bool:
-    """Whether what is made now holds nothing until a CUDA graph or compiled code has run, and then only until it does
-    again."""
+    """Whether what is made now holds nothing until a CUDA graph or compiled code runs, and then until it runs again."""
     return torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -310,15 +324,19 @@ def _window_table(
 ) -> Tensor:
     """(rows, 2C): scale and shift of every distinct window, times gain."""
     wide = torch.promote_types(dtype, torch.float32)
-    shared, gamma, beta = ((weight.to(dtype), bias.to(wide)) for weight, bias in weights)
-    taps = kept.taps(segmap, shared[0]) if kept else _taps(segmap, shared[0])
-    hidden = ops.hidden_rows(taps, shared[1], index.hidden.windows, *groups[0], True)
-    bias = kept.bias if kept else _joint_bias(Weights(shared, gamma, beta))
+    if kept:
+        taps, hidden_bias, bias = kept.taps(segmap), kept.hidden_bias, kept.bias
+    else:
+        taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(wide)
+        bias = _joint_bias(weights, wide)
+    hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *groups[0], True)
     if gain is not None:
         # The table is linear in hidden rows and bias, which are smaller.
         hidden, bias = hidden * gain.to(dtype), bias * gain.to(wide)
     panels = kept.panels if kept else None
-    return ops.modulation_table(hidden, gamma[0], beta[0], bias, index.modulation.windows, panels, *groups[1])
+    # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
+    gamma, beta = (w if w.dtype == wide else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
+    return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, panels, *groups[1])
 
 
 def _dense_table(
@@ -336,7 +354,7 @@ def _dense_table(
     if packed:
         table = packed[1](hidden)
     else:
-        weight, bias = _joint_weight(weights), _joint_bias(weights)
+        weight, bias = _joint_weight(weights), _joint_bias(weights, weights.gamma[1].dtype)
         if gain is not None:
             weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
         table = convolve(hidden, weight, bias, [padding] * 2)
@@ -348,6 +366,6 @@ def _joint_weight(weights: Weights) -> Tensor:
     return torch.cat((weights.gamma[0], weights.beta[0]))
 
 
-def _joint_bias(weights: Weights) -> Tensor:
+def _joint_bias(weights: Weights, dtype: torch.dtype) -> Tensor:
     """Its bias, so that it gives scale = 1 + gamma, and shift = beta."""
-    return torch.cat((weights.gamma[1] + 1, weights.beta[1]))
+    return torch.cat((weights.gamma[1].to(dtype) + 1, weights.beta[1].to(dtype)))

@@ -50,8 +50,7 @@ def moments(norm: nn.Module, x: Tensor) -> Moments | None:
 
     For layers that share x: take them once, hand them to each.
     """
-    by_running = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
-    return None if by_running else ops.channel_stats(x.detach())
+    return None if goes_by_running_statistics(norm) else ops.channel_stats(x.detach())
 
 
 def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Statistics:
@@ -69,12 +68,27 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
-    if norm.training or norm.running_mean is None:
+    if not goes_by_running_statistics(norm):
         return _batch_statistics(norm, x, taken, upsample)
+    return running_statistics(norm, accumulation_dtype(x))
+
+
+def running_statistics(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Statistics:
+    """Those of a batch norm that tracks them, for every x."""
+    assert norm.running_mean is not None
     assert norm.running_var is not None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
+
+
+def goes_by_running_statistics(norm: nn.Module) -> bool:
+    """Whether the statistics are the same for every x."""
+    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What statistics of x are taken in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_input(x: Tensor, channels: int) -> None:
@@ -99,38 +113,42 @@ def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor, taken: Moments | None, up
     pixels = x.shape[2] * x.shape[3]
     over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
     values = x.shape[0] * pixels * upsample**2
-    count = torch.full((), float(values), dtype=mean.dtype, device=mean.device)
-    total = mean.mean(0, keepdim=True) if len(mean) > 1 else mean
-    m2 = (m2 + pixels * (mean - total).square()).sum(0, keepdim=True) * upsample**2
+    count: float | Tensor = values
+    # In few and plain operations: on a GPU each takes the time of its launch.
+    if len(mean) > 1:
+        between, total = torch.var_mean(mean, 0, correction=0, keepdim=True)
+        variance = between + m2.sum(0, keepdim=True) / (len(mean) * pixels)
+    else:
+        total, variance = mean, m2 / pixels
     if over_world:
-        total, m2, count = _merge_over_processes(total, m2, count)
+        total, variance, count = _merge_over_processes(total, variance, values)
     elif values == 1:
         raise ValueError(
             f"batch norm in training needs more than one value per channel, got x of shape {tuple(x.shape)}"
         )
-    _update_running(norm, total[0], m2[0], count)
-    return Statistics(total, (m2 / count + norm.eps).rsqrt(), "world" if over_world else "batch")
+    _update_running(norm, total[0], variance[0], count)
+    return Statistics(total, (variance + norm.eps).rsqrt(), "world" if over_world else "batch")
 
 
-def _merge_over_processes(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
     """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
-    mine = torch.cat((mean[0], m2[0], count.view(1)))
+    mine = torch.cat((mean[0], variance[0] * count, mean.new_full((1,), count)))
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(gathered, mine)
     channels = mean.shape[1]
     means, m2s, counts = torch.stack(gathered).split((channels, channels, 1), 1)
     whole = counts.sum()
     mean = (means * counts).sum(0, keepdim=True) / whole
-    return mean, (m2s + counts * (means - mean).square()).sum(0, keepdim=True), whole
+    return mean, (m2s + counts * (means - mean).square()).sum(0, keepdim=True) / whole, whole
 
 
 @torch.no_grad()
-def _update_running(norm: nn.BatchNorm2d, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
     if not norm.track_running_stats:
         return
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
-    for running, value in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
+    for running, value in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
         assert running is not None
         momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(running.dtype)
         running.lerp_(value.to(running.dtype), momentum)

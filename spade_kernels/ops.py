@@ -483,20 +483,22 @@ def _normalization_means(
     if stats_over == "none":
         return None, None
     images, channels, pixels = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
-    scale = table[:, :channels].to(d_table.dtype)
-    products = torch.cat((scale * d_table[:, channels:], scale * d_table[:, :channels]), 1)
-    if stats_over == "image":
-        if image_rows is None:
-            sums = products.view(images, pixels, -1).sum(1)
-        else:
-            every = torch.arange(len(products), device=products.device)
-            sums = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].flatten(1)
-        return (sums / pixels).split(channels, 1)
-    count = products.new_full((1, 1), images * pixels)
-    sums = torch.cat((products.sum(0, keepdim=True), count), 1)
-    if stats_over == "world":
+    # In few and plain operations: on a GPU most of them take the time of their launch.
+    products = (d_table.unflatten(1, (2, channels)) * table[:, :channels].unsqueeze(1)).flatten(1)
+    if stats_over == "batch":
+        means = products.sum(0, keepdim=True) / (images * pixels)
+    elif stats_over == "world":
+        count = products.new_full((1, 1), images * pixels)
+        sums = torch.cat((products.sum(0, keepdim=True), count), 1)
         dist.all_reduce(sums)
-    return (sums[:, :-1] / sums[:, -1:]).split(channels, 1)
+        means = sums[:, :-1] / sums[:, -1:]
+    elif image_rows is None:
+        means = products.view(images, pixels, -1).sum(1) / pixels
+    else:
+        every = torch.arange(len(products), device=products.device)
+        means = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].flatten(1) / pixels
+    of_scale, of_shift = means.split(channels, 1)
+    return of_shift, of_scale
 
 
 def _require_groups(name: str, order: Tensor | None, starts: Tensor | None) -> None:

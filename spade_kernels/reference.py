@@ -121,7 +121,9 @@ def modulation_table_grad(
     weight = _joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
     taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
-    d_weight = (hidden.t() @ taps).view_as(weight).permute(2, 0, 1)
+    # In runs: one long sum would lose more than a convolution's weight gradient does.
+    runs = zip(hidden.split(_SEGMENT_CHUNK), taps.split(_SEGMENT_CHUNK), strict=True)
+    d_weight = sum((h.t() @ t for h, t in runs), torch.zeros_like(weight).flatten(1)).view_as(weight).permute(2, 0, 1)
     d_gamma, d_beta = (part.reshape(gamma.shape) for part in d_weight.split(len(gamma)))
     return taps @ weight.flatten(1).t(), d_gamma.contiguous(), d_beta.contiguous(), grad.sum(0)
 

@@ -95,7 +95,7 @@ def test_errs_no_more_than_the_stock_convolution(size, channels, depth, side, dt
     """Of an image whose pixels all differ, where rows and hidden rows are pixels."""
     pixels = size[0] * size[1]
     ids = torch.arange(1, pixels + 1).view(1, *size)
-    windows, _, _ = reference.window_index(ids, list(size), side, 1, side // 2)
+    windows, _, _ = reference.window_index(ids, list(size), side, 1, side // 2, 1)
     problem = Problem(windows, channels, depth, device)
     image = problem.hidden.mT.view(1, depth, *size)
     leaves = [t.to(dtype).requires_grad_() for t in (image, problem.gamma, problem.beta, problem.bias)]
