@@ -98,6 +98,10 @@ class LabelMap(Packable):
         """codebook @ rows, (num_codes, D), of weight rows (channels, D). Differentiable in `rows`."""
         if self._pooled_codebook is not None:
             return self.codebook(rows.dtype) @ rows
+        if rows.is_cuda and not torch.compiler.is_compiling():
+            # One launch, and one in the backward, instead of a dozen that a compiler would make one of.
+            with torch.autocast("cuda", enabled=False):
+                return _kept_codebook(self, rows.dtype) @ rows
         # The product with a one-hot codebook copies rows, and adds the edge's.
         classes = F.pad(rows[: self.num_labels], (0, 0, 0, 1))
         if self.edges is not None:
@@ -276,6 +280,22 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
     edges[..., 1:, :] |= down
     edges[..., :-1, :] |= down
     return edges
+
+
+_codebooks: dict[tuple, torch.Tensor] = {}
+
+
+def _kept_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
+    """Its codebook, the same for all label maps of its kind."""
+    kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
+    if kind not in _codebooks:
+        with torch.inference_mode(False):
+            codebook = label_map.codebook(dtype)
+        # What is made while a CUDA graph is captured holds nothing until that graph has run.
+        if torch.cuda.is_current_stream_capturing():
+            return codebook
+        _codebooks[kind] = codebook
+    return _codebooks[kind]
 
 
 def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[tuple, tuple]:
