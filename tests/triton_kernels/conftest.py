@@ -1,6 +1,7 @@
 """The Triton kernels: on a CUDA device, or without one in Triton's interpreter, on CPU tensors.
 
-The interpreter checks no bounds, so outputs and scratch are allocated between margins that must come out untouched.
+In the interpreter every access is checked to be one of a tensor's (`interpreter`); on a device, that margins round
+outputs and scratch come out untouched.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class _SkippedModule(pytest.Module):
 def pytest_pycollect_makemodule(module_path: Path, parent):
     """The modules import the kernels: where these cannot run, they are not even imported."""
     return None if _why_not() is None else _SkippedModule.from_parent(parent, path=module_path)
+
+
+if _why_not() is None and os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import make_strict
+
+    make_strict()
 
 
 @pytest.fixture(scope="session")
