@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spade_kernels.triton.segments import accumulator, empty_scratch, merge_pieces, piece_of_program, pieces, store_sum
+from spade_kernels.triton.segments import accumulator, merge_pieces, piece_of_program, pieces, store_sum
 from spade_kernels.triton.tiles import (
     at,
     block_of_program,
@@ -69,7 +69,7 @@ def modulate_table_grad(
     assert order is not None
     assert starts is not None
     rows, width = table.shape
-    scratch = empty_scratch(order.numel(), width, out.dtype, x.device)
+    scratch, pieced = pieces(order.numel(), rows, width, out.dtype, x.device)
     block = {"BLOCK_E": 8, "BLOCK_C": channel_tile(x.shape[1])["BLOCK_C"]}
     launch(
         _table_grad_pieces,
@@ -77,12 +77,12 @@ def modulate_table_grad(
         *(*arguments, order.contiguous(), starts, out, scratch, rows, *_sizes(x)),
         **how,
         **block,
-        **pieces(rows),
+        **pieced,
         PER_IMAGE=len(mean) > 1,
         INDEX=tl.int32 if order.numel() < 2**31 else tl.int64,
         num_warps=2,
     )
-    merge_pieces(starts, out, scratch)
+    merge_pieces(starts, out, scratch, **pieced)
     return out
 
 
@@ -247,11 +247,12 @@ def _table_grad_pieces(
     PER_IMAGE: tl.constexpr,
     INDEX: tl.constexpr,
     PIECE: tl.constexpr,
+    PROBES: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row, begin, stop, scratch_row = piece_of_program(starts, rows, PIECE, ROUNDS)
+    row, begin, stop, scratch_row = piece_of_program(starts, rows, PIECE, PROBES, ROUNDS)
     if begin > stop:
         return
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -1,9 +1,9 @@
 """Segment sums in a fixed order, for segments of which a few hold most entries and most hold one.
 
-Entries are cut at every multiple of PIECE, counted from the first. A cut that falls into a segment starts a *slot*: the
-segment's entries from there to the next cut. What a segment holds before its first cut is its *head*. Heads and slots
-are summed side by side, one program each, and then the slots are added to their heads. Where the cuts are does not
-depend on the segments: grids follow from shapes alone.
+Entries are cut at every multiple of a piece's length, counted from the first. A cut that falls into a segment starts a
+*slot*: the segment's entries from there to the next cut. What a segment holds before its first cut is its *head*.
+Heads and slots are summed side by side, one program each, and then the slots are added to their heads. Where the cuts
+are does not depend on the segments: grids follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from spade_kernels.triton.variants import Variant, launch, recording
 
-PIECE = 128
-_PROBES = tl.constexpr(128)
+PIECE = 128  # at the least
+_PROBES = 128
+_SCRATCH = 32 << 20  # bytes, at the most where pieces of any length can do it
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -41,44 +42,48 @@ def segment_sum(
     entries = divisor * values.shape[0] if order is None else order.numel()
     acc = accumulator(values.dtype)
     sums = torch.empty((segments, width), dtype=dtype or acc, device=values.device)
-    scratch = empty_scratch(entries, width, acc, values.device)
+    scratch, how = pieces(entries, segments, width, acc, values.device)
     block = {"BLOCK_E": 8, "BLOCK_D": min(128, max(16, triton.next_power_of_2(width)))}
     launch(
         _sum_pieces,
         (segments + len(scratch) // 2, triton.cdiv(width, block["BLOCK_D"])),
         *(values, order, starts, sums, scratch, segments, width),
-        **pieces(segments),
+        **how,
         **block,
         DIVISOR=divisor,
         num_warps=1,
     )
-    merge_pieces(starts, sums, scratch)
+    merge_pieces(starts, sums, scratch, **how)
     return sums
 
 
-def empty_scratch(entries: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where the kernels that sum pieces leave the sums that are to be merged: of every slot, and of the head before."""
-    return torch.empty((2 * triton.cdiv(entries, PIECE), width), dtype=dtype, device=device)
+def pieces(
+    entries: int, segments: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, dict[str, int]]:
+    """What kernels that call `piece_of_program` leave for `merge_pieces`, and what both are compiled for.
 
-
-def pieces(segments: int) -> dict[str, int]:
-    """What kernels that call `piece_of_program` are compiled for."""
+    The former are sums, (2 * slots, width): of every slot, and of the head before.
+    """
+    piece = PIECE
+    while 2 * triton.cdiv(entries, piece) * width * dtype.itemsize > _SCRATCH and piece < entries:
+        piece *= 2
+    scratch = torch.empty((2 * triton.cdiv(entries, piece), width), dtype=dtype, device=device)
     rounds = 1
-    while _PROBES.value**rounds < segments:
+    while _PROBES**rounds < segments:
         rounds += 1
-    return {"PIECE": PIECE, "ROUNDS": rounds}
+    return scratch, {"PIECE": piece, "PROBES": _PROBES, "ROUNDS": rounds}
 
 
-def merge_pieces(starts: Tensor, sums: Tensor, scratch: Tensor) -> None:
+def merge_pieces(starts: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> None:
     """Writes the sums of all segments that have slots."""
     segments, width = sums.shape
     block = {"BLOCK_K": 64, "BLOCK_D": 32}
     grid = (len(scratch) // 2, triton.cdiv(width, block["BLOCK_D"]))
-    launch(_merge_pieces, grid, starts, sums, scratch, segments, width, **pieces(segments), **block)
+    launch(_merge_pieces, grid, starts, sums, scratch, segments, width, **how, **block)
 
 
 @triton.jit
-def piece_of_program(starts, segments, PIECE: tl.constexpr, ROUNDS: tl.constexpr):
+def piece_of_program(starts, segments, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """(segment, begin, stop, row): the entries that program_id(0) sums, and the row of the scratch they go to.
 
     A row below 0 is the segment's row of the sums; begin > stop: there is nothing to do.
@@ -96,7 +101,7 @@ def piece_of_program(starts, segments, PIECE: tl.constexpr, ROUNDS: tl.constexpr
     else:
         slot = (program - segments).to(tl.int64)
         begin = first + slot * PIECE
-        segment = _segment_of(starts, segments, begin, ROUNDS)
+        segment = _segment_of(starts, segments, begin, PROBES, ROUNDS)
         stop = tl.minimum(begin + PIECE, tl.load(starts + segment + 1))
         row = 2 * slot + 1
     return segment, begin, stop, row
@@ -112,12 +117,12 @@ def store_sum(value, sums, scratch, segment, row, width, columns, mask):
 
 
 @triton.jit
-def _segment_of(starts, segments, entry, ROUNDS: tl.constexpr):
+def _segment_of(starts, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """The segment that holds the entry: the last that does not start after it."""
-    probe = tl.arange(0, _PROBES)
+    probe = tl.arange(0, PROBES)
     segment = 0
     for i in tl.static_range(ROUNDS):
-        stride = _PROBES ** (ROUNDS - 1 - i)
+        stride = PROBES ** (ROUNDS - 1 - i)
         at = segment + probe * stride
         start = tl.load(starts + at, at < segments, other=0)
         segment += stride * (tl.sum(((at < segments) & (start <= entry)).to(tl.int32), 0) - 1)
@@ -135,11 +140,12 @@ def _sum_pieces(
     width,
     DIVISOR: tl.constexpr,
     PIECE: tl.constexpr,
+    PROBES: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    segment, begin, stop, row = piece_of_program(starts, segments, PIECE, ROUNDS)
+    segment, begin, stop, row = piece_of_program(starts, segments, PIECE, PROBES, ROUNDS)
     if begin > stop:
         return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -163,13 +169,14 @@ def _merge_pieces(
     segments,
     width,
     PIECE: tl.constexpr,
+    PROBES: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     first = tl.load(starts)
-    segment = _segment_of(starts, segments, first + slot * PIECE, ROUNDS)
+    segment = _segment_of(starts, segments, first + slot * PIECE, PROBES, ROUNDS)
     begin = (tl.load(starts + segment) - first + PIECE - 1) // PIECE
     stop = (tl.load(starts + segment + 1) - first + PIECE - 1) // PIECE
     # One program merges all slots of a segment: that of the first.

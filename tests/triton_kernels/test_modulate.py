@@ -9,6 +9,7 @@ from torch import Tensor
 from spade_kernels import ops, reference
 from spade_kernels.testing import assert_within_budget
 from spade_kernels.triton import modulate as kernels
+from spade_kernels.triton import segments
 from spade_kernels.triton.segments import PIECE
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
@@ -124,8 +125,10 @@ def test_exact(shape, rows, upsample, device):
     assert_equal(problem.results(kernels), problem.results(reference))
 
 
-def test_long_rows_are_cut(device):
-    """Into several pieces, whose sums are exact for whole numbers."""
+@pytest.mark.parametrize("probes", [128, 4])
+def test_long_rows_are_cut(probes, monkeypatch, device):
+    """Into several pieces, whose sums are exact for whole numbers; of few probes, a piece's row is found in rounds."""
+    monkeypatch.setattr(segments, "_PROBES", probes)
     problem = Problem((2, 3, 24, 25), device, "long", slope=0.5, whole=True)
     assert problem.starts.diff().max() > 4 * PIECE
     assert_equal(problem.results(kernels), problem.results(reference))

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spade_kernels import ops, reference
 from spade_kernels.testing import assert_within_budget, relative_error
 from spade_kernels.triton import modulation_table as kernels
+from spade_kernels.triton import segments
 
 
 def only_on_a_gpu(dtype: torch.dtype, reason: str):
@@ -169,6 +171,31 @@ def test_gradients_in_chunks(monkeypatch, device):
     in_chunks = problem.results(kernels, torch.float32)
     for name, value in whole.items():
         assert relative_error(in_chunks[name], value) <= 4 * torch.finfo(torch.float32).eps, name
+
+
+@pytest.mark.parametrize("rows", [5_000, 5_000_000])
+def test_scratch_does_not_grow_with_the_batch(rows, monkeypatch):
+    """Nothing but the gradient of the hidden rows does."""
+    monkeypatch.setattr(segments, "launch", lambda *_, **__: None)
+    made: list[int] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if isinstance(result, Tensor) and not function.is_view:
+                made.append(result.nbytes)
+            return result
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    num_hidden, weight = rows // 2, empty(64, 128, 3, 3)
+    groups = empty(9 * rows, dtype=torch.int64), empty(9 * num_hidden + 10, dtype=torch.int64)
+    grad, hidden = empty(rows, 128), empty(num_hidden, 128)
+    with Made():
+        kernels.modulation_table_grad(grad, hidden, weight, weight, *groups)
+    assert made.count(hidden.nbytes) == 1
+    assert max(size for size in made if size != hidden.nbytes) <= kernels._SCRATCH
 
 
 def test_float64_is_exact(device):

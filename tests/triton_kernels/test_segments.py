@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spade_kernels import reference
 from spade_kernels.testing import assert_within_budget
+from spade_kernels.triton import segments
 from spade_kernels.triton.segments import PIECE, segment_sum
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
@@ -42,7 +43,13 @@ class Problem:
         return reference.segment_sum(self.values.to(dtype), self.order // self.divisor, self.starts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.fixture(params=[128, 4])
+def _probes(request, monkeypatch):
+    """Of few probes, a search for a segment takes many rounds, as among tens of thousands of segments."""
+    monkeypatch.setattr(segments, "_PROBES", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_error(name, dtype, device):
     problem = Problem(LENGTHS[name], 20, 1, device, dtype)
@@ -52,6 +59,7 @@ def test_error(name, dtype, device):
     assert_within_budget({"sums": got}, {"sums": problem.expected(wide)}, {"sums": problem.expected(torch.float64)})
 
 
+@pytest.mark.usefixtures("_probes")
 @pytest.mark.parametrize("width", [1, 3, 16, 130])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_exact(name, width, device):
@@ -65,6 +73,14 @@ def test_slice_of_the_segments(first, last, device):
     expected = problem.expected(torch.float32)[first:last]
     problem.starts = problem.starts[first : last + 1]
     assert torch.equal(problem.run(), expected)
+
+
+def test_pieces_grow_with_the_entries(monkeypatch, device):
+    """So that the scratch does not."""
+    problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
+    monkeypatch.setattr(segments, "_SCRATCH", 2 * 2 * 3 * 4)
+    assert segments.pieces(problem.order.numel(), 10, 3, torch.float32, device)[1]["PIECE"] == 8 * PIECE
+    assert torch.equal(problem.run(), problem.expected(torch.float32))
 
 
 @pytest.mark.parametrize("entries", [1, PIECE, 3 * PIECE + 7])
