@@ -194,7 +194,7 @@ def test_scratch_does_not_grow_with_the_batch(rows, monkeypatch):
     grad, hidden = empty(rows, 128), empty(num_hidden, 128)
     with Made():
         kernels.modulation_table_grad(grad, hidden, weight, weight, *groups)
-    assert made.count(hidden.nbytes) == 1
+    assert hidden.nbytes in made
     assert max(size for size in made if size != hidden.nbytes) <= kernels._SCRATCH
 
 
