@@ -98,7 +98,7 @@ class LabelMap(Packable):
         """codebook @ rows, (num_codes, D), of weight rows (channels, D). Differentiable in `rows`."""
         if self._pooled_codebook is not None:
             return self.codebook(rows.dtype) @ rows
-        if rows.is_cuda and not torch.compiler.is_compiling():
+        if rows.is_cuda and not torch.compiler.is_compiling() and not _products_are_coarser(rows.dtype):
             # One launch, and one in the backward, instead of a dozen that a compiler would make one of.
             with torch.autocast("cuda", enabled=False):
                 return _kept_codebook(self, rows.dtype) @ rows
@@ -280,6 +280,12 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
     edges[..., 1:, :] |= down
     edges[..., :-1, :] |= down
     return edges
+
+
+def _products_are_coarser(dtype: torch.dtype) -> bool:
+    """Whether a GPU would round the factors of a product that those of a convolution keep."""
+    cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return dtype == torch.float32 and [setting.fp32_precision == "tf32" for setting in cuda] == [True, False]
 
 
 _codebooks: dict[tuple, torch.Tensor] = {}

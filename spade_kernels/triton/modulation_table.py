@@ -5,6 +5,8 @@ Weights meet both as (2C, taps, D), gamma's columns first: what channels-last co
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -179,7 +181,23 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32: to narrower results, cuBLAS adds what it rounded."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    with _products_of(_precision(a.dtype)):
+        return a.float() @ b.float()
+
+
+@contextlib.contextmanager
+def _products_of(precision: str) -> Iterator[None]:
+    """Within it, cuBLAS multiplies float32 so: PyTorch has a setting for convolutions and another one for products."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if (before == "tf32") == (precision == "tf32"):
+        yield
+        return
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
