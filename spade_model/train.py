@@ -26,6 +26,7 @@ from spade_model.errors import UserError
 from spade_model.files import remove_leftovers
 from spade_model.networks import SPADEGenerator
 from spade_model.networks.check import check_networks
+from spade_model.networks.discriminator import build_windows
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
 from spade_model.trainer import Trainer
@@ -83,7 +84,7 @@ class _Run:
             )
         torch.manual_seed(config.data.seed)
         self.trainer = Trainer(config, self.device)
-        self.prepare = index_builder(self.trainer.generator)
+        self.prepare = index_builder(self.trainer.generator, config.model.num_D)
         torch.manual_seed(config.data.seed + rank + 1)
         if config.continue_train:
             self._resume(self.folder / f"{config.which_epoch}.safetensors")
@@ -321,11 +322,20 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def index_builder(generator: nn.Module) -> Callable[[LabelMap], object] | None:
-    """What builds the window indexes of a label map for the generator; None for one that uses none."""
-    if not isinstance(generator, SPADEGenerator):
-        return None
-    return partial(LabelMap.prepare, sizes=generator.resolutions(), kernel_size=generator.kernel_size)
+def index_builder(generator: nn.Module, scales: int) -> Callable[[LabelMap], None]:
+    """What builds all that training the generator with a discriminator of so many scales needs of a label map.
+
+    The loader's workers get it: it holds no network.
+    """
+    sizes, kernel_size = [], 3
+    if isinstance(generator, SPADEGenerator):
+        sizes, kernel_size = generator.resolutions(), generator.kernel_size
+    return partial(_build_indexes, sizes=sizes, kernel_size=kernel_size, scales=scales)
+
+
+def _build_indexes(label_map: LabelMap, sizes: list[tuple[int, int]], kernel_size: int, scales: int) -> None:
+    label_map.prepare(sizes, kernel_size)
+    build_windows(label_map, scales)
 
 
 def choose_device(name: str) -> torch.device:

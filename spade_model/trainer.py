@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spade_kernels import LabelMap
-from spade_kernels.functional import Segmap
 from spade_kernels.normalization import world_size
 from spade_model import checkpoint, losses
 from spade_model.average import Average
@@ -88,12 +86,10 @@ class Trainer:
             UserError: the photographs have another size than the generated images.
         """
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
-        # Each (mask, image) pair is judged fake and real at once; the doubled mask is indexed once for both steps.
-        doubled = [_double(batch.segmap) for batch in batches]
         reports: list[dict[str, Tensor]] = []
         if self.steps % self.config.D_steps_per_G == 0:
-            reports.append(self._generator_step(batches, doubled))
-        discriminator_report, fake = self._discriminator_step(batches, doubled)
+            reports.append(self._generator_step(batches))
+        discriminator_report, fake = self._discriminator_step(batches)
         reports.append(discriminator_report)
         self.steps += 1
         if self.average is not None:
@@ -150,15 +146,15 @@ class Trainer:
                 scaler.load_state_dict(saved)
         self.steps = state["steps"]
 
-    def _generator_step(self, batches: list[Batch], doubled: list[Segmap]) -> dict[str, Tensor]:
+    def _generator_step(self, batches: list[Batch]) -> dict[str, Tensor]:
         self.optimizer_G.zero_grad(set_to_none=True)
         self.discriminator.requires_grad_(False)
         parallel = [self._parallel_generator, self._parallel_encoder]
         report: list[dict[str, Tensor]] = []
-        for i, (batch, twice) in enumerate(zip(batches, doubled, strict=True)):
+        for i, batch in enumerate(batches):
             with self._last_only(parallel, i == len(batches) - 1):
                 with self._autocast():
-                    terms = self._generator_losses(batch, twice)
+                    terms = self._generator_losses(batch)
                 self.scaler_G.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[arg-type]
             report.append(terms)
         self.discriminator.requires_grad_(True)
@@ -166,16 +162,16 @@ class Trainer:
         self.scaler_G.update()
         return _mean(report)
 
-    def _discriminator_step(self, batches: list[Batch], doubled: list[Segmap]) -> tuple[dict[str, Tensor], Tensor]:
+    def _discriminator_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         self.optimizer_D.zero_grad(set_to_none=True)
         report: list[dict[str, Tensor]] = []
-        for i, (batch, twice) in enumerate(zip(batches, doubled, strict=True)):
+        for i, batch in enumerate(batches):
             with torch.no_grad(), self._autocast():
                 z = None if self.encoder is None else _sample(*self.encoder(batch.image))
                 fake = self.generator(batch.segmap, z)
             with self._last_only([self._parallel_discriminator], i == len(batches) - 1):
                 with self._autocast():
-                    on_fake, on_real = self._judge(self._parallel_discriminator, twice, fake, batch)
+                    on_fake, on_real = self._judge(self._parallel_discriminator, fake, batch)
                     mode = self.config.gan_mode
                     terms = {
                         "D_Fake": losses.gan_loss(on_fake, mode, is_real=False, for_discriminator=True),
@@ -187,7 +183,7 @@ class Trainer:
         self.scaler_D.update()
         return _mean(report), fake
 
-    def _generator_losses(self, batch: Batch, twice: Segmap) -> dict[str, Tensor]:
+    def _generator_losses(self, batch: Batch) -> dict[str, Tensor]:
         config, terms, z = self.config, {}, None
         if self._parallel_encoder is not None:
             mu, logvar = self._parallel_encoder(batch.image)
@@ -195,7 +191,7 @@ class Trainer:
             # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
             terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * world_size() * config.accumulate
         fake = self._parallel_generator(batch.segmap, z)
-        on_fake, on_real = self._judge(self.discriminator, twice, fake, batch)
+        on_fake, on_real = self._judge(self.discriminator, fake, batch)
         terms["GAN"] = losses.gan_loss(on_fake, config.gan_mode, is_real=True, for_discriminator=False)
         if not config.no_ganFeat_loss:
             terms["GAN_Feat"] = losses.feature_matching_loss(on_fake, on_real) * config.lambda_feat
@@ -205,12 +201,12 @@ class Trainer:
             terms["VGG"] = losses.vgg_loss(self.vgg(fake), real) * config.lambda_vgg
         return terms
 
-    def _judge(self, discriminator: nn.Module, twice: Segmap, fake: Tensor, batch: Batch):
+    def _judge(self, discriminator: nn.Module, fake: Tensor, batch: Batch):
         real = batch.image
         assert real is not None
         if fake.shape != real.shape:
             raise _size_error(fake, batch)
-        results = discriminator(twice, torch.cat((fake.to(real.dtype), real)))
+        results = discriminator(batch.segmap, torch.cat((fake.to(real.dtype), real)))
         count = len(real)
         return [[f[:count] for f in scale] for scale in results], [[f[count:] for f in scale] for scale in results]
 
@@ -256,10 +252,6 @@ def _size_error(fake: Tensor, batch: Batch) -> UserError:
 
 def _sample(mu: Tensor, logvar: Tensor) -> Tensor:
     return mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-
-
-def _double(segmap: Segmap) -> Segmap:
-    return LabelMap.cat([segmap, segmap]) if isinstance(segmap, LabelMap) else torch.cat((segmap, segmap))
 
 
 def _mean(reports: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
 import shutil
 
 import pytest
@@ -51,16 +52,21 @@ def assert_same_index(got: LabelMap, expected: LabelMap, size: tuple[int, int]) 
 def test_a_prepared_label_map_lacks_nothing(num_upsampling_layers, norm_G, aspect_ratio, monkeypatch):
     options = {"norm_G": norm_G, "num_upsampling_layers": num_upsampling_layers, "aspect_ratio": aspect_ratio}
     network = SPADEGenerator(CLASSES + 1, ngf=2, crop_size=256, use_vae=True, z_dim=4, **options)
+    discriminator = MultiscaleDiscriminator(CLASSES + 1, ndf=2)
     label_map = mask()
-    index_builder(network)(label_map)
+    index_builder(network, discriminator.num_D)(label_map)
+    label_map = pickle.loads(pickle.dumps(label_map))  # as it comes from a worker
     monkeypatch.setattr("spade_kernels.ops.window_index", None)
     monkeypatch.setattr("spade_kernels.ops.group_by_value", None)
     height, width = network(label_map).shape[2:]
     assert network.resolutions()[-1] == (height, width) == (256 / aspect_ratio, 256)
+    discriminator(label_map, torch.randn(4, 3, 64, 64))
 
 
-def test_only_spade_layers_use_indexes():
-    assert index_builder(torch.nn.Conv2d(1, 1, 1)) is None
+def test_other_generators_use_no_indexes(monkeypatch):
+    label_map = mask()
+    index_builder(torch.nn.Conv2d(1, 1, 1), 0)(label_map)
+    assert not label_map._kept
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -101,7 +107,7 @@ def test_compiled_layer_builds_the_index_in_inference_mode():
 def test_compiled_generator(prepared):
     network, label_map = generator().eval(), mask()
     if prepared:
-        index_builder(network)(label_map)
+        index_builder(network, 0)(label_map)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(label_map), network(mask()))
@@ -113,7 +119,7 @@ def test_compiled_generator_in_training():
     twin = copy.deepcopy(network)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     label_map = mask()
-    index_builder(network)(label_map)
+    index_builder(network, 0)(label_map)
     for run, net in ((network, network), (compiled, twin)):
         net.zero_grad()
         run(label_map).square().sum().backward()

@@ -8,10 +8,13 @@ from torch import nn
 
 from spade_kernels import LabelMap
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_kernels.windows import build_segments
 from spade_model.networks.encoder import require_images
 from spade_model.networks.normalization import normalized
 
 Features = list[torch.Tensor]
+
+_FIRST = 4, 2, 2  # kernel size, stride and padding of the convolution that reads the mask
 
 
 class NLayerDiscriminator(nn.Module):
@@ -26,7 +29,7 @@ class NLayerDiscriminator(nn.Module):
         self.semantic_nc = semantic_nc
         width = ndf
         self.model0 = nn.Sequential(
-            nn.Conv2d(semantic_nc + output_nc, width, 4, stride=2, padding=2), nn.LeakyReLU(0.2, inplace=False)
+            nn.Conv2d(semantic_nc + output_nc, width, *_FIRST), nn.LeakyReLU(0.2, inplace=False)
         )
         self.depth = n_layers_D + 1
         for n in range(1, n_layers_D):
@@ -40,7 +43,9 @@ class NLayerDiscriminator(nn.Module):
         """Every layer's output, the per-patch score (N, 1, h, w) last."""
         first = self.model0[0]
         on_segmap, on_image = first.weight.split((self.semantic_nc, image.shape[1]), 1)  # type: ignore[operator]
-        x = conv2d(segmap, on_segmap, first.bias, 2, 2) + F.conv2d(image, on_image, None, 2, 2)  # type: ignore[arg-type]
+        of_segmap = conv2d(segmap, on_segmap, first.bias, *_FIRST[1:])  # type: ignore[arg-type]
+        of_image = F.conv2d(image, on_image, None, *_FIRST[1:])
+        x = (of_image.unflatten(0, (-1, len(of_segmap))) + of_segmap).flatten(0, 1)
         features = [self.model0[1](x)]
         for n in range(1, self.depth):
             features.append(self.get_submodule(f"model{n}")(features[-1]))
@@ -78,13 +83,15 @@ class MultiscaleDiscriminator(nn.Module):
 
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W), of the image's size.
-            image: (N, output_nc, H, W).
+            image: (N, output_nc, H, W), or several such batches in one: their N-th images have the N-th mask.
 
         Raises:
             TypeError, ValueError: the segmap (see `as_condition`) or the image does not fit.
         """
         require_images(image, self.output_nc)
-        segmap = as_condition(segmap, self.semantic_nc, like=image)
+        segmap = as_condition(segmap, self.semantic_nc)
+        masks = segmap.shape[0]
+        segmap = as_condition(segmap, self.semantic_nc, like=image if len(image) % masks else image[:masks])
         if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
             raise ValueError(
                 f"segmap is {tuple(segmap.shape[-2:])} pixels, image {tuple(image.shape[-2:])}; they must match"
@@ -95,6 +102,14 @@ class MultiscaleDiscriminator(nn.Module):
                 segmap, image = _half(segmap), _half(image)
             results.append(self.get_submodule(f"discriminator_{i}")(segmap, image))
         return results
+
+
+def build_windows(segmap: LabelMap, scales: int) -> None:
+    """Builds what the training of a `MultiscaleDiscriminator` with so many scales needs of a label map, ahead of it."""
+    for scale in range(scales):
+        segmap = segmap.avg_pool() if scale else segmap
+        windows = [segmap.windows(segmap.shape[1:], *_FIRST)]
+        build_segments(windows, windows)
 
 
 def _half(condition):
