@@ -2,7 +2,7 @@
 
     python benchmarks/compiled.py [--only triton] [--out benchmarks/results/compiled.json]
 
-Triton kernels are compiled in the variants that their modules list, CUDA sources whole. Needs Triton for the former,
+Triton kernels are compiled in the variants of `triton_variants`, CUDA sources whole. Needs Triton for the former,
 nvcc and cuobjdump (which Triton brings along) for the latter; where they are missing, the result says so.
 """
 
@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import pkgutil
 import platform
 import re
 import shutil
@@ -78,10 +76,9 @@ def why_not_cuda() -> str | None:
 
 def triton_kernels() -> list[Kernel]:
     """Every variant of every Triton kernel, for every target."""
-    modules = [module for module in _triton_modules() if hasattr(importlib.import_module(module), "variants")]
-    jobs = [(module, i, target) for module in modules for i in range(len(_variants(module))) for target in TARGETS]
+    jobs = [(index, target) for index in range(len(_variants())) for target in TARGETS]
     with ProcessPoolExecutor() as pool:
-        return list(pool.map(_triton_kernel, jobs))
+        return list(pool.map(_triton_kernel, jobs, chunksize=8))
 
 
 def cuda_kernels() -> list[Kernel]:
@@ -103,23 +100,20 @@ def environment() -> dict[str, str | None]:
     }
 
 
-def _triton_modules() -> list[str]:
-    package = importlib.import_module("spade_kernels.triton")
-    return [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
-
-
 @functools.cache
-def _variants(module: str) -> list:
-    return importlib.import_module(module).variants()
+def _variants() -> list:
+    from triton_variants import layer_variants
+
+    return layer_variants()
 
 
-def _triton_kernel(job: tuple[str, int, int]) -> Kernel:
+def _triton_kernel(job: tuple[int, int]) -> Kernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, index, target = job
-    variant = _variants(module)[index]
+    index, target = job
+    variant = _variants()[index]
     names = variant.kernel.arg_names
     source = ASTSource(
         fn=variant.kernel,

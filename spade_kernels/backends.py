@@ -124,6 +124,23 @@ def is_compiled_on_cpu() -> bool:
     return _cpu is not None and _chosen != "reference"
 
 
+def is_captured(t: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what is made of t now holds nothing until the graph runs."""
+    return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def may_keep(made: torch.Tensor) -> bool:
+    """Whether calls to come can use what this one made: not if a CUDA graph or compiled code makes it in every run.
+
+    On a GPU this waits until it is made: those calls may come on other streams.
+    """
+    if torch.compiler.is_compiling() or is_captured(made):
+        return False
+    if made.is_cuda:
+        torch.cuda.current_stream(made.device).synchronize()
+    return True
+
+
 def can_run_reference() -> str | None:
     """None: plain PyTorch runs everywhere."""
     return None

@@ -119,6 +119,11 @@ def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
     return enough and _Panels.fits(weight, padding, x.shape)
 
 
+def is_packable(weight: Tensor) -> bool:
+    """Whether there is a layout for the weight that makes convolutions faster."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
 class PackedConv2d:
     """A convolution with stride 1 whose weight stands still: on CPU laid out anew, for the first input.
 
@@ -129,7 +134,7 @@ class PackedConv2d:
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
         self._weight: Tensor | _Panels | _OneDNN = weight
         self._bias, self._padding, self._relu = bias, list(padding), relu
-        self._packable = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._packable = is_packable(weight)
 
     @property
     def is_traceable(self) -> bool:

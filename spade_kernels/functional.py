@@ -8,18 +8,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from spade_kernels import ops
-from spade_kernels.convolution import PackedConv2d, convolve
+from spade_kernels import backends, ops
+from spade_kernels.convolution import PackedConv2d, convolve, is_packable
 from spade_kernels.label_map import LabelMap, WindowIndex
-from spade_kernels.normalization import (
-    Statistics,
-    accumulation_dtype,
-    check_input,
-    goes_by_running_statistics,
-    running_statistics,
-)
+from spade_kernels.normalization import Statistics, check_input
 from spade_kernels.recognize import recognize
 
 Segmap = LabelMap | Tensor
@@ -79,25 +73,24 @@ class Weights(NamedTuple):
 
 
 class KeptWeights:
-    """What a layer otherwise makes of its weights in every call. Without derivatives; for weights that stand still."""
+    """What a layer otherwise makes of its weights in every call. Without derivatives; for weights that stand still.
 
-    is_traceable = True
+    What depends on the condition is made for the first one of its kind, and kept unless compiled code made it.
+    """
 
-    def __init__(self, weights: Weights, norm: nn.Module):
+    def __init__(self, weights: Weights):
         self._weights = weights
         self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
         wide = torch.promote_types(weights.gamma[1].dtype, torch.float32)
-        self.hidden_bias, self.bias = weights.shared[1].to(wide), _joint_bias(weights, wide)
-        self._stats: Statistics | None = None
-        if isinstance(norm, nn.BatchNorm2d) and goes_by_running_statistics(norm):
-            self._stats = running_statistics(norm, wide)
+        self.hidden_bias = weights.shared[1].detach().to(wide, copy=True)
+        self.bias = _joint_bias(weights, wide)
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
-    def stats_for(self, x: Tensor, norm: nn.Module) -> Statistics | None:
-        """Those of the layer's norm, where they are the same for every x of this dtype."""
-        fits = self._stats and self._stats.mean.dtype == accumulation_dtype(x) and goes_by_running_statistics(norm)
-        return self._stats if fits else None
+    @property
+    def is_traceable(self) -> bool:
+        """Whether calls leave it as it is; those of the packed convolutions do not."""
+        return not is_packable(self._weights.shared[0])
 
     def taps(self, segmap: LabelMap) -> Tensor:
         """The shared convolution's taps for label maps of this one's kind."""
@@ -108,7 +101,7 @@ class KeptWeights:
         if kind in self._taps:
             return self._taps[kind]
         taps = _taps(segmap, weight)
-        if not _is_recorded(weight):
+        if backends.may_keep(taps):
             self._taps[kind] = taps
         return taps
 
@@ -119,14 +112,9 @@ class KeptWeights:
         weight, bias = self._weights.shared
         joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
         dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
-        if not _is_recorded(weight):
+        if backends.may_keep(joint):
             self._dense = dense
         return dense
-
-
-def _is_recorded(weight: Tensor) -> bool:
-    """Whether what is made now holds nothing until a CUDA graph or compiled code runs, and then until it runs again."""
-    return torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 _path = "auto"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
 
+from spade_kernels import backends
 from spade_kernels.packing import Packable, Slot, pack, unpack
 from spade_kernels.windows import WindowIndex, Windows, build_segments
 
@@ -168,7 +169,10 @@ class LabelMap(Packable):
             with torch.inference_mode(False):
                 inside = (seen.windows > 0).sum(1, keepdim=True)
                 codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
-                self._kept["pooled"] = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
+                pooled = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
+            if backends.is_captured(codebook):
+                return pooled
+            self._kept["pooled"] = pooled
         return self._kept["pooled"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
@@ -294,14 +298,13 @@ _codebooks: dict[tuple, torch.Tensor] = {}
 def _kept_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
     """Its codebook, the same for all label maps of its kind."""
     kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
-    if kind not in _codebooks:
-        with torch.inference_mode(False):
-            codebook = label_map.codebook(dtype)
-        # What is made while a CUDA graph is captured holds nothing until that graph has run.
-        if torch.cuda.is_current_stream_capturing():
-            return codebook
+    if kind in _codebooks:
+        return _codebooks[kind]
+    with torch.inference_mode(False):
+        codebook = label_map.codebook(dtype)
+    if backends.may_keep(codebook):
         _codebooks[kind] = codebook
-    return _codebooks[kind]
+    return codebook
 
 
 def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[tuple, tuple]:

@@ -78,16 +78,13 @@ class SPADE(Freezable):
         segmap = functional.as_condition(segmap, self.mlp_shared[0].in_channels, like=x)  # type: ignore[arg-type]
         # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
         x = x.contiguous(memory_format=torch.channels_last)
-        kept = self.kept
-        stats = kept and kept.stats_for(x, self.param_free_norm)
-        if stats is None:
-            stats = statistics(self.param_free_norm, x, moments, upsample)
+        stats = statistics(self.param_free_norm, x, moments, upsample)
         return functional.modulated(
-            x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=kept
+            x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=self.kept
         )
 
     def derive(self) -> KeptWeights:
-        return KeptWeights(self._weights(), self.param_free_norm)
+        return KeptWeights(self._weights())
 
     def _weights(self) -> Weights:
         convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)

@@ -50,7 +50,7 @@ def moments(norm: nn.Module, x: Tensor) -> Moments | None:
 
     For layers that share x: take them once, hand them to each.
     """
-    return None if goes_by_running_statistics(norm) else ops.channel_stats(x.detach())
+    return None if _goes_by_running_statistics(norm) else ops.channel_stats(x.detach())
 
 
 def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Statistics:
@@ -68,27 +68,18 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
-    if not goes_by_running_statistics(norm):
+    if not _goes_by_running_statistics(norm):
         return _batch_statistics(norm, x, taken, upsample)
-    return running_statistics(norm, accumulation_dtype(x))
-
-
-def running_statistics(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Statistics:
-    """Those of a batch norm that tracks them, for every x."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
 
 
-def goes_by_running_statistics(norm: nn.Module) -> bool:
+def _goes_by_running_statistics(norm: nn.Module) -> bool:
     """Whether the statistics are the same for every x."""
     return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """What statistics of x are taken in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_input(x: Tensor, channels: int) -> None:

@@ -49,14 +49,15 @@ class StaticLabelMap:
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
             raise ValueError("of the label map and the place, one has edges and one has not")
-        other = other.to(mine.device, non_blocking=True)
+        # To a CPU only when it is there: nothing would wait for it.
+        other = other.to(mine.device, non_blocking=mine.device.type == "cuda")
         places, found = _windows_of(mine), _windows_like(mine, other)
         pairs = [(mine.codes, other.codes), (mine.labels, other.labels.long())]
         if mine.edges is not None and other.edges is not None:
             pairs.append((mine.edges, other.edges))
         for place, windows in zip(places, found, strict=True):
-            # Rows to spare keep what they are: windows of some label map before, which no pixel sees.
-            pairs.append((place.windows[: len(windows)], windows.windows))
+            # Nothing may stay in the rows to spare: no pixel sees them, but where sums are cut depends on them.
+            pairs.append((place.windows, windows.padded(len(place), 0).windows))
             pairs += [(place.pixel_row, windows.pixel_row), (place.image_rows, windows.image_rows)]
         _copy_each(pairs)
         again = [Windows(place.windows, place.pixel_row, place.image_rows, place.num_ids) for place in places]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from spade_kernels import ops
+from spade_kernels import backends, ops
 from spade_kernels.packing import Packable
 
 Segments = tuple[torch.Tensor, torch.Tensor]
@@ -54,18 +54,24 @@ class Windows(Packable):
     @property
     def uses_by_tap(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
-        if self._uses_by_tap is None:
-            with torch.inference_mode(False):
-                self._uses_by_tap = ops.group_by_tap(self.windows, self.num_ids)
-        return self._uses_by_tap
+        if self._uses_by_tap is not None:
+            return self._uses_by_tap
+        with torch.inference_mode(False):
+            uses = ops.group_by_tap(self.windows, self.num_ids)
+        if not backends.is_captured(self.windows):
+            self._uses_by_tap = uses
+        return uses
 
     @property
     def row_pixels(self) -> Segments:
         """Pixels of each row. Built once, and kept."""
-        if self._row_pixels is None:
-            with torch.inference_mode(False):
-                self._row_pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
-        return self._row_pixels
+        if self._row_pixels is not None:
+            return self._row_pixels
+        with torch.inference_mode(False):
+            pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
+        if not backends.is_captured(self.windows):
+            self._row_pixels = pixels
+        return pixels
 
     def segments(self) -> list[torch.Tensor]:
         """The tensors of those segments that are there."""
@@ -76,6 +82,8 @@ def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> No
     """Builds `uses_by_tap` of some windows and `row_pixels` of others, as far as they are not there, all at once."""
     by_tap = [windows for windows in by_tap if windows._uses_by_tap is None]
     by_pixel = [windows for windows in by_pixel if windows._row_pixels is None]
+    if any(backends.is_captured(windows.windows) for windows in [*by_tap, *by_pixel]):
+        return
     values = [ops.tap_uses(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
     counts = [windows.windows.shape[1] * windows.num_ids for windows in by_tap] + [len(w) for w in by_pixel]
     with torch.inference_mode(False):

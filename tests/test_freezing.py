@@ -151,6 +151,20 @@ def test_eval_keeps_it_frozen_and_train_lets_go():
     assert_same_images(network, fresh(network))
 
 
+@torch.no_grad()
+def test_statistics_are_not_kept():
+    """Weights stand still, but statistics may be taken anew."""
+    layer, x, segmap = random_spade("spadebatch3x3", 4, CLASSES), torch.randn(2, 4, 9, 10), mask(False)
+    sk.freeze(layer)
+    first = layer(x, segmap)
+    layer.param_free_norm.train()
+    layer(x * 3 + 1, segmap)
+    layer.param_free_norm.eval()
+    assert is_frozen(layer)
+    assert relative_error(layer(x, segmap), copy.deepcopy(layer)(x, segmap)) < LIMITS[torch.float32]
+    assert relative_error(layer(x, segmap), first) > 0.1
+
+
 def load(network: SPADEGenerator) -> SPADEGenerator:
     network.load_state_dict({name: value * 1.5 for name, value in network.state_dict().items()})
     return network
@@ -235,13 +249,26 @@ def test_compiled():
 
 @pytest.mark.parametrize("kind", ["label map", "dense"])
 @torch.no_grad()
+def test_compiled_code_of_packed_weights(kind):
+    """Compiled code does not touch what packs itself for the first input."""
+    torch._dynamo.reset()
+    network = generator()
+    network.freeze()
+    condition = mask() if kind == "label map" else mask().one_hot(torch.float32)
+    expected = network(condition)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(condition), expected) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("kind", ["label map", "dense"])
+@torch.no_grad()
 def test_compiled_code_reads_what_is_kept(kind):
     """Weights in another dtype than CPUs pack, as all are on a GPU: their norm is not taken in every call."""
     torch._dynamo.reset()
     called: set[str] = set()
 
     def recorded(module, _):
-        called.update(str(node.target) for node in module.graph.nodes)
+        called.update(getattr(node.target, "__name__", str(node.target)) for node in module.graph.nodes)
         return module.forward
 
     block, x = generator(dtype=torch.float64).up_3, torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -256,6 +283,13 @@ def test_compiled_code_reads_what_is_kept(kind):
         assert relative_error(compiled(x, condition), expected) < 1e-12
     assert called
     assert not any("dot" in name for name in called)
+    # What depends on the condition is kept by the first call that is not compiled.
+    block(x, condition)
+    called.clear()
+    torch._dynamo.reset()
+    assert relative_error(compiled(x, condition), expected) < 1e-12
+    assert called
+    assert called.isdisjoint({"pad", "cat"})
     change_weights(block)
     sk.freeze(block)
     assert relative_error(compiled(x, condition), copy.deepcopy(block)(x, condition)) < 1e-12

@@ -45,6 +45,19 @@ def test_generator_reads_what_was_copied():
         assert torch.equal(generator(place.copy_(second)), generator(second))
 
 
+def test_nothing_stays_of_label_maps_before():
+    """Where rows to spare still stood, the same label map would have other sums, but for rounding."""
+    busy, target, *others = masks("noise", "islands", "blobs", "constant", "noise")
+    place = sk.StaticLabelMap(busy.prepare([SIZE]))
+    seen = []
+    for before in others:
+        place.copy_(before)
+        index = place.copy_(target).window_index(SIZE, 3)
+        seen.append([t.clone() for windows in index for t in (windows.windows, *windows.segments())])
+    for tensors in zip(*seen, strict=True):
+        assert all(torch.equal(t, tensors[0]) for t in tensors)
+
+
 def test_rows_are_rounded_up_by_a_quarter_at_most():
     for kind in ("noise", "blobs", "constant"):
         (mask,) = masks(kind, count=4)

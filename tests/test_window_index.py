@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,3 +137,13 @@ def test_segment_sum(counts):
     starts = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
     expected = torch.stack([part.sum(0) for part in values[index].split(counts)])
     torch.testing.assert_close(reference.segment_sum(values, index, starts), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_windows_that_do_not_fit(levels):
+    """Without padding, 3 x 3 windows leave a map that is smaller by 2."""
+    ids = torch.ones(1, 5, 5, dtype=torch.int64)
+    for size in range(1, 6):
+        fits = size >= 1 + 2 * levels
+        with contextlib.nullcontext() if fits else pytest.raises(RuntimeError):
+            ops.window_index(ids, [(size, size)], 3, 1, 0, levels)

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -59,10 +60,23 @@ std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, Win
   return found;
 }
 
+// Threads' exceptions do not say what was wrong.
+void require_windows(int64_t height, int64_t width, int64_t kernel_size, int64_t stride, int64_t padding,
+                     int64_t levels) {
+  for (int64_t i = 0; i < levels; ++i) {
+    if (std::min(height, width) + 2 * padding < kernel_size)
+      throw std::runtime_error("spade_kernels: no window fits the size");
+    height = (height + 2 * padding - kernel_size) / stride + 1;
+    width = (width + 2 * padding - kernel_size) / stride + 1;
+  }
+}
+
 std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                     int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
   const Tensor map = dense(ids_in);
   const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
+  for (int64_t s = 0; s < num_sizes; ++s)
+    require_windows(sizes[2 * s], sizes[2 * s + 1], kernel_size, stride, padding, levels);
   std::vector<std::vector<ImageWindows>> found(num_sizes * images);
   // Not by size: the largest takes three quarters of the time, and other threads' memory is new to each call.
   in_pieces(images, 1, [&](int64_t n, int64_t) {

@@ -95,7 +95,8 @@ class WindowPlan {
     require(int64_t{std::min(map.height, map.width)} + 2 * int64_t{call.padding} >= call.kernel_size,
             "no window fits the size");
     plan_window_index(call, map);
-    require(num_windows(call, map) < (int64_t{1} << 30), "a batch has less than 2^30 windows");
+    require(int64_t{map.out_height} * map.out_width < (int64_t{1} << 30) && num_windows(call, map) < (int64_t{1} << 30),
+            "a batch has less than 2^30 windows");
     slots_ += num_slots(call, map);
     counts_ += int64_t{call.images} * map.blocks;
     firsts_ += num_windows(call, map);

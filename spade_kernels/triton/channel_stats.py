@@ -7,8 +7,6 @@ far from 0 costs the squared deviations no digits.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +21,7 @@ from spade_kernels.triton.tiles import (
     empty_channels_last,
     tile_grid,
 )
-from spade_kernels.triton.variants import Variant, launch, recording
+from spade_kernels.triton.variants import launch
 
 _PROGRAMS = 2048  # enough for every processor of a large GPU to hold several
 _MOST_PARTS = 512  # of an image: they are merged as one tile
@@ -81,7 +79,7 @@ def _merge(count, origin, mean, m2):
     return rough, missing, tl.sum(m2 + apart * apart * count[:, None], 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "parts", "steps"])
 def _part_stats(
     x,
     origins,
@@ -123,7 +121,7 @@ def _part_stats(
     tl.store(m2s + to, m2, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "parts", "part"])
 def _merge_parts(
     origins, means, m2s, mean, m2, pixels, channels, parts, part, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -144,7 +142,7 @@ def _merge_parts(
     tl.store(m2 + to, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _stats_grad(x, mean, grad_mean, grad_m2, out, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     image, block, channel = block_of_program(channels, BLOCK_C)
     inside = channel < channels
@@ -157,14 +155,3 @@ def _stats_grad(x, mean, grad_mean, grad_m2, out, pixels, channels, BLOCK_P: tl.
     value = tl.load(at(x, image * pixels + pixel, channel, channels), mask).to(centre.dtype)
     value = offset[None, :] + factor[None, :] * (value - centre[None, :])
     tl.store(at(out, image * pixels + pixel, channel, channels), value, mask)
-
-
-def variants() -> list[Variant]:
-    """What layers compile, for maps that one program takes and maps that many do, and for channels of all kinds."""
-    with recording() as found:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        for dtype, channels, size in itertools.product(dtypes, (64, 1024, 20), (8, 256)):
-            x = torch.empty(2, channels, size, size, dtype=dtype, device="meta")
-            mean, m2 = channel_stats(x)
-            channel_stats_grad(x, mean, mean, m2)
-    return found

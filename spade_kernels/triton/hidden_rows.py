@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from spade_kernels.triton.segments import segment_sum
 from spade_kernels.triton.tiles import at, channel_tile
-from spade_kernels.triton.variants import Variant, launch, recording
+from spade_kernels.triton.variants import launch
 
 
 def hidden_rows(
@@ -66,15 +64,3 @@ def _sum_of_taps(
     if RELU:
         total = tl.where(total < 0, 0, total)  # keeps NaN
     tl.store(at(out, row, column, width), total, mask)
-
-
-def variants() -> list[Variant]:
-    """What layers compile: a hidden convolution with ReLU, and one without bias and ReLU."""
-    with recording() as found:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        for dtype, width in itertools.product(dtypes, (128, 20)):
-            taps, bias = torch.empty(50, 9, width, dtype=dtype, device="meta"), torch.empty(width, device="meta")
-            windows = torch.empty(100, 9, dtype=torch.int64, device="meta")
-            hidden_rows(taps, bias, windows, None, None, True)
-            hidden_rows(taps, None, windows, None, None, False)
-    return found

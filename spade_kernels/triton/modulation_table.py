@@ -5,8 +5,6 @@ Weights meet both as (2C, taps, D), gamma's columns first: what channels-last co
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from spade_kernels import reference
 from spade_kernels.triton.segments import segment_sum
-from spade_kernels.triton.variants import Variant, launch, recording
+from spade_kernels.triton.variants import launch
 
 # A gather is two loads, the second waiting for the first: five stages keep two gathers ahead of the product.
 _STAGES = 5
@@ -86,7 +84,7 @@ def _tile_for(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Ti
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 factors enter a product: as in the convolution that this is. Narrower ones are exact either way."""
+    """How float32 factors enter the table: as in the convolution that it is. Narrower ones are exact either way."""
     convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if dtype != torch.float32 or convolution.fp32_precision == "tf32" else "ieee"
 
@@ -152,7 +150,7 @@ def modulation_table(
 def modulation_table_grad(
     grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.modulation_table_grad`.
+    """`reference.modulation_table_grad`; its float32 products are as PyTorch's setting for products says.
 
     Each hidden row stands in several windows: summed over its uses first, the products are that much fewer.
     """
@@ -181,45 +179,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32: to narrower results, cuBLAS adds what it rounded."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    with _products_of(_precision(a.dtype)):
-        return a.float() @ b.float()
-
-
-@contextlib.contextmanager
-def _products_of(precision: str) -> Iterator[None]:
-    """Within it, cuBLAS multiplies float32 so: PyTorch has a setting for convolutions and another one for products."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if (before == "tf32") == (precision == "tf32"):
-        yield
-        return
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return a.float() @ b.float()
 
 
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     """`reference.weight_panels`."""
     return reference.weight_panels(gamma, beta)
-
-
-def variants() -> list[Variant]:
-    """Every tile in the usual size of a layer, and one with columns that allow no vectors."""
-
-    def of(dtype: torch.dtype, rows: int, columns: int, precision: str) -> None:
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        windows = empty(rows, 9, dtype=torch.int64)
-        _multiply(empty(rows, 128), empty(columns, 9, 128), empty(columns), windows, precision)
-
-    with recording() as found:
-        for rows in (1_000, 5_000, 10_000, 20_000):
-            of(torch.bfloat16, rows, 256, "tf32")
-        of(torch.float16, 20_000, 256, "tf32")
-        of(torch.float32, 20_000, 256, "tf32")
-        of(torch.float32, 20_000, 256, "ieee")
-        of(torch.bfloat16, 1_000, 70, "tf32")
-    return found

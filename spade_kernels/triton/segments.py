@@ -8,14 +8,12 @@ are does not depend on the segments: grids follow from shapes alone.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spade_kernels.triton.variants import Variant, launch, recording
+from spade_kernels.triton.variants import launch
 
 PIECE = 128  # at the least
 _PROBES = 128
@@ -191,14 +189,3 @@ def _merge_pieces(
         total += tl.load(value, (slots < stop)[:, None] & inside[None, :], other=0)
     head = tl.load(scratch + 2 * begin * width + columns, inside)
     tl.store(sums + segment.to(tl.int64) * width + columns, head + tl.sum(total, 0), inside)
-
-
-def variants() -> list[Variant]:
-    """What a backward compiles, for channels that vectorize and channels that do not."""
-    with recording() as found:
-        for dtype, width in itertools.product((torch.float32, torch.bfloat16, torch.float16), (128, 20)):
-            values = torch.empty(100, width, dtype=dtype, device="meta")
-            order = torch.empty(900, dtype=torch.int64, device="meta")
-            segment_sum(values, order, torch.empty(301, dtype=torch.int64, device="meta"), 9)
-            segment_sum(values, None, torch.empty(2, dtype=torch.int64, device="meta"))
-    return found

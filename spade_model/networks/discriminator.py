@@ -90,8 +90,9 @@ class MultiscaleDiscriminator(nn.Module):
         """
         require_images(image, self.output_nc)
         segmap = as_condition(segmap, self.semantic_nc)
-        masks = segmap.shape[0]
-        segmap = as_condition(segmap, self.semantic_nc, like=image if len(image) % masks else image[:masks])
+        if not 0 < segmap.shape[0] <= len(image) or len(image) % segmap.shape[0]:
+            raise ValueError(f"segmap holds {segmap.shape[0]} images, of which {len(image)} is no multiple")
+        segmap = as_condition(segmap, self.semantic_nc, like=image[: segmap.shape[0]])
         if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
             raise ValueError(
                 f"segmap is {tuple(segmap.shape[-2:])} pixels, image {tuple(image.shape[-2:])}; they must match"
