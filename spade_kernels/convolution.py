@@ -211,10 +211,14 @@ class _OneDNN:
 
     def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
         then = "relu" if self._relu else None
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        # A single pixel or channel is an image of no particular layout, to which torch 2.11 cannot add.
+        if add is not None and x.shape[2] * x.shape[3] > 1 and add.shape[1] > 1:
+            return convolve.binary(x, add, self._weight, self._bias, *self._how, "add", 1.0, then, [], None)
         if add is not None:
-            binary = torch.ops.mkldnn._convolution_pointwise.binary
-            return binary(x, add, self._weight, self._bias, *self._how, "add", 1.0, then, [], None)
-        return torch.ops.mkldnn._convolution_pointwise(x, self._weight, self._bias, *self._how, then or "none", [], "")
+            y = convolve(x, self._weight, self._bias, *self._how, "none", [], "") + add
+            return y.relu() if self._relu else y
+        return convolve(x, self._weight, self._bias, *self._how, then or "none", [], "")
 
     def dense(self) -> Tensor:
         return self._weight.to_dense()

@@ -29,7 +29,7 @@ class Freezable(nn.Module):
         """
         if self._kept is None or torch.is_grad_enabled():
             return None
-        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not self._kept.is_traceable):
+        if torch.compiler.is_compiling() and (_is_exporting() or not self._kept.is_traceable):
             return None
         return self._kept
 
@@ -53,6 +53,11 @@ class Freezable(nn.Module):
 
     def __getstate__(self):
         return self.__dict__ | {"_kept": None}
+
+
+def _is_exporting() -> bool:
+    # Code that torch 2.11 compiles is told that it is exported. Of export, only the strict one goes that way.
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def freeze(module: nn.Module) -> None:

@@ -237,7 +237,9 @@ class LabelMap(Packable):
 
     def _with_codes(self, codes: torch.Tensor, codebook: torch.Tensor | None) -> LabelMap:
         other = object.__new__(LabelMap)
-        other.__dict__.update(self.__dict__, codes=codes, _pooled_codebook=codebook, _kept={})
+        # One by one: torch.compile of torch 2.11 traces no update of __dict__.
+        other.labels, other.num_labels, other.edges = self.labels, self.num_labels, self.edges
+        other.ignore_index, other.codes, other._pooled_codebook, other._kept = self.ignore_index, codes, codebook, {}
         return other
 
 
