@@ -19,7 +19,8 @@ import torch
 
 from spade_kernels import reference
 
-# Who has kernels of an operator for CUDA tensors, the one to take first. By design, until a device has been measured.
+# Who has kernels of an operator for CUDA tensors, the one to take first; who is not here is left to the reference.
+# By design, for all dtypes: no device has been measured. Triton's tables of float64 are the reference's.
 _ON_CUDA = {
     "window_index": ("cuda",),
     "hidden_rows": ("triton",),
@@ -32,13 +33,6 @@ _ON_CUDA = {
     "modulate": ("cuda", "triton"),
     "modulate_table_grad": ("cuda", "triton"),
     "modulate_input_grad": ("cuda", "triton"),
-    # Convolutions are cuDNN's there.
-    "conv_panels": ("reference",),
-    "conv": ("reference",),
-    "modulate_conv": ("reference",),
-    "conv3x3": ("reference",),
-    "conv3x3_input_grad": ("reference",),
-    "conv3x3_weight_grad": ("reference",),
 }
 _TRITON_STEMS = {
     "weight_panels": "modulation_table",
@@ -104,7 +98,7 @@ def _override() -> None:
 
 
 def _candidates(name: str, device: str) -> tuple[str, ...]:
-    return {"cpu": ("cpu",), "cuda": _ON_CUDA[name]}[device]
+    return {"cpu": ("cpu",), "cuda": _ON_CUDA.get(name, ("reference",))}[device]
 
 
 def kernels_on(device: str) -> dict[str, str]:

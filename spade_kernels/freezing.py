@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import nn
 class Freezable(nn.Module):
     """Base of modules with something to derive from their weights: `derive()` says what.
 
-    `freeze()` keeps it; `train()`, loading a state dict and moving, of the module or one that contains it, let it go.
-    What is kept has no derivatives, so it is used where no gradients are recorded only.
+    `freeze()` keeps it; `train()`, loading a state dict and moving, of the module or one that contains it, let it go,
+    and a change of a weight that PyTorch counts has it derived again. What is kept has no derivatives, so it is used
+    where no gradients are recorded only.
     """
 
     _kept: Any = None
+    _kept_of: tuple[tuple[torch.Tensor, int], ...] = ()
 
     def derive(self) -> Any:
         """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`."""
@@ -29,14 +32,29 @@ class Freezable(nn.Module):
         """
         if self._kept is None or torch.is_grad_enabled():
             return None
+        if not torch.compiler.is_compiling() and not self._is_current():
+            self.freeze()
         if torch.compiler.is_compiling() and (_is_exporting() or not self._kept.is_traceable):
             return None
         return self._kept
 
     def freeze(self) -> None:
-        """Keeps what the weights come to. A change of the weights in place goes unnoticed until `train()`."""
+        """Keeps what the weights come to.
+
+        A change that PyTorch does not count, through `.data` or in inference mode, goes unnoticed until `train()`, and
+        compiled code notices none.
+        """
         with torch.no_grad():
-            self._kept = self.derive()
+            self._kept, self._kept_of = self.derive(), tuple((t, _version(t)) for t in self._sources())
+
+    def _sources(self) -> Iterator[torch.Tensor]:
+        yield from self.parameters()
+        yield from self.buffers(recurse=False)
+
+    def _is_current(self) -> bool:
+        now = tuple(self._sources())
+        same = len(now) == len(self._kept_of)
+        return same and all(t is u and _version(t) == at for t, (u, at) in zip(now, self._kept_of, strict=True))
 
     def train(self, mode: bool = True):
         if mode:
@@ -52,7 +70,11 @@ class Freezable(nn.Module):
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_kept": None, "_kept_of": ()}
+
+
+def _version(t: torch.Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def _is_exporting() -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spade_kernels import ops
 
@@ -45,6 +46,27 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_over)
 
 
+# `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every other batch norm by its own.
+_BATCH_NORMS, _SYNC_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm), (SyncBatchNorm2d, nn.SyncBatchNorm)
+
+
+def is_parameter_free(norm: nn.Module) -> bool:
+    """Whether `statistics` say all that the module does."""
+    if has_hooks(norm) or getattr(norm, "affine", True):
+        return False
+    if type(norm) is nn.InstanceNorm2d:
+        return not norm.track_running_stats
+    of_some = type(norm) is nn.SyncBatchNorm and norm.process_group is not None
+    return type(norm) in (nn.BatchNorm2d, *_SYNC_BATCH_NORMS) and not of_some
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def moments(norm: nn.Module, x: Tensor) -> Moments | None:
     """`ops.channel_stats` of x (N, C, h, w), or None where the norm goes by its running statistics.
 
@@ -57,14 +79,14 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
     """Mean and 1/std of x under a parameter-free norm module; updates its running statistics in training.
 
     Args:
-        norm: nn.InstanceNorm2d, nn.BatchNorm2d or SyncBatchNorm2d. x: (N, C, h, w).
+        norm: nn.InstanceNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm or SyncBatchNorm2d. x: (N, C, h, w).
         taken: `moments(norm, x)`, if they are at hand.
         upsample: the statistics are those of x with every pixel repeated upsample x upsample times.
 
     Raises:
         ValueError: one value per channel in training, where a variance does not exist.
     """
-    if not isinstance(norm, nn.InstanceNorm2d | nn.BatchNorm2d):
+    if not isinstance(norm, (nn.InstanceNorm2d, *_BATCH_NORMS)):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
@@ -77,9 +99,15 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
 
 
+def identity_statistics(x: Tensor) -> Statistics:
+    """Of what is normalized already."""
+    zero = x.new_zeros(1, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return Statistics(zero, torch.ones_like(zero), "none")
+
+
 def _goes_by_running_statistics(norm: nn.Module) -> bool:
     """Whether the statistics are the same for every x."""
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    return isinstance(norm, _BATCH_NORMS) and not norm.training and norm.running_mean is not None
 
 
 def check_input(x: Tensor, channels: int) -> None:
@@ -99,10 +127,10 @@ def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, ups
     return Statistics(mean, (m2 / pixels + eps).rsqrt(), "image")
 
 
-def _batch_statistics(norm: nn.BatchNorm2d, x: Tensor, taken: Moments | None, upsample: int) -> Statistics:
+def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsample: int) -> Statistics:
     mean, m2 = taken or ops.channel_stats(x.detach())
     pixels = x.shape[2] * x.shape[3]
-    over_world = isinstance(norm, SyncBatchNorm2d) and norm.training and world_size() > 1
+    over_world = isinstance(norm, _SYNC_BATCH_NORMS) and norm.training and world_size() > 1
     values = x.shape[0] * pixels * upsample**2
     count: float | Tensor = values
     # In few and plain operations: on a GPU each takes the time of its launch.
@@ -134,7 +162,7 @@ def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple
 
 
 @torch.no_grad()
-def _update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
+def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
     if not norm.track_running_stats:
         return
     assert norm.num_batches_tracked is not None

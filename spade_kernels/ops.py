@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spade_kernels import backends
 
@@ -69,6 +70,11 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 
 def _call(op: Any, *arguments: Any) -> Any:
     """The operator's default overload, past its Python autograd layer where no gradient can be asked for."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "SPADE kernels have no forward-mode derivatives (torch.func.jvp, forward_ad); use reverse mode: backward, "
+            "torch.autograd.grad"
+        )
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op.default(*arguments)
     with _below_autograd():

@@ -70,8 +70,9 @@ def _is_traced(planes: Tensor) -> bool:
 
 
 def _stamp(planes: Tensor) -> _Stamp | None:
-    """What changes with the tensor's values; None where nothing does: in inference mode, and in foreign memory."""
-    if planes.is_inference() or not (planes.untyped_storage().resizable() or planes.is_shared()):
+    """What changes with the tensor's values; None where nothing does: in inference mode, in memory of others too."""
+    # Another process that writes to shared memory counts changes of its own.
+    if planes.is_inference() or planes.is_shared() or not planes.untyped_storage().resizable():
         return None
     return planes._version, planes.data_ptr()
 

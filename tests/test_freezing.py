@@ -165,6 +165,43 @@ def test_statistics_are_not_kept():
     assert relative_error(layer(x, segmap), first) > 0.1
 
 
+def average_in_place(network: SPADEGenerator) -> None:
+    for parameter in network.parameters():
+        parameter.lerp_(parameter.flip(0), 0.1)
+
+
+def replace_a_weight(network: SPADEGenerator) -> None:
+    network.up_0.norm_0.mlp_gamma.weight = nn.Parameter(network.up_0.norm_0.mlp_gamma.weight.flip(0))
+
+
+def load_into_a_part(network: SPADEGenerator) -> None:
+    part = network.up_0.norm_0.mlp_beta
+    part.load_state_dict({name: 2 * value for name, value in part.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [average_in_place, replace_a_weight, load_into_a_part])
+@torch.no_grad()
+def test_changes_that_torch_counts_are_noticed(change):
+    network = generator()
+    network.freeze()
+    before = network(mask())
+    change(network)
+    assert is_frozen(network)
+    assert_same_images(network, fresh(network))
+    assert relative_error(network(mask()), before) > 1e-3
+
+
+@torch.no_grad()
+def test_other_weights_for_one_call():
+    network, other = generator(), generator()
+    average_in_place(other)
+    network.freeze()
+    before, expected = network(mask()), other(mask())
+    got = torch.func.functional_call(network, dict(other.state_dict()), (mask(),))
+    assert relative_error(got, expected) < LIMITS[torch.float32]
+    assert relative_error(network(mask()), before) < LIMITS[torch.float32]
+
+
 def load(network: SPADEGenerator) -> SPADEGenerator:
     network.load_state_dict({name: value * 1.5 for name, value in network.state_dict().items()})
     return network
