@@ -90,12 +90,15 @@ class Conv2d(Freezable, nn.Conv2d):
     def _iterate(self) -> tuple[Tensor, Tensor, Tensor]:
         """One power iteration: u, v (in the weight's layout) and 1 / sigma, sigma = u . (W v)."""
         matrix = _as_matrix(self.weight_orig)
-        v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
-        product = torch.mv(matrix, v)
-        u = F.normalize(product, dim=0, eps=_EPS)
+        # Autocast would round the matrix, in two copies, and with it sigma.
+        with torch.autocast(matrix.device.type, enabled=False):
+            v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
+            product = torch.mv(matrix, v)
+            u = F.normalize(product, dim=0, eps=_EPS)
+            sigma = torch.dot(u, product)
         self.weight_u.copy_(u)
         self.weight_v.copy_(_from_layout_of(self.weight_orig, v))
-        return u, v, torch.dot(u, product).reciprocal()
+        return u, v, sigma.reciprocal()
 
 
 # Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error

@@ -32,6 +32,7 @@ def _gather_gemm(
     num_rows,
     columns,
     NUM_TAPS: tl.constexpr,
+    ALL_TAPS: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -48,7 +49,11 @@ def _gather_gemm(
     column_weight = weight + tl.minimum(column, columns - 1)[None, :] * (NUM_TAPS * DEPTH)
     blocks: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for step in range(NUM_TAPS * blocks):
+    # Rows to spare have nothing but bias: a static label map has tiles of them.
+    taps = tl.arange(0, ALL_TAPS)
+    numbers = tl.load(window[:, None] + taps[None, :], row_inside[:, None] & (taps < NUM_TAPS)[None, :], other=0)
+    steps = tl.where(tl.max(tl.max(numbers, 1), 0) > 0, NUM_TAPS * blocks, 0)
+    for step in range(steps):
         tap = step // blocks
         d = step % blocks * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
         d_inside = d < DEPTH
@@ -113,6 +118,7 @@ def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, pre
         (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),),
         *(table, hidden.contiguous(), weight, bias.contiguous(), windows.contiguous(), rows, columns),
         NUM_TAPS=windows.shape[1],
+        ALL_TAPS=triton.next_power_of_2(windows.shape[1]),
         DEPTH=depth,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,

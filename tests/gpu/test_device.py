@@ -9,6 +9,7 @@ from torch import Tensor
 
 import spade_kernels as sk
 from spade_kernels import ops
+from spade_kernels.functional import use_path
 from spade_kernels.testing import (
     assert_within_budget,
     forward_backward,
@@ -56,7 +57,7 @@ def test_one_synchronisation_for_the_index(generator, monkeypatch):
 def test_on_another_stream():
     layer = random_spade("spadebatch3x3", 64, CLASSES).eval()
     x, mask = torch.randn(2, 64, SIZE, SIZE), random_label_map("blobs", (2, SIZE, SIZE), CLASSES)
-    expected = layer(x, mask)
+    expected = forward_backward(lambda x: layer(x, mask), layer, x, x)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -64,9 +65,11 @@ def test_on_another_stream():
         late = torch.empty_like(x)
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
-        got = layer(late, sk.LabelMap(mask.labels, CLASSES))
+        again = sk.LabelMap(mask.labels, CLASSES)
+        got = forward_backward(lambda x: layer(x, again), layer, late, late)
     torch.cuda.current_stream().wait_stream(side)
-    assert torch.equal(got, expected)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not run: there is one GPU")
@@ -79,20 +82,38 @@ def test_on_another_device():
     assert torch.equal(got.to("cuda:0"), expected)
 
 
-@pytest.mark.parametrize("kind", ["blobs", "constant"])
+@pytest.mark.parametrize(("config", "kind", "upsample"), [("instance", "blobs", 1), ("batch", "constant", 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_a_hundred_times_under_load(dtype, kind):
-    layer = random_spade("spadeinstance3x3", 64, CLASSES + 1)
-    x, grad = torch.randn(2, 2, 64, SIZE, SIZE)
-    load, side = torch.randn(2048, 2048), torch.cuda.Stream()
+def test_same_bits_a_hundred_times_under_load(dtype, config, kind, upsample):
+    layer = random_spade(f"spade{config}3x3", 64, CLASSES + 1).eval()
+    x, grad = torch.randn(2, 64, SIZE, SIZE), torch.randn(2, 64, SIZE * upsample, SIZE * upsample)
     first: dict[str, Tensor] = {}
     for repeat in range(100):
-        with torch.cuda.stream(side):
-            _ = load @ load
-        mask = random_label_map(kind, (2, SIZE, SIZE), CLASSES, edges=True)
-        got = forward_backward(lambda x, mask=mask: layer(x, mask, 0.2), layer, x.to(dtype), grad)
+        put_load()
+        mask = random_label_map(kind, (2, SIZE * upsample, SIZE * upsample), CLASSES, edges=True)
+        with use_path("windows"):
+            got = forward_backward(
+                lambda x, mask=mask: layer(x, mask, 0.2, upsample=upsample), layer, x.to(dtype), grad
+            )
         for name, value in got.items():
             assert torch.equal(value, first.setdefault(name, value)), f"{name}, repeat {repeat}"
+
+
+def test_same_gradients_of_the_generator_under_load(generator):
+    generator.eval()
+    first: dict[str, Tensor] = {}
+    for repeat in range(20):
+        put_load()
+        for name, value in gradients_of(generator, indexed_mask("blobs", generator)).items():
+            assert torch.equal(value, first.setdefault(name, value)), f"{name}, repeat {repeat}"
+
+
+def put_load() -> None:
+    """Keeps the device busy for some milliseconds, on a stream of its own."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        load = torch.randn(2048, 2048)
+        for _ in range(20):
+            load = load @ load / 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,8 +129,29 @@ def test_error_budget(norm, channels, dtype):
     exact_layer.load_state_dict(layer.state_dict())
     exact = forward_backward(lambda x: stock_spade(exact_layer, x, planes.double()), exact_layer, x.double(), grad)
     stock = forward_backward(lambda x: stock_spade(layer, x, planes), layer, x, grad)
-    got = forward_backward(lambda x: layer(x, mask), layer, x, grad)
-    assert_within_budget(got, stock, exact)
+    for path in ("windows", "dense"):
+        with use_path(path):
+            got = forward_backward(lambda x: layer(x, mask), layer, x, grad)
+        assert_within_budget(got, stock, exact)
+
+
+def test_tf32():
+    """Where PyTorch's settings ask for it, products are rounded to ten bits, in the table as in its gradients."""
+    mask, layer = random_label_map("blobs", (2, 128, 128), CLASSES), random_spade("spadebatch3x3", 64, CLASSES)
+    x, grad = torch.randn(2, 2, 64, 128, 128)
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    results = {}
+    for precision in ("ieee", "tf32"):
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = precision
+        with use_path("windows"):
+            results[precision] = forward_backward(lambda x: layer(x, mask), layer, x, grad)
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+    errors = {name: relative_error(value, results["ieee"][name]) for name, value in results["tf32"].items()}
+    assert max(errors.values()) < 2**-8, errors
+    assert max(errors.values()) > 2**-16, "nothing was rounded"
 
 
 @pytest.mark.parametrize("form", ["label map", "dense"])
@@ -119,6 +161,18 @@ def test_compiled_whole(form):
     segmap = mask if form == "label map" else mask.one_hot() + 0.5
     expected = layer.eval()(x, segmap)
     assert relative_error(torch.compile(layer, fullgraph=True)(x, segmap), expected) < 1e-3
+
+
+def test_compiled_generator_in_training(generator):
+    generator.eval()
+    mask = indexed_mask("blobs", generator)
+    expected = {name: value.clone() for name, value in gradients_of(generator, mask).items()}
+    compiled = torch.compile(generator, fullgraph=True)
+    generator.zero_grad()
+    compiled(mask).square().mean().backward()
+    largest = max(value.abs().max() for value in expected.values())
+    for name, parameter in generator.named_parameters():
+        assert (parameter.grad - expected[name]).abs().max() < 1e-3 * largest, name
 
 
 def test_a_bad_label_is_an_exception_and_no_more():

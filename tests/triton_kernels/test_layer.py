@@ -32,7 +32,7 @@ def _on_triton(device):
                 kernel = backends._python_kernel(name, "triton")
                 library.impl(name, kernel, device.upper(), allow_override=True)
     # Exact products: what tf32 costs is for the error budget.
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
     library._destroy()
 
