@@ -78,7 +78,15 @@ def test_fakes_have_the_kernels_layouts(device):
     table = torch.randn(len(rows), 2 * CHANNELS, device=device)
     mean, m2 = ops.channel_stats(x)
     where = (table, rows.pixel_row)
+    index = mask.window_index(SIZE, 3)
+    taps, gamma = torch.randn(mask.num_codes, 9, 16, device=device), torch.randn(CHANNELS, 16, 3, 3, device=device)
+    hidden = ops.hidden_rows(taps, taps[0, 0], index.hidden.windows, *index.hidden.uses_by_tap, True)
+    of_table = (hidden, gamma, gamma)
     for operator, arguments in (
+        ("hidden_rows", (taps, taps[0, 0], index.hidden.windows, *index.hidden.uses_by_tap, True)),
+        ("hidden_rows_grad", (hidden, hidden, *index.hidden.uses_by_tap, 9, True)),
+        ("modulation_table", (*of_table, table[0], rows.windows, None, *rows.uses_by_tap)),
+        ("modulation_table_grad", (table, *of_table, *rows.uses_by_tap)),
         ("channel_stats", (x,)),
         ("channel_stats_grad", (x, mean, mean, m2)),
         ("channel_stats_grad", (x.contiguous(), mean, mean, m2)),
