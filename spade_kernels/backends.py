@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 _cpu, _why_no_cpu = _load("_C")
 _cuda, _why_no_cuda = _load("_C_cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
+
+for _name, _reason in (("cpu", _why_no_cpu), ("cuda", _why_no_cuda)):
+    if _reason:
+        logging.getLogger("spade_kernels").debug("backend %s cannot run: %s", _name, _reason)
 
 _chosen = "auto"
 _operators: list[str] = []

@@ -329,7 +329,8 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an integer tensor, got {kind}; for one-hot planes use LabelMap.from_one_hot")
     if labels.dim() != 3:
-        raise ValueError(f"labels must have shape (N, H, W), got {tuple(labels.shape)}")
+        hint = "; for one-hot planes use LabelMap.from_one_hot" if labels.dim() == 4 else ""
+        raise ValueError(f"labels must have shape (N, H, W), got {tuple(labels.shape)}{hint}")
     if labels.numel() == 0:
         raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
     if num_labels < 1:

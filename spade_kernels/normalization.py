@@ -111,11 +111,13 @@ def _goes_by_running_statistics(norm: nn.Module) -> bool:
 
 
 def check_input(x: Tensor, channels: int) -> None:
-    """Raises ValueError unless x is a float tensor (N, channels, h, w)."""
+    """Raises ValueError unless x is a float tensor (N, channels, h, w), not empty."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor (N, C, h, w), got {x.dtype} of shape {tuple(x.shape)}")
     if x.shape[1] != channels:
         raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {channels}")
+    if x.numel() == 0:
+        raise ValueError(f"x holds no pixels, its shape is {tuple(x.shape)}")
 
 
 def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:

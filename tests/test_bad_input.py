@@ -62,6 +62,11 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "bool labels": (TypeError, lambda: LabelMap(LABELS.bool(), 3), ["integer", "torch.bool"]),
     "array for labels": (TypeError, lambda: LabelMap(LABELS.numpy(), 3), ["integer tensor", "ndarray"]),
     "labels without batch": (ValueError, lambda: LabelMap(LABELS[0], 3), ["(N, H, W)", "(8, 8)"]),
+    "one-hot integers": (
+        ValueError,
+        lambda: LabelMap(torch.zeros(2, 3, 8, 8).long(), 3),
+        ["(2, 3, 8, 8)", "from_one_hot"],
+    ),
     "empty batch of labels": (ValueError, lambda: LabelMap(LABELS[:0], 3), ["empty", "(0, 8, 8)"]),
     "no classes": (ValueError, lambda: LabelMap(LABELS, 0), ["num_labels", "at least 1", "0"]),
     "edges of another shape": (
@@ -130,7 +135,7 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "discriminator: image channels": (ValueError, lambda: judge(LABELS, X), ["(N, 3, H, W)", "(2, 4, 8, 8)"]),
     "discriminator: image rank": (ValueError, lambda: judge(LABELS, IMAGES[0]), ["(N, 3, H, W)", "(3, 8, 8)"]),
     "discriminator: image integer": (ValueError, lambda: judge(LABELS, IMAGES.byte()), ["float", "torch.uint8"]),
-    "discriminator: batch": (ValueError, lambda: judge(LABELS, IMAGES[:1]), ["2 images", "holds 1"]),
+    "discriminator: batch": (ValueError, lambda: judge(LABELS, IMAGES[:1]), ["2 images", "of which 1 is no multiple"]),
     "encoder: channels": (ValueError, lambda: ConvEncoder(ngf=2, z_dim=4)(X), ["(N, 3, H, W)", "(2, 4, 8, 8)"]),
     "norm": (UserError, lambda: MultiscaleDiscriminator(3, norm_D="layer"), ["'layer'", "instance, batch"]),
     "init_type": (UserError, lambda: initialize(torch.nn.Linear(1, 1), "lecun"), ["'lecun'", "xavier"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"sm_80", "sm_90", "sm_100"}
@@ -88,8 +90,18 @@ def test_compiled_kernels(what, tmp_path):
     assert all(found == TARGETS for found in targets.values())
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_operators_compile_for_cuda():
+    """With the real launch: elsewhere a stand-in for it is compiled."""
+    flags = ["-std=c++20", "-Xcompiler=-fsyntax-only", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    include = [f"-I{path}" for path in include_paths()]
+    command = ["nvcc", "-c", *flags, *include, str(ROOT / "csrc" / "cuda" / "ops.cpp"), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_layers_up_to_the_launch():
-    """What Triton's launcher makes of real layers' arguments compiles, and is what the figures above are of."""
+    """What Triton's launcher makes of real layers' arguments compiles, and is what `variants` foretells."""
     pytest.importorskip("triton.compiler", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("triton_launches.py"))]

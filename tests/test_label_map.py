@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spade_kernels import SPADE, LabelMap, instance_edges, ops
+from spade_kernels import label_map as label_map_module
 from spade_kernels.functional import conv2d
 from spade_kernels.testing import (
     MASK_KINDS,
@@ -396,3 +398,28 @@ def test_weigh_is_the_product_with_the_codebook(edges, pooled):
     rows = torch.randn(label_map.channels, 7, dtype=torch.float64)
     expected = label_map.codebook(torch.float64) @ rows
     assert torch.equal(label_map.weigh(rows), expected)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_the_kept_codebook(edges, monkeypatch):
+    """What a GPU multiplies by: the same tensor for all label maps of a kind, and none of another."""
+    monkeypatch.setattr(label_map_module, "_codebooks", {})
+    of_kind = [random_label_map("blobs", (1, 4, 4), 5, edges=edges, seed=seed) for seed in (0, 1)]
+    other = random_label_map("blobs", (1, 4, 4), 5, edges=not edges)
+    first, second = (label_map_module._kept_codebook(label_map, torch.float32) for label_map in of_kind)
+    assert first is second
+    assert torch.equal(first, of_kind[0].codebook())
+    assert torch.equal(label_map_module._kept_codebook(other, torch.float32), other.codebook())
+    assert label_map_module._kept_codebook(other, torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("products", "convolutions", "coarser"),
+    [("tf32", "ieee", True), ("tf32", "tf32", False), ("none", "tf32", False), ("none", "none", False)],
+)
+def test_settings_of_float32(products, convolutions, coarser, monkeypatch):
+    """A GPU's products round as products are set to, while taps belong to a convolution."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=products))
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=convolutions))
+    assert label_map_module._products_are_coarser(torch.float32) == coarser
+    assert not label_map_module._products_are_coarser(torch.bfloat16)
