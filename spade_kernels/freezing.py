@@ -18,7 +18,7 @@ class Freezable(nn.Module):
     """
 
     _kept: Any = None
-    _kept_of: tuple[tuple[torch.Tensor, int], ...] = ()
+    _kept_of: tuple[tuple[dict, str, Any, int], ...] = ()
 
     def derive(self) -> Any:
         """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`."""
@@ -45,16 +45,18 @@ class Freezable(nn.Module):
         compiled code notices none.
         """
         with torch.no_grad():
-            self._kept, self._kept_of = self.derive(), tuple((t, _version(t)) for t in self._sources())
+            self._kept = self.derive()
+        self._kept_of = tuple((of, name, of[name], _version(of[name])) for of, name in self._sources())
 
-    def _sources(self) -> Iterator[torch.Tensor]:
-        yield from self.parameters()
-        yield from self.buffers(recurse=False)
+    def _sources(self) -> Iterator[tuple[dict, str]]:
+        """Where a module has its parts and weights: what `derive` can have read."""
+        for module in self.modules():
+            for of in (module._modules, module._parameters):
+                yield from ((of, name) for name in of)
+        yield from ((self._buffers, name) for name in self._buffers)
 
     def _is_current(self) -> bool:
-        now = tuple(self._sources())
-        same = len(now) == len(self._kept_of)
-        return same and all(t is u and _version(t) == at for t, (u, at) in zip(now, self._kept_of, strict=True))
+        return all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept_of)
 
     def train(self, mode: bool = True):
         if mode:
@@ -73,8 +75,8 @@ class Freezable(nn.Module):
         return self.__dict__ | {"_kept": None, "_kept_of": ()}
 
 
-def _version(t: torch.Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _is_exporting() -> bool:
