@@ -3,8 +3,10 @@
     python benchmarks/gpu_check.py [--fast] [--minutes 8] [--dataroot folder] [--out folder or file] [--only name ...]
 
 Any Python with a CUDA torch, and nvcc. A step that fails does not keep later ones from running; what there is no time
-for is "not run". The exit status says whether anything failed. With --only, results that earlier runs took of the same
-code on the same device stay in the file.
+for is "not run". With --only, results that earlier runs took of the same code on the same device stay in the file.
+
+Exit status: 0 where all that had to run ran, and passed; 1 where something failed; 2 without a GPU; 3 where nothing
+failed, but something that had to run did not: with --fast or --only the bounds need not all be measured.
 """
 
 from __future__ import annotations
@@ -12,30 +14,40 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
+import math
+import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from gpu import ROOT, sanitizers
-from gpu.steps import FAILED, Job, Steps, by_exit_status, python, table
+from gpu.steps import FAILED, NOT_RUN, PASSED, Job, Step, Steps, by_exit_status, python, table
 
-NEEDS = ("numpy", "PIL", "matplotlib", "jinja2", "safetensors", "tqdm")  # of the masks and the networks
+NEEDS = ("numpy", "PIL")  # of the masks and the networks
+DATAROOTS = [root / "data" / "coco_stuff" for root in (ROOT.parent / "shared", ROOT / "shared", ROOT)]
 TESTS = (
     "tests/gpu",
     "tests/triton_kernels",
     "tests/test_ops.py",
     "tests/test_window_index.py",
     "tests/test_layers.py",
+    "tests/test_label_map.py",
+    "tests/test_conv.py",
+    "tests/test_freezing.py",
     "tests/test_layer_compile.py",
     "tests/test_static.py",
     "tests/test_determinism.py",
     "tests/test_distributed.py::test_two_processes_equal_one_with_the_doubled_batch",
-    "tests/test_compiled.py",
 )
+COMPILED = "tests/test_compiled.py"
+REPEATED = "hundred_times_under_load"  # in the names of the tests that are a step of their own
 _FAST_TESTS = 2
+# As ids begin: what the backends for CPU tensors do is tested elsewhere.
+CHOSEN = ("-k", f"not {REPEATED} and not [cpu and not [reference")
+_KEPT, _FAST_KEPT = 190.0, 60.0  # seconds for measuring, whatever the steps before take
 _MINUTES, _FAST_MINUTES = 8.0, 3.0
 _RESERVE = 10.0  # seconds for the tables
 _WORKERS = 6
@@ -56,7 +68,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=f"{_FAST_MINUTES:g} minutes, the most important alone")
     parser.add_argument("--minutes", type=float, help="what is not running by then is not run")
-    parser.add_argument("--dataroot", default="", help="folder of masks in the coco layout; default: toy landscapes")
+    there = next((str(folder) for folder in DATAROOTS if folder.is_dir()), "")
+    parser.add_argument(
+        "--dataroot", default=there, help=f"folder of masks in the coco layout; default: {there or 'toy landscapes'}"
+    )
     parser.add_argument("--out", type=Path, default=_RESULTS, help="JSON file, or its folder")
     parser.add_argument("--only", nargs="*", default=[], help="names of steps to run; * stands for anything")
     parser.add_argument("--device", default="cuda", help="cpu: to try the measurements themselves")
@@ -83,13 +98,15 @@ def child(arguments: argparse.Namespace) -> int:
         return 0
     turns, seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
     known = parts.parts(arguments.batch, arguments.others) | parts.agreements(*arguments.compared)
-    parts.measure(
+    known |= parts.compilations(arguments.batch)
+    failed = parts.measure(
         arguments.part,
         known[arguments.part],
         arguments.work,
         lambda masks: Workload(device, arguments.ngf, masks, arguments.batch, turns, seconds),
     )
-    return 0
+    print(*(f"left out: {who}: {why}" for who, why in failed.items()), sep="; ")
+    return int(bool(failed))
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -101,6 +118,8 @@ def check(arguments: argparse.Namespace) -> int:
     (folder / "about.json").unlink(missing_ok=True)
     if arguments.device == "cuda":
         steps.run(*wanted([build()], arguments.only))
+    beside: list[Job] = []
+    names: list[str] = []
     try:
         # Not before there are compiled kernels to import.
         from gpu import parts
@@ -108,28 +127,41 @@ def check(arguments: argparse.Namespace) -> int:
         traceback.print_exc()
         missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
         steps.skip("measurements", f"{', '.join(missing) or 'a module'} cannot be imported")
-        compared, measured = [], []
     else:
-        limit = 60 if arguments.fast else 240
-        every = [measurement(name, arguments, limit) for name in parts.agreements(*arguments.compared)]
-        compared = wanted(every, arguments.only)
-        every = [measurement(name, arguments, 600) for name in parts.parts(arguments.batch, arguments.others)]
-        measured = wanted(every, arguments.only)
-    if compared or measured:
+        first = [] if arguments.fast else list(parts.compilations(arguments.batch))
+        every = [*first, *parts.agreements(*arguments.compared)]
+        beside = wanted([measurement(name, arguments, math.inf) for name in every], arguments.only)
+        every = list(parts.parts(arguments.batch, arguments.others))
+        names = [name for name in every if is_wanted(name, arguments.only)]
+    for name in (*(job.name for job in beside), *names):
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    if beside or names:
         steps.run(Job("prepare", command(arguments, "--prepare"), 120, needs=NEEDS))
     if arguments.device == "cuda":
-        sanitized = [sanitizers.job(tool, 70 if arguments.fast else 200) for tool in sanitizers.TOOLS]
-        compared += wanted([tests(arguments.fast), *sanitized], arguments.only)
+        sanitized = [sanitizers.job(tool, 200) for tool in sanitizers.TOOLS]
+        beside += wanted([*tests(arguments.fast), *sanitized], arguments.only)
     # Together: they take no times, and compile what the measurements need.
-    steps.run(*compared)
+    steps.run(*beside, keep=(_FAST_KEPT if arguments.fast else _KEPT) if names else 0)
     print(f"{max(steps.left, 0):.0f} s left for measurements", flush=True)
-    for job in measured:
-        (folder / f"{job.name}.jsonl").unlink(missing_ok=True)
+    if names:
+        passed = [step.name.removeprefix(parts.COMPILE) for step in steps.done if step.status == PASSED]
+        names = parts.in_order(names, passed)
+    # A part that does not end leaves most of the time to others.
+    measured = [measurement(name, arguments, 15 * arguments.minutes) for name in names]
     for job in measured:
         steps.run(job, least=10)
-        saved(arguments, measured, steps)
-    print("", saved(arguments, measured, steps, final=True), table(steps.done), f"all output: {log}", sep="\n\n")
-    return int(any(step.status == FAILED for step in steps.done))
+        saved(arguments, beside + measured, steps)
+    print("", saved(arguments, beside + measured, steps, final=bool(names)), table(steps.done), sep="\n\n")
+    print(f"\nall output: {log}")
+    may_miss = {job.name for job in beside + measured if job.may_be_cut}
+    return exit_status(steps.done, may_miss | ({"bounds"} if arguments.fast or arguments.only else set()))
+
+
+def exit_status(done: Sequence[Step], may_miss: Collection[str]) -> int:
+    """1 where a step failed, 3 where one was not run that may not be missed."""
+    if any(step.status == FAILED for step in done):
+        return 1
+    return 3 if any(step.status == NOT_RUN and step.name not in may_miss for step in done) else 0
 
 
 def build() -> Job:
@@ -139,11 +171,22 @@ def build() -> Job:
     return Job("build", command, 300, environment, needs=("setuptools", "pybind11", "ninja"))
 
 
-def tests(fast: bool) -> Job:
-    """The tests whose bodies run on a GPU where there is one."""
+def tests(fast: bool) -> list[Job]:
+    """The tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
+    repeated = pytest("determinism", "-k", REPEATED, "tests/gpu/test_device.py")
     workers = ["-n", _WORKERS] if importlib.util.find_spec("xdist") else []
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *TESTS[: _FAST_TESTS if fast else None])
-    return Job("tests", command, 60 if fast else 240, judge=tests_passed, needs=("pytest", "hypothesis"))
+    if fast:
+        return [pytest("tests", *workers, *CHOSEN, *TESTS[:_FAST_TESTS]), repeated]
+    chosen = pytest("tests", *workers, *CHOSEN, *TESTS)
+    return [chosen, repeated, pytest("tests of compiled kernels", *workers, COMPILED)]
+
+
+def pytest(name: str, *arguments: object) -> Job:
+    """Names each test as soon as it is over: of a run that is cut they tell how far it came."""
+    command = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments)
+    # What tests start must find the package, too.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return Job(name, command, 240, {"PYTHONPATH": path}, judge=tests_passed, needs=("pytest", "hypothesis"))
 
 
 def tests_passed(status: int, output: str) -> tuple[str, str]:
@@ -155,7 +198,7 @@ def tests_passed(status: int, output: str) -> tuple[str, str]:
 
 
 def measurement(name: str, arguments: argparse.Namespace, limit: float) -> Job:
-    """A part or a comparison."""
+    """A part, a comparison or a compilation."""
     is_part = not name.startswith("agreement")
     return Job(name, command(arguments, "--part", name), limit, may_be_cut=is_part, needs=NEEDS)
 
@@ -171,16 +214,19 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".json"
 
 
+def is_wanted(name: str, only: Sequence[str]) -> bool:
+    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
+
+
 def wanted(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    return [job for job in jobs if not only or any(fnmatch.fnmatch(job.name, name) for name in only)]
+    return [job for job in jobs if is_wanted(job.name, only)]
 
 
-def saved(arguments: argparse.Namespace, measured: Sequence[Job], steps: Steps, final: bool = False) -> str:
+def saved(arguments: argparse.Namespace, jobs: Sequence[Job], steps: Steps, final: bool = False) -> str:
     """Writes the file; returns its tables. At the end the bounds count as a step, too."""
     try:
         from gpu import parts, report
 
-        from spade_model.benchmark.musts import judge
         from spade_model.benchmark.results import BenchRun
     except ImportError:
         return "(nothing was measured)"
@@ -188,18 +234,20 @@ def saved(arguments: argparse.Namespace, measured: Sequence[Job], steps: Steps, 
     if about is None:
         return "(nothing was measured)"
     path = arguments.out if is_file(arguments.out) else arguments.out / report.file_name(about["environment"])
-    results = report.gathered(arguments.work, [job.name for job in measured])
+    names = [job.name for job in jobs]
+    results, failed = report.gathered(arguments.work, names), report.failures(arguments.work, names)
     done = list(steps.done)
     if arguments.only:
         before = report.earlier(path, about["environment"])
         results = report.merged(before[0], results)
         done = [step for step in before[1] if step.name not in {s.name for s in done}] + done
+        failed = {part: who for part, who in before[2].items() if part not in names} | failed
     run = BenchRun(about["environment"], about["settings"], results)
-    verdicts = judge(run, report.musts(run, arguments.batch))
-    if final and measured:
+    verdicts = report.verdicts(run, arguments.batch, done)
+    if final:
         steps.done.append(report.judged(verdicts))
-    report.save(path, run, verdicts, done)
-    return f"{report.tables(run, verdicts)}\n\nresults: {path}"
+    report.save(path, run, verdicts, done, failed)
+    return f"{report.tables(run, verdicts, failed)}\n\nresults: {path}"
 
 
 if __name__ == "__main__":

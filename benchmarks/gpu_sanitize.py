@@ -3,20 +3,21 @@
     compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py
 
 Calls are recorded, and their results computed, on the CPU: on the GPU little runs but the kernels themselves. The last
-line says that the end was reached.
+line says that the end was reached, and how many calls each backend had.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu.operators import Recorder, backends_on
-from gpu.sanitizers import END
+from gpu.operators import Recorder
+from gpu.sanitizers import BACKENDS, END
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -110,23 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args(argv).device)
     torch.manual_seed(0)
-    count = 0
+    names = BACKENDS if device.type == "cuda" else (device.type,)
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     with torch.no_grad():
         sk.use_backend("reference")
         every = list(calls())
-        for backend in backends_on(device)[:-1]:
+        for backend in names:
+            if reason := sk.build_info()["backends"][backend]:  # type: ignore[index]
+                print(f"{backend}: not run: {reason}", file=sys.stderr)
+                continue
             sk.use_backend(backend)
             own = backends.kernels_on(device.type)
             for call in every:
                 if own[call.name] == backend:
                     check(call, device)
-                    count += 1
+                    counts[backend][call.name] += 1
+            print(f"{backend}: {', '.join(f'{name} {count}' for name, count in counts[backend].items())}", flush=True)
     sk.use_backend("auto")
-    if not count:
-        print(f"gpu_sanitize: no kernels for {device} but the reference", file=sys.stderr)
-        return 1
-    print(f"{END} {count} calls", flush=True)
-    return 0
+    print(END, ", ".join(f"{name} {counted.total()}" for name, counted in counts.items()), flush=True)
+    return int(not all(counts.values()))
 
 
 if __name__ == "__main__":

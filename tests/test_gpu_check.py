@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_check
 import gpu_sanitize
-from gpu import batches, clock, generator, layers, operators, parts, rotation, sanitizers, steps
+from gpu import batches, clock, generator, layers, operators, parts, report, rotation, sanitizers, steps
 
 CPU = torch.device("cpu")
 
@@ -51,7 +54,7 @@ class TestSteps:
         late = f"import time; time.sleep(1.2); open({str(written)!r}, 'w')"
         code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {late!r}])"
         runner.run(job("slow", code, limit=0.7, may_be_cut=may_be_cut))
-        assert (runner.done[0].status, runner.done[0].detail) == (status, "stopped after 1 s")
+        assert (runner.done[0].status, runner.done[0].detail) == (status, "stopped after 1 s: begun")
         assert "begun" in runner.log.read_text()
         time.sleep(0.8)
         assert not written.exists()
@@ -83,21 +86,65 @@ class TestSteps:
     def test_tests_must_run(self, status, line, verdict):
         assert gpu_check.tests_passed(status, f"....\n{line}\n")[0] == verdict
 
-    def test_the_tests_are_there(self):
-        assert all((gpu_check.ROOT / name.split("::")[0]).exists() for name in gpu_check.TESTS)
+    def test_time_is_kept_for_later_steps(self, tmp_path):
+        late = steps.Steps(tmp_path / "work", tmp_path / "late.log", tmp_path, seconds=30)
+        late.run(job("long", "import time; print('begun'); time.sleep(9)"), least=0, keep=29)
+        late.run(job("none", ""), keep=28)
+        late.run(job("kept", ""))
+        assert [(s.status, s.detail) for s in late.done] == [
+            ("FAILED", "stopped after 1 s: begun"),
+            ("not run", "no time left"),
+            ("passed", "(no output)"),
+        ]
+
+    def test_exit_status(self):
+        passed, failed, missed = (steps.Step(s, s, 0.0, "") for s in (steps.PASSED, steps.FAILED, steps.NOT_RUN))
+        assert gpu_check.exit_status([passed], set()) == 0
+        assert gpu_check.exit_status([passed, missed], {missed.name}) == 0
+        assert gpu_check.exit_status([passed, missed], set()) == 3
+        assert gpu_check.exit_status([passed, missed, failed], set()) == 1
 
 
-CLEAN = "========= COMPUTE-SANITIZER\ngpu_sanitize: reached the end after 87 calls\n========= ERROR SUMMARY: 0 errors\n"
+class TestTheTests:
+    def test_are_there(self):
+        named = [str(word) for job in gpu_check.tests(fast=False) for word in job.command]
+        files = [word.split("::")[0] for word in named if word.startswith("tests/")]
+        assert all((gpu_check.ROOT / file).exists() for file in files)
+        assert {"tests/gpu", "tests/test_compiled.py", "tests/gpu/test_device.py"} <= set(files)
+
+    def test_find_the_package(self, runner):
+        path = gpu_check.tests(fast=True)[0].environment
+        runner.run(job("import", "import spade_kernels; print(spade_kernels.__file__)", environment=path))
+        assert runner.done[0].detail == str(gpu_check.ROOT / "spade_kernels" / "__init__.py")
+
+    def test_leave_out_what_needs_no_gpu(self, runner, tmp_path):
+        (tmp_path / "test_it.py").write_text(
+            "import pytest\n"
+            "@pytest.mark.parametrize('backend', ['reference', 'cpu', 'triton', 'cuda'])\n"
+            "def test_agrees_with_the_reference(backend): pass\n"
+            "def test_hundred_times_under_load(): pass\n"
+            "def test_cpu(): pass\n"
+        )
+        chosen = dataclasses.replace(gpu_check.pytest("tests", *gpu_check.CHOSEN, str(tmp_path)), needs=())
+        runner.run(chosen)
+        assert "3 passed, 3 deselected" in runner.done[0].detail
+        assert "test_agrees_with_the_reference[cuda] PASSED" in runner.log.read_text()
+
+
+CLEAN = """========= COMPUTE-SANITIZER
+gpu_sanitize: reached the end after cuda 40, triton 47
+========= ERROR SUMMARY: 0 errors
+"""
 WRONG_WRITE = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
 =========     at void spade::cuda::run<spade::cuda::Forward<float, 4>>(T1)+0x1c0 in modulate.cu:40
 =========     by thread (0,0,0) in block (0,0,0)
-gpu_sanitize: reached the end after 87 calls
+gpu_sanitize: reached the end after cuda 40, triton 47
 ========= ERROR SUMMARY: 2 errors
 """
 RACE = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at _sum_pieces+0x50 and Read access at _sum_pieces+0x90
-gpu_sanitize: reached the end after 87 calls
+gpu_sanitize: reached the end after cuda 40, triton 47
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 
@@ -105,13 +152,13 @@ gpu_sanitize: reached the end after 87 calls
 @pytest.mark.parametrize(
     ("tool", "status", "output", "verdict", "detail"),
     [
-        ("memcheck", 0, CLEAN, "passed", "memcheck ran over 87 calls and found nothing"),
+        ("memcheck", 0, CLEAN, "passed", "memcheck ran over calls of cuda 40, triton 47 and found nothing"),
         (
             "racecheck",
             0,
             CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors"),
             "passed",
-            "87",
+            "triton 47",
         ),
         (
             "memcheck",
@@ -123,7 +170,9 @@ gpu_sanitize: reached the end after 87 calls
         ("racecheck", 0, RACE, "FAILED", "1 findings, in _sum_pieces"),
         # A tool that is not there, or took no part, prints no summary of its own.
         ("memcheck", 127, "sh: compute-sanitizer: not found", "FAILED", "did not run"),
-        ("initcheck", 0, "gpu_sanitize: reached the end after 87 calls\n", "FAILED", "did not run"),
+        ("initcheck", 0, "gpu_sanitize: reached the end after cuda 40, triton 47\n", "FAILED", "did not run"),
+        ("memcheck", 0, CLEAN.replace("triton 47", "triton 0"), "FAILED", "no call of triton"),
+        ("memcheck", 0, CLEAN.replace("cuda 40, ", ""), "FAILED", "no call of cuda"),
         ("racecheck", 0, CLEAN, "FAILED", "did not run"),
         (
             "synccheck",
@@ -150,7 +199,7 @@ def test_every_tool_has_a_command():
 
 def test_a_tool_that_is_not_there_fails(runner, monkeypatch):
     monkeypatch.setattr(sanitizers, "program", lambda: "no-such-sanitizer")
-    runner.run(dataclasses.replace(sanitizers.job("memcheck", 60), needs=()))
+    runner.run(sanitizers.job("memcheck", 60))
     assert runner.done[0].status == "FAILED"
     assert runner.done[0].detail == "memcheck printed no summary: it did not run (exit status 127)"
 
@@ -203,6 +252,45 @@ class TestTimes:
         assert first[1:] == second[1:] == (None, 3)
 
 
+class Streams:
+    """As much of torch.cuda as a capture asks for; says on which stream each thing happened."""
+
+    def __init__(self) -> None:
+        self.current, self.seen = "default", []
+
+    def Stream(self) -> Streams:
+        return self
+
+    def wait_stream(self, other: object) -> None:
+        self.seen.append("wait")
+
+    def current_stream(self) -> Streams:
+        return self
+
+    @contextlib.contextmanager
+    def stream(self, stream: Streams) -> Iterator[None]:
+        self.current = "side"
+        yield
+        self.current = "default"
+
+    def CUDAGraph(self) -> Streams:
+        return self
+
+    @contextlib.contextmanager
+    def graph(self, graph: Streams, stream: Streams) -> Iterator[None]:
+        self.seen.append("capture")
+        yield
+
+
+def test_everything_runs_on_the_stream_of_the_capture(monkeypatch):
+    streams, device = Streams(), torch.device("cuda")
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    with torch.backends.cudnn.flags(), clock.settled(device):
+        clock.Captured(lambda: streams.seen.append(streams.current), device)
+    assert streams.seen == ["wait", "side", "side", "side", "side", "capture", "side", "wait"]
+
+
 class TestBatches:
     def test_images_are_not_repeated(self):
         masks = [random_label_map("blobs", (1, 16, 16), 5, edges=True, seed=seed) for seed in range(3)]
@@ -233,16 +321,21 @@ def wrong_image(mask: LabelMap) -> torch.Tensor:
     return torch.linspace(1.2, 0, 8)
 
 
-def test_a_wrong_image_is_not_timed():
-    exact = torch.linspace(1, 0, 8)
-    runs = {"tuned": lambda mask: exact + 0.01, "ours": lambda mask: exact + 0.015, "spade-free": wrong_image}
-    mask = random_label_map("constant", (1, 8, 8), 2)
-    generator.check_images(runs, lambda mask: exact, runs["tuned"], mask, 1e-3)
-    with pytest.raises(AssertionError, match=r"nothing is timed: \{'baseline'"):
-        generator.check_images(runs | {"baseline": wrong_image}, lambda mask: exact, runs["tuned"], mask, 1e-3)
-    runs["ours"] = lambda mask: exact * float("nan")
-    with pytest.raises(AssertionError, match="nothing is timed"):
-        generator.check_images(runs, lambda mask: exact, runs["tuned"], mask, 1e-3)
+def no_image(mask: LabelMap) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no memory for it")
+
+
+def test_who_errs_or_fails_is_left_out():
+    exact, mask = torch.linspace(1, 0, 8), random_label_map("constant", (1, 8, 8), 2)
+    right = {"tuned": lambda mask: exact + 0.01, "ours": lambda mask: exact + 0.015, "spade-free": wrong_image}
+    runs = right | {"baseline": wrong_image, "ours-replay": lambda mask: exact * float("nan"), "original": no_image}
+    work = workload({"toy": [mask]})
+    may_fail = functools.partial(work.may_fail, case="toy", runs=runs)
+    generator.check_images(runs, lambda mask: exact, right["tuned"], [mask, mask], 1e-3, may_fail)
+    assert runs == right
+    assert work.failed.keys() == {"baseline", "ours-replay", "original"}
+    assert work.failed["original"] == "toy: OutOfMemoryError: no memory for it"
+    assert "from the exact image" in work.failed["baseline"]
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +356,7 @@ def measured(prepared):
     def run(part: parts.Part) -> dict[tuple[str, str], list[Result]]:
         parts.measure("part", part, prepared, workload)
         found: dict[tuple[str, str], list[Result]] = {}
-        for line in (prepared / "part.jsonl").read_text().splitlines():
-            one = Result(**json.loads(line))
+        for one in report.gathered(prepared, ["part"]):
             found.setdefault((one.suite, one.provider), []).append(one)
         assert all(0 < one.p20 <= one.p50 <= one.p80 for results in found.values() for one in results)
         return found
@@ -275,13 +367,32 @@ def measured(prepared):
 class TestParts:
     def test_the_most_important_come_first(self):
         names = list(parts.parts(8, (1, 32)))
-        assert names[:4] == ["operators-bf16-8", "eval-bf16-8", "training-bf16-8", "layers-bf16-8"]
+        first = ["eval-bf16-8", "training-bf16-8", "layers-bf16-8"]
+        assert [parts.COMPILE + name for name in first] == list(parts.compilations(8))
+        every = parts.in_order(names, first)
+        assert every[:4] == [*first, "operators-bf16-8"]
+        assert set(names) - set(every) == {f"{name}-uncompiled" for name in first}
         assert {
             f"{what}-{precision}-{size}"
             for what in ("eval", "training")
             for precision in ("bf16", "tf32")
             for size in (1, 8, 32)
-        } <= set(names)
+        } <= set(every)
+
+    def test_what_is_not_compiled_yet_comes_last(self):
+        every = parts.in_order(list(parts.parts(8, ())), ["eval-bf16-8"])
+        assert every[:4] == [
+            "eval-bf16-8",
+            "training-bf16-8-uncompiled",
+            "layers-bf16-8-uncompiled",
+            "operators-bf16-8",
+        ]
+        assert every[-2:] == ["training-bf16-8", "layers-bf16-8"]
+        assert parts.in_order(["training-bf16-8"], []) == ["training-bf16-8"]
+
+    def test_compilations_measure_nothing(self, measured):
+        for part in parts.compilations(2).values():
+            assert measured(part) == {}
 
     def test_preparation(self, prepared):
         about = parts.about(prepared)
@@ -328,19 +439,46 @@ class TestParts:
 
     def test_a_wrong_operator_is_not_timed(self, measured, prepared, monkeypatch):
         monkeypatch.setattr(operators, "relative_error", lambda got, exact: float(got.shape[-1] == 128))
-        with pytest.raises(AssertionError, match=r"hidden_rows \(32, 2, 1\) bf16 on reference"):
-            measured(lambda work: operators.operators(work, "bf16"))
-        timed = (prepared / "part.jsonl").read_text()
-        assert "modulate, " in timed
-        assert "hidden_rows, " not in timed
+        found = measured(lambda work: operators.operators(work, "bf16"))
+        names = {r.case.split(",")[0] for r in found[operators.OPERATOR, "reference"]}
+        assert "modulate" in names
+        assert "hidden_rows" not in names
+        (why,) = report.failures(prepared, ["part"]).values()
+        assert "hidden_rows, 32 x 2 x 2, bf16, batch 2: AssertionError: errors [1.0]" in why["reference"]
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_compiler_that_fails_keeps_nobody_else_from_being_timed(self, measured, prepared, monkeypatch, training):
+        monkeypatch.setattr(generator, "compiled", lambda function, device: no_image)
+        measure = generator.training if training else generator.evaluation
+        found = measured(lambda work: measure(work, "bf16", 2, with_baseline=True))
+        assert {"ours", "ours-indexed", "tuned", "original", "spade-free"} == {who for _, who in found} - {
+            "ours-replay",
+            "ours-dense",
+        }
+        (why,) = report.failures(prepared, ["part"]).values()
+        assert why == {"baseline": "toy, bf16, batch 2: OutOfMemoryError: no memory for it"}
+
+    def test_layers_without_one_that_fails(self, measured, prepared, monkeypatch):
+        monkeypatch.setattr(layers, "freeze", no_image)
+        found = measured(lambda work: layers.layers(work, "bf16", training=False, with_baseline=False))
+        assert found.keys() == {(layers.LAYER, "tuned")}
+        assert report.failures(prepared, ["part"])["part"].keys() == {"ours"}
+
+    def test_networks_are_timed_from_where_they_were(self, prepared):
+        work = workload(batches.load_masks(prepared / "masks.pt"))
+        trained = generator._Training(work, "tf32", 2)
+        trained.add("ours", "tuned")
+        for run in map(trained._from_the_start, trained.runs.values()):
+            first, second = run(trained.found[0]), run(trained.found[0])
+            assert torch.equal(first, second)
 
     def test_shapes_are_the_generators(self):
         assert sum(operators.shapes(64, 256).values()) == 18
         assert operators.shapes(64, 256)[128, 256, 2] == 2
 
 
-def test_the_whole_command(tmp_path, capfd):
-    how = ["--device", "cpu", "--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+def test_the_whole_command(tmp_path, capfd, monkeypatch):
+    how = ["--device", "cpu", "--tiny", "--dataroot", "", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert gpu_check.main([*how, "--only", "operators-tf32-2"]) == 0
     printed = capfd.readouterr().out
     rows = [line.split() for line in printed.splitlines()[-6:] if line]
@@ -350,7 +488,32 @@ def test_the_whole_command(tmp_path, capfd):
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert {step["status"] for step in content["steps"]} == {"passed"}
+    assert content["failed"] == {}
     assert load_runs(path)[0].find(operators.OPERATOR, f"modulate, {ALL_LAYERS}, tf32, batch 2", "reference")
+
+
+def test_masks_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "DATAROOTS", [tmp_path / "none", tmp_path])
+    assert gpu_check.parsed([]).dataroot == str(tmp_path)
+    monkeypatch.setattr(gpu_check, "DATAROOTS", [tmp_path / "none"])
+    assert gpu_check.parsed([]).dataroot == ""
+
+
+def test_sources_are_told_apart(tmp_path):
+    file = tmp_path / "csrc" / "cuda" / "modulate.cu"
+    file.parent.mkdir(parents=True)
+    file.write_text("first")
+    first = parts.sources(tmp_path)
+    assert parts.sources(tmp_path) == first
+    file.write_text("second")
+    assert parts.sources(tmp_path) != first
+
+
+def test_packages_that_measuring_does_not_need(runner):
+    missing = "sys.modules.update(dict.fromkeys(('matplotlib', 'jinja2', 'safetensors', 'tqdm')))"
+    code = f"import sys; {missing}; from gpu import parts, report; print('imported')"
+    runner.run(job("import", code, environment={"PYTHONPATH": str(gpu_check.ROOT / "benchmarks")}))
+    assert runner.done[0].detail == "imported"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

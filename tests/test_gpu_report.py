@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ def result(suite: str, case: str, provider: str, value: float, unit: str = "ms")
     return Result.of(suite, case, provider, [value], unit)
 
 
-ENVIRONMENT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "commit": "abc"}
+ENVIRONMENT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "sources": "abc"}
 SETTINGS = {"ngf": 64, "distinct windows": {"real": {"8 x 8": 1.0, "256 x 256": 0.1}, "noise": {}}}
+STEPS = [steps.Step(name, "passed", 3.0, "well") for name in ("determinism", "sanitizer a")]
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def run() -> BenchRun:
 
 class TestReport:
     def test_bounds(self, run):
-        verdicts = judge(run, report.musts(run, 8))
+        verdicts = report.verdicts(run, 8, STEPS)
         words = {v.name: v.word for v in verdicts}
         assert words["generator eval, real, bf16, batch 8: baseline / ours"] == "met"
         assert words["generator forward + backward, real, bf16, batch 8: baseline / ours"] == "missed"
@@ -56,7 +58,44 @@ class TestReport:
         assert step.status == "FAILED"
         assert "missed: generator forward + backward, real" in step.detail
         assert report.judged([v for v in verdicts if v.word != "missed"]).status == "not run"
+        assert "not run: generator eval, noise, bf16" in step.detail
         assert report.judged([v for v in verdicts if v.word == "met"]).status == "passed"
+
+    def test_toy_masks_decide_nothing(self, run):
+        toys = dataclasses.replace(run, settings=json.loads(json.dumps(SETTINGS).replace("real", "toy")))
+        lines = [dataclasses.replace(r, case=r.case.replace("real", "toy")) for r in run.results]
+        verdicts = report.verdicts(dataclasses.replace(toys, results=lines), 8, STEPS)
+        rows = report.tables(toys, verdicts, {}).splitlines()
+        row = next(row for row in rows if "generator eval, toy, bf16, batch 8: baseline" in row)
+        assert row.rstrip("| ").endswith("reported (toy masks)")
+        assert not [row for row in rows if "FAIL" in row]
+        assert [v.met for v in verdicts if v.name.startswith(("determinism", "sanitizer"))] == [True, True]
+        assert report.judged([v for v in verdicts if v.measured is not None]).status == "not run"
+
+    def test_the_faster_of_ours(self, run):
+        compiled = result(EVAL, "real, bf16, batch 8", "ours-compiled", 2.0)
+        both = dataclasses.replace(run, results=[*run.results, compiled])
+        names = {v.name: v.measured for v in judge(both, report.musts(both, 8))}
+        assert names["generator eval, real, bf16, batch 8: baseline / ours-compiled"] == 3.0
+
+    @pytest.mark.parametrize(
+        ("status", "detail", "measured", "word"),
+        [
+            ("passed", "== 8 passed in 3s ==", 0, "met"),
+            ("FAILED", "exit status 1: == 2 failed, 6 passed in 3s ==", 2, "missed"),
+            ("FAILED", "stopped after 60 s: tests/gpu/test_device.py::test_same PASSED", None, "not run"),
+            ("not run", "no time left", None, "not run"),
+        ],
+    )
+    def test_determinism(self, run, status, detail, measured, word):
+        done = [steps.Step("determinism", status, 3.0, detail)]
+        *_, repeated, findings = report.verdicts(run, 8, done)
+        assert (repeated.measured, repeated.word, findings.word) == (measured, word, "not run")
+
+    def test_sanitizers_count_together(self, run):
+        found = [steps.Step(f"sanitizer {i}", "FAILED", 3.0, f"{i}: 2 findings, in f") for i in range(2)]
+        assert report.verdicts(run, 8, found)[-1].measured == 4
+        assert report.verdicts(run, 8, [*STEPS, steps.Step("sanitizer b", "not run", 0.0, "")])[-1].word == "not run"
 
     def test_only_the_kernels_that_are_taken_must_be_fast(self, run, monkeypatch):
         taken = {"modulate": "cuda", "channel_stats": "triton"}
@@ -73,7 +112,8 @@ class TestReport:
         assert report.fastest(run.results) == {f"modulate, {ALL_LAYERS}, bf16, batch 8": "triton"}
 
     def test_tables_say_what_was_not_run(self, run):
-        text = report.tables(run, judge(run, report.musts(run, 8)))
+        text = report.tables(run, report.verdicts(run, 8, []), {"eval-bf16-8": {"baseline": "it broke"}})
+        assert "left out of eval-bf16-8: baseline: it broke" in text
         rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
         assert rows["generator eval, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("pass")
         assert rows["generator forward + backward, real, bf16, batch 8: baseline / ours"].rstrip("| ").endswith("FAIL")
@@ -84,19 +124,22 @@ class TestReport:
         path = tmp_path / "new" / report.file_name(ENVIRONMENT)
         assert path.name == "nvidia-h100-80gb-hbm3.json"
         done = [steps.Step("build", "passed", 61.0, "well"), steps.Step("tests", "FAILED", 3.0, "not well")]
-        report.save(path, run, judge(run, report.musts(run, 8)), done)
+        failed = {"eval-bf16-8": {"baseline": "it broke"}}
+        report.save(path, run, report.verdicts(run, 8, done), done, failed)
         assert load_runs(path) == [run]
         content = json.loads(path.read_text())
         assert content["steps"][1]["status"] == "FAILED"
         assert content["bounds"][0]["word"] == "pass"
-        assert report.earlier(path, ENVIRONMENT) == (run.results, done)
-        assert report.earlier(path, ENVIRONMENT | {"commit": "def"}) == ([], [])
-        assert report.earlier(tmp_path / "none.json", ENVIRONMENT) == ([], [])
+        assert report.earlier(path, ENVIRONMENT) == (run.results, done, failed)
+        assert report.earlier(path, ENVIRONMENT | {"sources": "def"}) == ([], [], {})
+        assert report.earlier(tmp_path / "none.json", ENVIRONMENT) == ([], [], {})
 
     def test_new_results_take_the_place_of_old_ones(self, tmp_path):
         lines = [json.dumps(vars(result(EVAL, "a", "ours", value))) for value in (1.0, 2.0)]
         (tmp_path / "first.jsonl").write_text("\n".join(lines))
         (tmp_path / "killed.jsonl").write_text(json.dumps(vars(result(EVAL, "b", "ours", 3.0))) + '\n{"suite": "gen')
+        (tmp_path / "never.jsonl").write_text('{"failed": {}}\n{"failed": {"ours": "why"}}\n')
+        assert report.failures(tmp_path, ["first", "never"]) == {"never": {"ours": "why"}}
         found = report.gathered(tmp_path, ["first", "killed", "never"])
         assert [(r.case, r.p50) for r in found] == [("a", 2.0), ("b", 3.0)]
         assert [r.p50 for r in report.merged(found, [result(EVAL, "a", "ours", 5.0)])] == [5.0, 3.0]

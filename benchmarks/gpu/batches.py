@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +29,7 @@ class Workload:
         masks: by kind, the main kind first; one image each, on the CPU.
         batch: the batch size that everything is measured at; others: that whole networks are measured at, too.
         turns, seconds: of each measurement, at most.
+        failed: by provider, why it was left out.
     """
 
     device: torch.device
@@ -33,6 +38,22 @@ class Workload:
     batch: int
     turns: int
     seconds: float
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def may_fail(self, provider: str, case: str, runs: MutableMapping[str, Any]) -> Iterator[None]:
+        """An exception within it takes the provider out of `runs`, and goes to `failed`; the others are measured."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            runs.pop(provider, None)
+            reason = f"{case}: {type(error).__name__}: {str(error)[:200]}"
+            self.failed[provider] = "; ".join(filter(None, (self.failed.get(provider), reason)))
+        else:
+            return
+        # Not above, where the exception still holds what it went through.
+        release(self.device)
 
     @property
     def main_masks(self) -> str:
@@ -105,6 +126,13 @@ def place_for(found: Sequence[LabelMap], prepare: Callable[[LabelMap], LabelMap]
             break
     assert best is not None
     return best
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory of what is no longer referred to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _fits(place: StaticLabelMap, mask: LabelMap) -> bool:

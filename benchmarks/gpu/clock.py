@@ -14,26 +14,40 @@ PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float
 _WARM_UPS = 3
 
 
+@contextmanager
+def settled(device: torch.device) -> Iterator[None]:
+    """What holds for everything that a process measures; on CUDA all of it runs on one stream, not the default one.
+
+    Spectral norm keeps nodes of autograd from one step to the next, with the stream that they were made on. Were it
+    another than the one a graph is captured on, the capture would break.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.backends.cudnn.benchmark = True
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class Captured:
-    """run() as one CUDA graph, after it has warmed up; run itself where there is no CUDA.
+    """run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
 
     Calling it gives what run() returned, at the same address every time.
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device):
-        # Compilers work in the first call; not on a side stream, where their own timings would not be alone.
+        # Compilers work in the first call.
         self._output = run()
         if device.type != "cuda":
             self._replay: Callable[[], Any] = run
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._output = run()
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(_WARM_UPS):
+            self._output = run()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             self._output = run()
         self._replay = self._replay_graph
 
@@ -98,12 +112,6 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def settle(device: torch.device) -> None:
-    """What holds for every provider of a process."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

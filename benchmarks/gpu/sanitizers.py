@@ -10,6 +10,7 @@ from gpu import ROOT
 from gpu.steps import FAILED, PASSED, Job, python
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("cuda", "triton")
 END = "gpu_sanitize: reached the end after"
 
 _SUMMARIES = {"racecheck": r"RACECHECK SUMMARY: (\d+) hazards? displayed"}
@@ -32,24 +33,26 @@ def job(tool: str, limit: float) -> Job:
     # With env, as it may not be there.
     command = ["env", program(), "--tool", tool, *options, *python(ROOT / "benchmarks" / "gpu_sanitize.py")]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Job(f"sanitizer {tool}", command, limit, environment, partial(judge, tool), needs=("triton",))
+    return Job(f"sanitizer {tool}", command, limit, environment, partial(judge, tool))
 
 
 def judge(tool: str, status: int, output: str) -> tuple[str, str]:
-    """PASSED only where the tool printed its summary, with nothing found, and the script reached its end."""
+    """PASSED only where the tool printed its summary, with nothing found, and the script called every backend."""
     found = re.findall(_SUMMARIES.get(tool, _SUMMARY), output)
-    ended = re.search(rf"^{END} (\d+) calls", output, re.MULTILINE)
+    ended = re.search(rf"^{END} (.*)", output, re.MULTILINE)
     if not found:
         return FAILED, f"{tool} printed no summary: it did not run (exit status {status})"
-    if any(int(count) for count in found):
-        return FAILED, f"{tool}: {' + '.join(found)} findings, in {', '.join(_kernels(output)) or 'no named kernel'}"
+    if count := sum(map(int, found)):
+        return FAILED, f"{tool}: {count} findings, in {', '.join(_kernels(output)) or 'no named kernel'}"
     if "Internal Sanitizer Error" in output:
         return FAILED, f"{tool} itself failed"
     if ended is None:
         return FAILED, f"the script did not reach its end under {tool} (exit status {status})"
     if status != 0:
         return FAILED, f"exit status {status} under {tool}"
-    return PASSED, f"{tool} ran over {ended.group(1)} calls and found nothing"
+    if missing := [name for name in BACKENDS if not re.search(rf"\b{name} [1-9]", ended.group(1))]:
+        return FAILED, f"no call of {' and '.join(missing)} under {tool}"
+    return PASSED, f"{tool} ran over calls of {ended.group(1)} and found nothing"
 
 
 def _kernels(output: str) -> list[str]:

@@ -82,17 +82,17 @@ class Steps:
     def skip(self, name: str, reason: str) -> None:
         self._finish(Step(name, NOT_RUN, 0.0, reason))
 
-    def run(self, *jobs: Job, least: float = 5.0) -> None:
-        """All of them at the same time; none with less than `least` seconds left."""
+    def run(self, *jobs: Job, least: float = 5.0, keep: float = 0.0) -> None:
+        """All of them at the same time; none with less than `least` seconds left, not counting the `keep` last ones."""
         running = []
         for job in jobs:
             missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
             if missing:
                 self.skip(job.name, f"needs {', '.join(missing)}")
-            elif self.left < least:
+            elif self.left - keep < least:
                 self.skip(job.name, "no time left")
             else:
-                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left)))
+                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - keep)))
         while running:
             time.sleep(_POLL)
             for one in [one for one in running if one.is_over()]:
@@ -138,7 +138,8 @@ class _Running:
     def result(self) -> tuple[Step, str]:
         seconds, output = time.monotonic() - self._started, self._log.read_text(errors="replace")
         if self._was_cut:
-            status, why = NOT_RUN if self._job.may_be_cut else FAILED, f"stopped after {seconds:.0f} s"
+            status = NOT_RUN if self._job.may_be_cut else FAILED
+            why = f"stopped after {seconds:.0f} s: {by_exit_status(0, output)[1]}"
         else:
             status, why = self._job.judge(self._process.returncode, output)
         return Step(self._job.name, status, round(seconds, 1), why), output
