@@ -25,10 +25,10 @@ import spade_kernels
 from spade_model.colours import ClassColours
 from spade_model.config import ModelConfig, TrainConfig, default_train_config
 from spade_model.data import Batch, create_dataset, create_loader
-from spade_model.generate import LoadedModel, load_model
+from spade_model.generation import LoadedModel, load_model
 from spade_model.networks import build_generator, initialize
 from spade_model.pages import write_results_page
-from spade_model.train import train
+from spade_model.training import train
 from spade_model.visualize import condition_image, to_image
 
 HELD_OUT = 64

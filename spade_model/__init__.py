@@ -1,8 +1,29 @@
 """spade_model: the SPADE image synthesis system on top of spade_kernels."""
 
-from spade_model.config import DataConfig, ModelConfig, TrainConfig
-from spade_model.errors import UserError
-from spade_model.generate import LoadedModel, generate, load_model
-from spade_model.train import train
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spade_model.config import DataConfig, ModelConfig, TrainConfig
+    from spade_model.errors import UserError
+    from spade_model.generation import LoadedModel, generate, load_model
+    from spade_model.training import train
 
 __all__ = ["DataConfig", "LoadedModel", "ModelConfig", "TrainConfig", "UserError", "generate", "load_model", "train"]
+
+_MODULES = {
+    "config": ("DataConfig", "ModelConfig", "TrainConfig"),
+    "errors": ("UserError",),
+    "generation": ("LoadedModel", "generate", "load_model"),
+    "training": ("train",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line starts from here too, without torch's seconds and where the extras are missing.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"spade_model.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

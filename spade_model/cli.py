@@ -1,37 +1,18 @@
-"""The `spade` command: train, generate, bench, doctor."""
+"""The `spade` command: how it starts and how it ends. `commands.py` has what it does.
+
+Only the standard library is imported here: whatever is missing, or interrupted while it loads, ends in a message.
+"""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import tyro
-from tqdm import tqdm
-
-import spade_kernels
-from spade_model import checkpoint
-from spade_model.benchmark import tables
-from spade_model.benchmark.command import BenchConfig, run_bench
-from spade_model.config import (
-    DataConfig,
-    TrainConfig,
-    default_data_config,
-    default_train_config,
-    load_config,
-)
-from spade_model.data import check_dataset
 from spade_model.errors import UserError
-from spade_model.generate import GenerateConfig, checkpoint_path, run_generate, saved_config
-from spade_model.train import train
 
 _USAGE = """usage: spade <command> [options]
 
@@ -39,53 +20,30 @@ commands:
   train      train a model; `torchrun --nproc_per_node N -m spade_model.cli train ...` for several processes
   generate   make images from masks
   bench      compare times and memory with stock PyTorch, on this machine and your masks
-  doctor     show the environment; with --dataroot, check a whole data set
+  doctor     show the environment; with --dataroot, or any other option, check a whole data set
 
 `spade <command> --help` lists the options.
 """
 
-RENAMED = {
-    "--batchSize": "--batch_size",
-    "--nThreads": "--num_workers",
-    "--tf_log": "--tensorboard",
-    "--load_from_opt_file": "--config",
-    "--label_path": "--label",
+_COMMANDS = ("train", "generate", "bench", "doctor")
+
+_EXTRAS = {
+    "PIL": "pillow",
+    "tyro": "tyro",
+    "tqdm": "tqdm",
+    "jinja2": "jinja2",
+    "safetensors": "safetensors",
+    "matplotlib": "matplotlib",
 }
-"""The original's options that have another name here; both are understood."""
-
-GONE = {
-    "--gpu_ids": "choose with --device cpu|cuda; for several GPUs start with torchrun",
-    "--model": "there is one model",
-    "--netD": "there is one discriminator, multiscale",
-    "--netD_subarch": "there is one discriminator, multiscale",
-    "--netE": "there is one encoder",
-    "--nef": "it never had an effect; the encoder's width is --ngf",
-    "--optimizer": "it never had an effect; the optimizer is Adam",
-    "--output_nc": "images have 3 channels",
-    "--phase": "train reads the train split, generate the val split",
-    "--display_winsize": "the page scales images itself",
-    "--cache_filelist_read": "listing files is fast enough without a cache",
-    "--cache_filelist_write": "listing files is fast enough without a cache",
-    "--debug": "use --max_steps, --print_freq 1 and --display_freq 1",
-    "--isTrain": "it is the command",
-}
-"""The original's options that are gone, and what to do instead."""
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """One run of `spade doctor`."""
-
-    split: Literal["", "train", "val"] = ""
-    """Which split to check; default: both."""
-    data: DataConfig = field(default_factory=DataConfig)
+"""Packages that only the extra "model" installs, by the module that a failed import names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status.
 
     0 when all went well, also for a training run stopped by Ctrl-C once its state is saved; 2 for input that cannot be
-    used; 130 when interrupted anywhere else; 141 when the reader of the output went away.
+    used, and for packages that are missing; 130 when interrupted anywhere else; 141 when the reader of the output went
+    away.
 
     SPADE_DEBUG=1 in the environment shows the traceback of an error.
     """
@@ -106,9 +64,14 @@ def _status(arguments: list[str]) -> int:
         return _run(arguments)
     except UserError as error:
         return _fail(str(error))
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).splitlines()[0]
-        return _fail(f"out of memory: {first_line} Use a smaller --batch_size or --crop_size, or --precision bf16")
+    except ModuleNotFoundError as error:
+        package = _EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        return _fail(
+            f"this needs {package}, which is not installed: the kernels are, the system on top of them is not. "
+            'In the checkout: pip install --no-build-isolation ".[model]"'
+        )
     except SystemExit as end:
         # The option parser's own way to end: 0 after --help, 2 after an option it cannot understand.
         return int(end.code or 0)
@@ -118,88 +81,27 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "generate": _generate,
-        "bench": _bench,
-        "doctor": _doctor,
-    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0
     if arguments[0] in ("-V", "--version", "version"):
+        import spade_kernels
+
         print(f"spade-kernels {spade_kernels.__version__}")
         return 0
-    if arguments[0] not in commands:
-        raise UserError(f"unknown command {arguments[0]!r}; choose one of {', '.join(commands)}")
-    return commands[arguments[0]](_translate(arguments[1:]))
-
-
-def _train(arguments: list[str]) -> int:
-    known, rest = _peek(arguments, "config")
-    default = default_train_config(
-        known.get("dataset_mode", "coco"), "--no_TTUR" in arguments, known.get("netG", "spade")
-    )
-    if "config" in known:
-        if not known["config"]:
-            raise UserError("--config needs a file, such as the config.json in a run's folder")
-        default = load_config(Path(known["config"]))
-    if "--continue_train" in arguments:
-        run = TrainConfig(
-            name=known.get("name", default.name), checkpoints_dir=known.get("checkpoints_dir", default.checkpoints_dir)
-        )
-        if not (run.run_dir / "config.json").exists():
-            raise UserError(f"nothing to continue in {run.run_dir}: check --name and --checkpoints_dir")
-        default = replace(load_config(run.run_dir / "config.json"), name=run.name, checkpoints_dir=run.checkpoints_dir)
-    config: TrainConfig = _parse(TrainConfig, default, rest, "spade train")
-    folder = train(config)
-    if int(os.environ.get("RANK", 0)) == 0:
-        page = folder / "web" / "index.html"
-        print(f"saved in {folder}" + (f"; samples and loss curves: {page}" if page.exists() else ""))
-    return 0
-
-
-def _generate(arguments: list[str]) -> int:
-    known, _ = _peek(arguments)
-    default = GenerateConfig(data=default_data_config(known.get("dataset_mode", "coco")))
-    file = checkpoint_path(
-        replace(
-            default, **{k: known[k] for k in ("name", "checkpoints_dir", "which_epoch", "checkpoint") if k in known}
-        )
-    )
-    if file.suffix == ".safetensors" and "--help" not in arguments:
-        if not file.is_file():
-            raise UserError(
-                f"no model at {file}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
-            )
-        trained = saved_config(checkpoint.load_part(file, "config"), file)
-        default = replace(default, data=trained.data, model=trained.model)
-    config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
-    print(f"images and page: {run_generate(config)}")
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    known, _ = _peek(arguments)
-    data = default_data_config(known.get("dataset_mode", "coco" if "dataroot" in known else "toy"))
-    if data.dataset_mode == "toy":
-        data = replace(data, crop_size=256)
-    run = run_bench(_parse(BenchConfig, BenchConfig(data=data), arguments, "spade bench"))
-    print(f"{tables.caption(run)}\n\n{tables.summary(run)}")
-    return 0
-
-
-def _doctor(arguments: list[str]) -> int:
-    known, _ = _peek(arguments)
-    default = DoctorConfig(data=default_data_config(known.get("dataset_mode", "coco")))
-    config: DoctorConfig = _parse(DoctorConfig, default, arguments, "spade doctor")
-    if not {"dataroot", "dataset_mode", "label_dir"} & known.keys():
+    if arguments[0] not in _COMMANDS:
+        raise UserError(f"unknown command {arguments[0]!r}; choose one of {', '.join(_COMMANDS)}")
+    if arguments == ["doctor"]:
         _print_environment()
         return 0
-    return _check_data(config)
+    from spade_model import commands
+
+    return commands.run(arguments[0], arguments[1:])
 
 
 def _print_environment() -> None:
+    import spade_kernels
+
     info = spade_kernels.build_info()
     backends: Any = info.pop("backends")
     kernels: Any = info.pop("kernels")
@@ -209,54 +111,6 @@ def _print_environment() -> None:
         print(f"{'  ' + name:14} {'can run' if reason is None else 'cannot run: ' + reason}")
         if used := [operator for operator, taken in kernels.items() if taken == name]:
             print(f"    runs {', '.join(used)}")
-
-
-def _check_data(config: DoctorConfig) -> int:
-    faults = 0
-    for split in [config.split] if config.split else ["train", "val"]:
-        problems = check_dataset(config.data, split, progress=partial(tqdm, desc=split, disable=None))
-        for problem in problems:
-            print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
-        faults += sum(not problem.is_warning for problem in problems)
-        print(f"{split}: {len(problems)} problems" if problems else f"{split}: no problems")
-    return 2 if faults else 0
-
-
-def _translate(arguments: list[str]) -> list[str]:
-    """Options spelled with underscores and under their present names."""
-    result = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            result.append(argument)
-            continue
-        name = "--" + name[2:].replace("-", "_")
-        if name in GONE:
-            raise UserError(f"{name} is not an option here: {GONE[name]}")
-        result.append(RENAMED.get(name, name) + equals + value)
-    return result
-
-
-def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
-    """What decides the other options' defaults; options in `own` are taken out of the list."""
-
-    def parse(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        for name in names:
-            parser.add_argument(f"--{name}", nargs="?", const="")
-        found, rest = parser.parse_known_args(arguments)
-        return vars(found), rest
-
-    shared = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint", "netG")
-    seen, _ = parse(shared)
-    taken, rest = parse(own)
-    # An option without its value is left to the parser of all options, which says so.
-    return {name: value for name, value in seen.items() if value} | taken, rest
-
-
-def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(kind, default=default, args=arguments, prog=program, config=flat, use_underscores=True)
 
 
 def _fail(message: str) -> int:

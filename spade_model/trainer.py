@@ -1,4 +1,4 @@
-"""One training step: networks, optimizers, losses. `train.py` has the loop around it."""
+"""One training step: networks, optimizers, losses. `training.py` has the loop around it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from spade_model import checkpoint
 from spade_model.config import default_train_config, load_config, save_config
 from spade_model.errors import UserError
 from spade_model.networks import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
-from spade_model.train import train
+from spade_model.training import train
 
 
 @pytest.fixture

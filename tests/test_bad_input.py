@@ -23,7 +23,7 @@ from spade_model.networks import (
     build_generator,
     initialize,
 )
-from spade_model.train import choose_device, train
+from spade_model.training import choose_device, train
 
 LABELS = torch.zeros(2, 8, 8, dtype=torch.int64)
 IMAGES = torch.zeros(2, 3, 8, 8)

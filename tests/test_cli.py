@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from command import TINY, assert_refused, start
 
 import spade_kernels
-from spade_model import cli
+import spade_model
+from spade_model import commands
+from spade_model.cli import main
 from spade_model.config import DATASET_DEFAULTS, TrainConfig, default_train_config, load_config, save_config
 
 DATA = """
@@ -41,10 +44,10 @@ OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + DATA + MODEL, "
 def parsed(monkeypatch):
     """The config that `spade train` would run."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(cli, "train", lambda config: seen.append(config) or config.run_dir)
+    monkeypatch.setattr(commands, "train", lambda config: seen.append(config) or config.run_dir)
 
     def parse(*arguments: object) -> TrainConfig:
-        assert cli.main(["train", *map(str, arguments)]) == 0
+        assert main(["train", *map(str, arguments)]) == 0
         return seen.pop()
 
     return parse
@@ -76,6 +79,44 @@ def test_command_as_a_process():
     assert (process.returncode, err) == (0, "")
     assert "torch" in out
     assert "reference" in out
+
+
+WITHOUT_EXTRAS = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("PIL", "tyro", "tqdm", "jinja2", "safetensors", "matplotlib", "tensorboard"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from spade_model.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        (["doctor"], 0, "reference", ""),
+        (["--help"], 0, "usage: spade", ""),
+        (["--version"], 0, "spade-kernels", ""),
+        (["trian"], 2, "", "unknown command"),
+        *(([name, "--help"], 2, "", 'pip install --no-build-isolation ".[model]"') for name in ("train", "doctor")),
+    ],
+)
+def test_without_the_extra_packages(arguments, status, out, err):
+    """After a plain `pip install .`: what can be done is done, and the rest says what to install."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert out in done.stdout
+    assert err in done.stderr
+    assert bool(err) == bool(done.stderr)
+
+
+def test_the_package_names_what_it_has():
+    assert [name for name in spade_model.__all__ if not callable(getattr(spade_model, name))] == []
+    with pytest.raises(AttributeError, match="'spade_model' has no attribute 'nothing'"):
+        _ = spade_model.nothing
 
 
 def test_error_as_a_process(tmp_path):
@@ -133,9 +174,9 @@ def test_dashes_and_underscores_are_the_same(parsed):
     )
 
 
-@pytest.mark.parametrize("option", cli.GONE)
+@pytest.mark.parametrize("option", commands.GONE)
 def test_options_that_are_gone_say_what_to_do(spade, option):
-    assert_refused(spade("train", option, "1"), f"{option} is not an option here: {cli.GONE[option]}")
+    assert_refused(spade("train", option, "1"), f"{option} is not an option here: {commands.GONE[option]}")
 
 
 @pytest.mark.parametrize("option", ["--config", "--load_from_opt_file"])

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from spade_kernels import LabelMap
 from spade_kernels.testing import MASK_KINDS, forward_backward, random_label_map, random_spade
 from spade_model.networks import MultiscaleDiscriminator, SPADEGenerator
-from spade_model.train import index_builder
+from spade_model.training import index_builder
 
 CLASSES = 5
 

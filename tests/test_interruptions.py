@@ -19,7 +19,7 @@ from PIL import Image
 
 from spade_model import checkpoint, losses
 from spade_model.config import load_config
-from spade_model.train import train
+from spade_model.training import train
 
 REFRESH = 'http-equiv="refresh"'
 
@@ -69,9 +69,21 @@ def test_interrupted_before_training(spade, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spade_model.cli.train", interrupt)
+    monkeypatch.setattr("spade_model.commands.train", interrupt)
     result = spade("train", *TINY)
     assert (result.status, result.err) == (130, "interrupted\n")
+
+
+def test_interrupted_while_torch_is_loaded(tmp_path, monkeypatch, processes):
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(["train", *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    processes.append(process)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 def nan_loss(results, *arguments, **options):
@@ -138,7 +150,7 @@ def test_out_of_memory(spade, monkeypatch):
     def exhaust(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
 
-    monkeypatch.setattr("spade_model.cli.train", exhaust)
+    monkeypatch.setattr("spade_model.commands.train", exhaust)
     assert_refused(spade("train", *TINY), "Tried to allocate 2 GiB.", "--batch_size", "--crop_size", "bf16")
 
 

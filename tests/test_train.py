@@ -13,10 +13,10 @@ from PIL import Image
 
 from spade_model import checkpoint
 from spade_model.config import ModelConfig, TrainConfig, default_train_config
-from spade_model.generate import generate
+from spade_model.generation import generate
 from spade_model.losses import vgg_loss
 from spade_model.networks import VGG19Features, load_vgg19
-from spade_model.train import train
+from spade_model.training import train
 
 
 def small_config(folder: Path, **changes) -> TrainConfig:

@@ -32,7 +32,7 @@ from spade_model.networks import build_encoder, build_generator
 from spade_model.networks.check import check_norms
 from spade_model.original import complete, infer_generator
 from spade_model.pages import PageRow, write_results_page
-from spade_model.train import choose_device
+from spade_model.training import choose_device
 from spade_model.visualize import condition_image, overlay, to_image
 
 LabelFile = tuple[Path, Path | None]

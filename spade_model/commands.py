@@ -1,0 +1,187 @@
+"""What the `spade` command does: train, generate, bench, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from spade_model import checkpoint
+from spade_model.benchmark import tables
+from spade_model.benchmark.command import BenchConfig, run_bench
+from spade_model.config import (
+    DataConfig,
+    TrainConfig,
+    default_data_config,
+    default_train_config,
+    load_config,
+)
+from spade_model.data import check_dataset
+from spade_model.errors import UserError
+from spade_model.generation import GenerateConfig, checkpoint_path, run_generate, saved_config
+from spade_model.training import train
+
+RENAMED = {
+    "--batchSize": "--batch_size",
+    "--nThreads": "--num_workers",
+    "--tf_log": "--tensorboard",
+    "--load_from_opt_file": "--config",
+    "--label_path": "--label",
+}
+"""The original's options that have another name here; both are understood."""
+
+GONE = {
+    "--gpu_ids": "choose with --device cpu|cuda; for several GPUs start with torchrun",
+    "--model": "there is one model",
+    "--netD": "there is one discriminator, multiscale",
+    "--netD_subarch": "there is one discriminator, multiscale",
+    "--netE": "there is one encoder",
+    "--nef": "it never had an effect; the encoder's width is --ngf",
+    "--optimizer": "it never had an effect; the optimizer is Adam",
+    "--output_nc": "images have 3 channels",
+    "--phase": "train reads the train split, generate the val split",
+    "--display_winsize": "the page scales images itself",
+    "--cache_filelist_read": "listing files is fast enough without a cache",
+    "--cache_filelist_write": "listing files is fast enough without a cache",
+    "--debug": "use --max_steps, --print_freq 1 and --display_freq 1",
+    "--isTrain": "it is the command",
+}
+"""The original's options that are gone, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """One run of `spade doctor`."""
+
+    split: Literal["", "train", "val"] = ""
+    """Which split to check; default: both."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """The exit status of a command; raises UserError when it cannot do its work, and SystemExit as the parser does."""
+    commands = {"train": _train, "generate": _generate, "bench": _bench, "doctor": _doctor}
+    try:
+        return commands[command](_translate(arguments))
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"out of memory: {first_line} Use a smaller --batch_size or --crop_size, or --precision bf16"
+        ) from error
+
+
+def _train(arguments: list[str]) -> int:
+    known, rest = _peek(arguments, "config")
+    default = default_train_config(
+        known.get("dataset_mode", "coco"), "--no_TTUR" in arguments, known.get("netG", "spade")
+    )
+    if "config" in known:
+        if not known["config"]:
+            raise UserError("--config needs a file, such as the config.json in a run's folder")
+        default = load_config(Path(known["config"]))
+    if "--continue_train" in arguments:
+        run = TrainConfig(
+            name=known.get("name", default.name), checkpoints_dir=known.get("checkpoints_dir", default.checkpoints_dir)
+        )
+        if not (run.run_dir / "config.json").exists():
+            raise UserError(f"nothing to continue in {run.run_dir}: check --name and --checkpoints_dir")
+        default = replace(load_config(run.run_dir / "config.json"), name=run.name, checkpoints_dir=run.checkpoints_dir)
+    config: TrainConfig = _parse(TrainConfig, default, rest, "spade train")
+    folder = train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        page = folder / "web" / "index.html"
+        print(f"saved in {folder}" + (f"; samples and loss curves: {page}" if page.exists() else ""))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    default = GenerateConfig(data=default_data_config(known.get("dataset_mode", "coco")))
+    file = checkpoint_path(
+        replace(
+            default, **{k: known[k] for k in ("name", "checkpoints_dir", "which_epoch", "checkpoint") if k in known}
+        )
+    )
+    if file.suffix == ".safetensors" and "--help" not in arguments:
+        if not file.is_file():
+            raise UserError(
+                f"no model at {file}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
+            )
+        trained = saved_config(checkpoint.load_part(file, "config"), file)
+        default = replace(default, data=trained.data, model=trained.model)
+    config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
+    print(f"images and page: {run_generate(config)}")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    data = default_data_config(known.get("dataset_mode", "coco" if "dataroot" in known else "toy"))
+    if data.dataset_mode == "toy":
+        data = replace(data, crop_size=256)
+    run = run_bench(_parse(BenchConfig, BenchConfig(data=data), arguments, "spade bench"))
+    print(f"{tables.caption(run)}\n\n{tables.summary(run)}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    default = DoctorConfig(data=default_data_config(known.get("dataset_mode", "coco")))
+    config: DoctorConfig = _parse(DoctorConfig, default, arguments, "spade doctor")
+    return _check_data(config)
+
+
+def _check_data(config: DoctorConfig) -> int:
+    faults = 0
+    for split in [config.split] if config.split else ["train", "val"]:
+        problems = check_dataset(config.data, split, progress=partial(tqdm, desc=split, disable=None))
+        for problem in problems:
+            print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
+        faults += sum(not problem.is_warning for problem in problems)
+        print(f"{split}: {len(problems)} problems" if problems else f"{split}: no problems")
+    return 2 if faults else 0
+
+
+def _translate(arguments: list[str]) -> list[str]:
+    """Options spelled with underscores and under their present names."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            result.append(argument)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        if name in GONE:
+            raise UserError(f"{name} is not an option here: {GONE[name]}")
+        result.append(RENAMED.get(name, name) + equals + value)
+    return result
+
+
+def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
+    """What decides the other options' defaults; options in `own` are taken out of the list."""
+
+    def parse(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for name in names:
+            parser.add_argument(f"--{name}", nargs="?", const="")
+        found, rest = parser.parse_known_args(arguments)
+        return vars(found), rest
+
+    shared = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint", "netG")
+    seen, _ = parse(shared)
+    taken, rest = parse(own)
+    # An option without its value is left to the parser of all options, which says so.
+    return {name: value for name, value in seen.items() if value} | taken, rest
+
+
+def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, default=default, args=arguments, prog=program, config=flat, use_underscores=True)
