@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from spade_model.errors import UserError
@@ -94,9 +97,30 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["doctor"]:
         _print_environment()
         return 0
-    from spade_model import commands
-
+    with _ctrl_c_ends_at_once():
+        from spade_model import commands
     return commands.run(arguments[0], arguments[1:])
+
+
+@contextmanager
+def _ctrl_c_ends_at_once() -> Iterator[None]:
+    """While torch loads: half of it loaded, it loses a KeyboardInterrupt, or prints its statistics at exit."""
+
+    def leave(number: int, frame: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    # Only in place of Python's own handler: whoever set another, or calls from a thread, knows what it is for.
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _print_environment() -> None:
