@@ -118,7 +118,8 @@ def _generate(arguments: list[str]) -> int:
         trained = saved_config(checkpoint.load_part(file, "config"), file)
         default = replace(default, data=trained.data, model=trained.model)
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
-    print(f"images and page: {run_generate(config)}")
+    page, masks = run_generate(config)
+    print(f"{_count(masks * config.samples, 'image')} of {_count(masks, 'mask')}, and their page: {page}")
     return 0
 
 
@@ -180,6 +181,10 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
     taken, rest = parse(own)
     # An option without its value is left to the parser of all options, which says so.
     return {name: value for name, value in seen.items() if value} | taken, rest
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:

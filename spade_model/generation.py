@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from spade_model.data.images import IMAGE_SUFFIXES, read_photograph
 from spade_model.data.item import rgb_to_tensor
 from spade_model.errors import UserError
 from spade_model.networks import build_encoder, build_generator
-from spade_model.networks.check import check_norms
+from spade_model.networks.check import check_generator, check_norms
 from spade_model.original import complete, infer_generator
 from spade_model.pages import PageRow, write_results_page
 from spade_model.training import choose_device
@@ -62,7 +64,7 @@ class GenerateConfig:
     samples: int = 1
     """VAE models: images per mask, each with its own style."""
     results_dir: str = "./results"
-    """Where the images and the page go."""
+    """Where the images and the page go, in a new folder: <run>/<epoch>, then <run>/<epoch>_2 and so on."""
     how_many: int = 2**31 - 1
     """Stop after this many masks."""
     overlay: bool = False
@@ -87,9 +89,14 @@ class LoadedModel:
     device: torch.device
 
     @torch.no_grad()
-    def style(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """mu and logvar, (1, z_dim) each, of a photograph. Raises UserError when the model has no encoder."""
-        return _require_encoder(self, "a style image")(rgb_to_tensor(np.asarray(image)).unsqueeze(0).to(self.device))
+    def style(self, image: Image.Image | str | Path) -> tuple[Tensor, Tensor]:
+        """mu and logvar, (1, z_dim) each, of a photograph or its file.
+
+        Raises UserError when the model has no encoder, and for a bad file.
+        """
+        encoder = _require_encoder(self, "a style image")
+        photograph = image.convert("RGB") if isinstance(image, Image.Image) else read_photograph(Path(image))
+        return encoder(rgb_to_tensor(np.asarray(photograph)).unsqueeze(0).to(self.device))
 
     @torch.no_grad()
     def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
@@ -121,13 +128,13 @@ def generate(
     Raises:
         UserError: a file is missing, damaged, of another architecture, or does not fit the model.
     """
-    loaded = load_model(Path(checkpoint_file), data, model, device=device)
+    loaded = load_model(checkpoint_file, data, model, device=device)
     batch = load_condition(label, loaded.data, instance)
     return [to_image(image[0]) for image in _images(loaded, batch, style_image or "", samples, seed)]
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     data: DataConfig | None = None,
     model: ModelConfig | None = None,
     *,
@@ -140,8 +147,10 @@ def load_model(
         data, model: replace what the checkpoint says; for the original's files, what their weights do not say.
 
     Raises:
-        UserError: the file is missing, damaged, or of another architecture; the device cannot be used.
+        UserError: the file is missing, damaged, or of another architecture; the generator cannot make images of the
+            size that `data` says; the device cannot be used.
     """
+    path = Path(path)
     where = choose_device(device)
     states: dict[str, dict[str, Tensor]]
     if path.suffix == ".safetensors":
@@ -161,6 +170,8 @@ def load_model(
     check_choices(data)
     check_choices(model)
     check_norms(model)
+    # Two images: in eval mode no batch norm needs more than one value.
+    check_generator(data, model, batch=2)
     generator = build_generator(data, model)
     checkpoint.load_into(generator, complete(weights, generator.state_dict()), str(path))
     encoder = None
@@ -174,8 +185,8 @@ def load_model(
     return LoadedModel(generator, encoder, data, model, where)
 
 
-def run_generate(config: GenerateConfig) -> Path:
-    """`spade generate`: writes every image and a page of them; returns the page.
+def run_generate(config: GenerateConfig) -> tuple[Path, int]:
+    """`spade generate`: writes every image and a page of them; returns the page and the number of masks.
 
     Raises:
         UserError: as `generate`; or the results cannot be written. Images made until then are kept.
@@ -193,9 +204,12 @@ def run_generate(config: GenerateConfig) -> Path:
         )
     if config.style_image:
         _require_encoder(loaded, f"--style_image {config.style_image}")
-    folder = Path(config.results_dir) / (Path(config.checkpoint).stem if config.checkpoint else config.name)
+    run, stem = _run_and_stem(checkpoint_path(config))
     columns = ["input label", *_column_names(config)]
-    return write_results_page(folder, config.name, columns, _rows(config, loaded, files))
+    masks = itertools.count()
+    rows = (row for row, _ in zip(_rows(config, loaded, files), masks, strict=False))
+    page = write_results_page(_unused(Path(config.results_dir) / run / stem), f"{run}, {stem}", columns, rows)
+    return page, next(masks)
 
 
 def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile]) -> Iterator[PageRow]:
@@ -216,6 +230,19 @@ def checkpoint_path(config: GenerateConfig) -> Path:
         return Path(config.checkpoint)
     check_name(config.name)
     return Path(config.checkpoints_dir) / config.name / f"{config.which_epoch}.safetensors"
+
+
+def _run_and_stem(file: Path) -> tuple[str, str]:
+    """What tells a checkpoint from others: the name of its folder, which is the run's, and its own."""
+    # Not resolved: a link to a run has a name of its own.
+    file = Path(os.path.abspath(file))
+    return file.parent.name or "checkpoint", file.stem
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of folder_2, folder_3, ... that does not exist: results of two runs never mix."""
+    numbered = (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
 
 def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
@@ -264,15 +291,26 @@ def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples:
     """`samples` images (1, 3, H, W); with a style image the first takes its mean style, the others vary around it."""
     noise = torch.Generator().manual_seed(seed)
     if style_image:
-        mu, logvar = (t.cpu() for t in loaded.style(read_photograph(Path(style_image))))
+        mu, logvar = (t.cpu() for t in loaded.style(style_image))
     for i in range(samples):
-        if not loaded.model.use_vae:
-            yield loaded(batch.segmap)
-            continue
-        z = torch.randn(1, loaded.model.z_dim, generator=noise)
-        if style_image:
-            z = mu + (0.5 * logvar).exp() * z * (i > 0)
-        yield loaded(batch.segmap, z)
+        z = None
+        if loaded.model.use_vae:
+            z = torch.randn(1, loaded.model.z_dim, generator=noise)
+            if style_image:
+                z = mu + (0.5 * logvar).exp() * z * (i > 0)
+        image = loaded(batch.segmap, z)
+        _require_mask_size(image, batch)
+        yield image
+
+
+def _require_mask_size(image: Tensor, batch: Batch) -> None:
+    """Raises UserError when an image is not as large as its mask: then it shows a squeezed or stretched one."""
+    made, mask = (f"{t.shape[-1]}x{t.shape[-2]}" for t in (image, batch.segmap))
+    if made != mask:
+        raise UserError(
+            f"the mask {batch.names[0]} is {mask} pixels after preprocessing, but the generator makes {made}; "
+            "use --preprocess_mode fixed or resize_and_crop"
+        )
 
 
 def _column_names(config: GenerateConfig) -> list[str]:

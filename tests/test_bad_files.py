@@ -248,16 +248,19 @@ def test_bad_vgg_weights(spade, tmp_path, name):
     assert not (tmp_path / "canary").exists()
 
 
-def save_labels(path: Path, value: int = 0, size: int = 32) -> Path:
+def save_labels(path: Path, value: int = 0, size: tuple[int, int] = (32, 32)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size), value, dtype=np.uint8)).save(path)
+    Image.new("L", size, value).save(path)
     return path
 
 
 GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
     "no label": (lambda t: ["--label", t / "no.png"], ["--label", "no.png", "does not exist"]),
     "empty folder": (lambda t: ["--label", t], ["--label", "no images", ".png"]),
-    "instance missing": (lambda t: ["--label", save_labels(t / "a.png")], ["a.png", "no instance image"]),
+    "instance missing": (
+        lambda t: ["--label", save_labels(t / "a.png")],
+        ["a.png", "no instance image", "Give one with --instance"],
+    ),
     "instance file missing": (
         lambda t: ["--label", save_labels(t / "a.png"), "--instance", t / "b.png"],
         ["--instance", "b.png", "does not exist"],
@@ -281,11 +284,22 @@ GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
         ["a.png", "id 9", "x=0, y=0", "0..6", "1024 of 1024"],
     ),
     "instance of another size": (
-        lambda t: ["--label", save_labels(t / "a.png"), "--instance", save_labels(t / "b.png", size=16)],
+        lambda t: ["--label", save_labels(t / "a.png"), "--instance", save_labels(t / "b.png", size=(16, 16))],
         ["b.png", "16x16", "32x32", "same size"],
     ),
     "style without vae": (lambda t: ["--style_image", save_labels(t / "a.png")], ["--style_image", "--use_vae"]),
     "samples without vae": (lambda t: ["--samples", "3"], ["--samples 3", "--use_vae"]),
+    "size between multiples": (
+        lambda t: ["--dataset_mode", "custom", "--crop_size", "100", "--preprocess_mode", "resize_and_crop"],
+        ["100x100", "makes 96x96", "multiples of 32"],
+    ),
+    "size of the mask": (
+        lambda t: [
+            *("--dataset_mode", "custom", "--label", save_labels(t / "a.png", size=(120, 100))),
+            *("--instance", save_labels(t / "b.png", size=(120, 100)), "--preprocess_mode", "none"),
+        ],
+        ["mask a is 128x96", "makes 32x32", "--preprocess_mode fixed"],
+    ),
     "no samples": (lambda t: ["--samples", "0"], ["--samples 0", "at least 1"]),
     "epoch missing": (lambda t: ["--which_epoch", "9"], ["9.safetensors", "--which_epoch", "--checkpoint"]),
     "another model": (lambda t: ["--ngf", "4"], ["another architecture", "ngf"]),

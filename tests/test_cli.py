@@ -216,8 +216,8 @@ def test_train_then_generate(spade, tmp_path):
     made = spade(
         "generate", *run, "--results_dir", tmp_path / "results", "--how_many", "2", "--overlay", "--device", "cpu"
     )
-    page = tmp_path / "results/run/index.html"
-    assert (made.status, made.out) == (0, f"images and page: {page}\n")
+    page = tmp_path / "results/run/latest/index.html"
+    assert (made.status, made.out) == (0, f"2 images of 2 masks, and their page: {page}\n")
     names = {path.relative_to(page.parent / "images") for path in page.parent.rglob("*.png")}
     columns = ("input_label", "synthesized_image", "overlay")
     assert names == {Path(column) / f"toy_{i:06d}.png" for column in columns for i in range(2)}

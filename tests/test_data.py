@@ -388,6 +388,11 @@ class TestLoadCondition:
         with pytest.raises(UserError, match=r"4\.png.*instance"):
             load_condition(coco / "train_label/4.png", small("coco", coco))
 
+    def test_instances_that_are_not_used(self, coco):
+        config = small("coco", coco, no_instance=True)
+        with pytest.raises(UserError, match=r"--instance .*4\.png .* --no_instance: leave --instance out"):
+            load_condition(coco / "train_label/4.png", config, coco / "train_inst/4.png")
+
     def test_toy_takes_any_size(self, coco):
         config = replace(default_data_config("toy"), no_instance=True)
         assert load_condition(write(coco / "x.png", 3), config).segmap.labels.shape == (1, 64, 64)

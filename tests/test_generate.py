@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import spade_model
 from spade_model.cli import main
 from spade_model.config import DataConfig, ModelConfig
 from spade_model.data import create_dataset, load_condition
+from spade_model.errors import UserError
 from spade_model.networks import ConvEncoder, build_encoder, build_generator
 from spade_model.original import infer_generator
 from spade_model.visualize import to_image
@@ -124,6 +127,18 @@ def test_style_image(vae_run, label_files):
     assert varied.tobytes() != mean.tobytes()
 
 
+def test_a_style_from_a_file_or_any_picture(vae_run, tmp_path):
+    loaded = spade_model.load_model(str(vae_run / "latest.safetensors"))
+    grey = Image.effect_noise((40, 30), 90)
+    grey.save(tmp_path / "photo.png")
+    styles = [loaded.style(image) for image in (grey, grey.convert("RGB"), str(tmp_path / "photo.png"))]
+    for mu, logvar in styles[1:]:
+        assert torch.equal(mu, styles[0][0])
+        assert torch.equal(logvar, styles[0][1])
+    with pytest.raises(UserError, match=r"nowhere\.png: cannot be opened"):
+        loaded.style(tmp_path / "nowhere.png")
+
+
 def test_average_and_last_weights_differ(vae_run):
     file = vae_run / "latest.safetensors"
     average, last = (spade_model.load_model(file, last_weights=flag).generator for flag in (False, True))
@@ -134,9 +149,31 @@ def test_generate_command_on_folders(vae_run, label_files, capsys):
     command = ["generate", "--name", "run", "--checkpoints_dir", str(vae_run.parent), "--samples", "2", "--overlay"]
     command += ["--label", str(label_files / "labels"), "--instance", str(label_files / "instances")]
     assert main([*command, "--results_dir", str(label_files / "out"), "--how_many", "2"]) == 0
-    page = label_files / "out" / "run" / "index.html"
+    page = label_files / "out" / "run" / "latest" / "index.html"
     assert str(page) in capsys.readouterr().out
     assert len(list(page.parent.rglob("*.png"))) == 2 * 5, "label, two images, two overlays of two masks"
+
+
+def test_results_never_mix(vae_run, label_files, capsys):
+    """Runs with checkpoints of the same name, and a second run of the same: each has a folder of its own."""
+    other = shutil.copytree(vae_run, label_files / "other")
+    masks = ["--label", str(label_files / "labels"), "--instance", str(label_files / "instances")]
+    pages = []
+    for file, count in ((vae_run / "latest.safetensors", 2), (other / "latest.safetensors", 1), (other / "latest", 3)):
+        which = ["--checkpoint", str(file.with_suffix(".safetensors"))]
+        assert (
+            main(["generate", *which, *masks, "--results_dir", str(label_files / "out"), "--how_many", f"{count}"]) == 0
+        )
+        noun = "1 image of 1 mask" if count == 1 else f"{count} images of {count} masks"
+        said, _, page = capsys.readouterr().out.rstrip().partition(", and their page: ")
+        pages.append(Path(page))
+        assert said == noun
+        assert len(list(pages[-1].parent.rglob("*.png"))) == 2 * count == pages[-1].read_text().count("<img")
+    assert [str(page.parent.relative_to(label_files / "out")) for page in pages] == [
+        "run/latest",
+        "other/latest",
+        "other/latest_2",
+    ]
 
 
 def test_generate_command_on_the_val_split(vae_run, tmp_path):
@@ -170,6 +207,6 @@ def test_real_masks(coco_dir, tmp_path):
     train = ["train", "--dataset_mode", "coco", "--dataroot", str(coco_dir), *common, "--ngf", "2", "--ndf", "2"]
     assert main([*train, "--no_vgg_loss", "--max_steps", "2", "--display_freq", "2", "--print_freq", "1"]) == 0
     assert main(["generate", *common, "--results_dir", str(tmp_path / "results")]) == 0
-    made = sorted((tmp_path / "results" / "coco" / "images" / "synthesized_image").glob("*.png"))
+    made = sorted((tmp_path / "results" / "coco" / "latest" / "images" / "synthesized_image").glob("*.png"))
     assert [p.name for p in made] == sorted(p.name for p in (coco_dir / "val_label").glob("*.png"))
     assert all(Image.open(p).size == (256, 256) for p in made)

@@ -108,18 +108,25 @@ def load_condition(label: str | Path, config: DataConfig, instance: str | Path |
     """A batch of one, without photograph, from a label image (with label_nc 0: an RGB image) and its instance image.
 
     Preprocessed like a validation item; for the toy data set, resized to the size the generator makes.
-    Raises UserError when the instance image is missing though the configuration uses instances, and for bad files.
+    Raises UserError when the instance image is missing though the configuration uses instances, when it is there though
+    the configuration does not, and for bad files.
     """
     check_config(config)
     if instance is None and not config.no_instance:
         raise UserError(
             f"{label}: the model takes instance boundaries, but there is no instance image. "
-            "Give one; an image of the same size with one value everywhere means: no boundaries."
+            "Give one with --instance (instance=... in Python); an image of the same size with one value everywhere "
+            "means: no boundaries."
+        )
+    if instance is not None and config.no_instance:
+        raise UserError(
+            f"--instance {instance} needs a model that takes instance boundaries; this one was trained with "
+            "--no_instance: leave --instance out"
         )
     if config.dataset_mode == "toy":
         config = replace(config, preprocess_mode="fixed")
-    used_instance = None if instance is None or config.no_instance else Path(instance)
-    return collate([read_sample(ItemFiles(Path(label), None, used_instance), config, None)], config.num_labels)
+    files = ItemFiles(Path(label), None, None if instance is None else Path(instance))
+    return collate([read_sample(files, config, None)], config.num_labels)
 
 
 def check_config(config: DataConfig) -> None:

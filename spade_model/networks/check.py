@@ -22,15 +22,20 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
             where a variance does not exist. The message names the option.
     """
     check_norms(model)
-    if model.netG == "spade":
-        _check_spade(data, model, batch)
-    else:
-        _check_pix2pixhd(data, model)
+    check_generator(data, model, batch)
     if "instance" in model.norm_D and min(data.image_size) <= 2 ** (model.num_D - 1):
         raise UserError(
             f"--num_D {model.num_D} halves images of {_pixels(data.image_size)} to one pixel, which --norm_D "
             f"{model.norm_D} cannot normalize; use fewer scales or a larger --crop_size"
         )
+
+
+def check_generator(data: DataConfig, model: ModelConfig, batch: int) -> None:
+    """The part of `check_networks` that generating needs too: whether the generator makes images of the data's size."""
+    if model.netG == "spade":
+        _check_spade(data, model, batch)
+    else:
+        _check_pix2pixhd(data, model)
 
 
 def check_norms(model: ModelConfig) -> None:
