@@ -111,6 +111,7 @@ class TestTheTests:
         files = [word.split("::")[0] for word in named if word.startswith("tests/")]
         assert all((gpu_check.ROOT / file).exists() for file in files)
         assert {"tests/gpu", "tests/test_compiled.py", "tests/gpu/test_device.py"} <= set(files)
+        assert f"{gpu_check.REPEATED}(" in (gpu_check.ROOT / "tests/gpu/test_device.py").read_text()
 
     def test_find_the_package(self, runner):
         path = gpu_check.tests(fast=True)[0].environment

@@ -181,6 +181,8 @@ class _Training:
                     self._add_ours()
                 else:
                     self._add_stock(name)
+            if name not in self.runs and name != "ours":
+                self.drop(name)
 
     def drop(self, *names: str) -> None:
         """Makes room for others."""
