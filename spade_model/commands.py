@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,14 +140,32 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _check_data(config: DoctorConfig) -> int:
-    faults = 0
-    for split in [config.split] if config.split else ["train", "val"]:
-        problems = check_dataset(config.data, split, progress=partial(tqdm, desc=split, disable=None))
-        for problem in problems:
-            print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
-        faults += sum(not problem.is_warning for problem in problems)
-        print(f"{split}: {len(problems)} problems" if problems else f"{split}: no problems")
-    return 2 if faults else 0
+    # The folders of custom data are the same for both splits.
+    both = ["train"] if config.data.dataset_mode == "custom" else ["train", "val"]
+    faults = [_check_split(config.data, split) for split in ([config.split] if config.split else both)]
+    return 2 if any(faults) else 0
+
+
+def _check_split(data: DataConfig, split: str) -> int:
+    """Prints what is wrong with a split; the number of errors."""
+    items = 0
+
+    def progress(reports: Iterable[Any], total: int) -> Iterable[Any]:
+        nonlocal items
+        items = total
+        return tqdm(reports, total=total, desc=split, disable=None)
+
+    problems = check_dataset(data, split, progress=progress)
+    for problem in problems:
+        print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
+    needed = [problem.label_nc for problem in problems if problem.label_nc]
+    if len(needed) > 1:
+        print(
+            f"{split}: {len(needed)} label images have ids that are too large; --label_nc {max(needed)} fits them all"
+        )
+    found = _count(len(problems), "problem") if problems else "no problems"
+    print(f"{split}: {found}" + (f" in {_count(items, 'item')}" if items else ""))
+    return sum(not problem.is_warning for problem in problems)
 
 
 def _translate(arguments: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import nn
 from spade_kernels import LabelMap
 from spade_model import checkpoint
 from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
-from spade_model.data import Batch, create_dataset, create_loader
+from spade_model.data import Batch, DataError, create_dataset, create_loader
 from spade_model.errors import UserError
 from spade_model.files import remove_leftovers
 from spade_model.networks import SPADEGenerator
@@ -101,7 +101,11 @@ class _Run:
     def loop(self, log: RunLog) -> None:
         """Steps until the last epoch, the step limit, or a signal to stop."""
         config, saved_at = self.config, self.trainer.steps
-        if saved_at:
+        if saved_at >= self.total_steps:
+            what = "all steps" if config.max_steps == self.total_steps else "all epochs"
+            more = f"raise --{'max_steps' if what == 'all steps' else 'niter'} to train on"
+            log.write(f"{what} of {config.name} are done (step {saved_at} of {self.total_steps}): {more}")
+        elif saved_at:
             log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}")
         with _StopSignal(self.device, self.world_size) as stop:
             while self.trainer.steps < self.total_steps and not stop.requested:
@@ -160,14 +164,16 @@ class _Run:
         try:
             return list(itertools.islice(loader, self.config.accumulate))
         except UserError as error:
+            message = str(error)
+            if isinstance(error, DataError):
+                message += "\n`spade doctor` with the same options for the data lists every bad file"
             # Between two steps the state is whole. Several processes cannot save it without the one that failed.
-            if self.world_size > 1 or not self.trainer.steps:
-                raise
-            self._save("latest")
-            raise UserError(
-                f"{error}\nThe run is saved at step {self.trainer.steps}: "
-                "correct the data and go on with --continue_train"
-            ) from error
+            if self.world_size == 1 and self.trainer.steps:
+                self._save("latest")
+                message += (
+                    f"\nThe run is saved at step {self.trainer.steps}: correct the data and go on with --continue_train"
+                )
+            raise UserError(message) from error
 
     def _finish_epoch(self) -> None:
         self.epoch, self.batches_done = self.epoch + 1, 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command import TINY, assert_refused, start
+from PIL import Image
 
 import spade_kernels
 import spade_model
@@ -221,6 +222,36 @@ def test_train_then_generate(spade, tmp_path):
     names = {path.relative_to(page.parent / "images") for path in page.parent.rglob("*.png")}
     columns = ("input_label", "synthesized_image", "overlay")
     assert names == {Path(column) / f"toy_{i:06d}.png" for column in columns for i in range(2)}
+
+
+def save_picture(path: Path, size: tuple[int, int] = (40, 32), value: int = 1, orientation: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", size, value).save(path, **({"exif": exif} if orientation != 1 else {}))
+
+
+def test_doctor_reads_custom_data_once_and_sums_up(spade, tmp_path):
+    for name, value in (("a", 1), ("b", 20), ("c", 40)):
+        save_picture(tmp_path / f"masks/{name}.png", value=value)
+        save_picture(tmp_path / f"photos/{name}.jpg")
+    data = ["--dataset_mode", "custom", "--label_dir", tmp_path / "masks", "--image_dir", tmp_path / "photos"]
+    result = spade("doctor", *data, "--no_instance")
+    assert result.status == 2
+    assert result.out.splitlines()[2:] == [
+        "train: 2 label images have ids that are too large; --label_nc 41 fits all",
+        "train: 2 problems in 3 items",
+    ]
+    assert spade("doctor", *data, "--no_instance", "--label_nc", 41).out == "train: no problems in 3 items\n"
+    (tmp_path / "masks/a.png").unlink()
+    save_picture(tmp_path / "masks/sub/a.png")
+    assert_refused(spade("doctor", *data, "--no_instance"), f"subfolder, {tmp_path}/photos/sub/a.*", "4 problems")
+
+
+def test_doctor_says_all_that_the_options_lack(spade):
+    result = spade("doctor", "--dataset_mode", "custom", "--label_dir", "nope")
+    assert_refused(result, "error: --dataset_mode custom needs --image_dir", "--instance_dir", "nope: no such folder")
+    assert_refused(spade("doctor", "--label_nc", 20), "datasets/train_label: no such folder", "--dataroot")
 
 
 def test_doctor_finds_nothing_wrong_with_the_toy_data(spade):

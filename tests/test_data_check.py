@@ -297,6 +297,21 @@ class TestCheckDataset:
         )
         assert [problem.is_warning for problem in problems[-2:]] == [True, True]
 
+    def test_photographs_that_viewers_turn(self, tmp_path):
+        """Upside down it has the mask's size, on its side it has not."""
+        config = make_coco(tmp_path, 3)
+        exif = Image.Exif()
+        for number, size, orientation in ((0, (40, 40), 3), (1, (30, 40), 6), (2, (40, 40), 1)):
+            exif[0x0112] = orientation
+            Image.new("RGB", size).save(tmp_path / f"train_img/{number}.jpg", exif=exif)
+        save(tmp_path / "train_label/1.png", ids()[:30])
+        save(tmp_path / "train_inst/1.png", ids()[:30])
+        error, warning = check_dataset(config, "train")
+        assert str(error).startswith(f"{tmp_path}/train_img/1.jpg: the image is 30x40, but its label image")
+        assert "Apply its EXIF orientation" in error.fix
+        assert (warning.path, warning.is_warning) == (tmp_path / "train_img/0.jpg", True)
+        assert "has an EXIF orientation, as 2 file(s) in all" in warning.what
+
     def test_one_file_can_have_two_problems(self, tmp_path):
         config = make_coco(tmp_path)
         save(tmp_path / "train_label/0.png", ids_with(200)[:36])

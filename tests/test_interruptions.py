@@ -122,7 +122,13 @@ def test_bad_file_in_mid_epoch_saves_first(spade, tmp_path, workers):
     run = ["--name", "run", "--checkpoints_dir", tmp_path / "runs"]
     options = ["--dataset_mode", "custom", "--serial_batches", "--num_workers", workers, "--max_dataset_size", "6"]
     result = spade("train", *TINY, *run, *data, *options, "--no_no_html")
-    fix = ["Set --label_nc to at least 41", "saved at step 2", "correct the data", "--continue_train"]
+    fix = [
+        "Set --label_nc to at least 41",
+        "`spade doctor` with the same options",
+        "saved at step 2",
+        "correct the data",
+        "--continue_train",
+    ]
     assert_refused(result, "labels/4.png", "id 40", "x=0, y=0", *fix)
     assert REFRESH not in (tmp_path / "runs/run/web/index.html").read_text()
     save_ids(tmp_path / "labels/4.png", 1)

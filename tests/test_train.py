@@ -75,6 +75,20 @@ def test_resumed_run_is_bitwise_the_same(tmp_path, name):
     assert losses(whole) == losses(parts)
 
 
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ({"niter": 1, "niter_decay": 0}, "all epochs of run are done (step 6 of 6): raise --niter to train on"),
+        ({"max_steps": 2}, "all steps of run are done (step 2 of 2): raise --max_steps to train on"),
+    ],
+)
+def test_continuing_a_finished_run_says_so(tmp_path, caplog, limit, said):
+    train(small_config(tmp_path, **limit))
+    with caplog.at_level("INFO", "spade_model"):
+        train(small_config(tmp_path, continue_train=True, **limit))
+    assert [record.getMessage() for record in caplog.records][-1] == said
+
+
 def test_learning_rate_decays_to_zero_and_epochs_are_kept(tmp_path):
     run = train(small_config(tmp_path, save_epoch_freq=2))
     state = checkpoint.load(run / "latest.safetensors")

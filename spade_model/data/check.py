@@ -14,7 +14,7 @@ import numpy as np
 from spade_model.config import DataConfig
 from spade_model.data.dataset import check_config
 from spade_model.data.folders import list_files
-from spade_model.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, read_header, read_photograph
+from spade_model.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, orientation, read_header, read_photograph
 from spade_model.data.item import ItemFiles, read_condition, read_instances, require_size
 from spade_model.data.preprocess import plan_geometry
 from spade_model.data.problem import DataError, Problem
@@ -38,18 +38,18 @@ def check_dataset(
         num_threads: files read at a time.
         progress: wraps the iterable of checked items and takes its length as `total`, like `tqdm.tqdm`.
 
-    Never raises for bad data: a configuration that fits no data set is a problem of the data root.
+    Never raises for bad data: a configuration that fits no data set is a problem without a path.
     """
-    root = Path(config.label_dir if config.dataset_mode == "custom" else config.dataroot)
     try:
         check_config(config)
         if config.dataset_mode == "toy":
             return []
         listing = list_files(config, split, need_images=need_images)
     except UserError as error:
-        return [Problem(root, str(error).rstrip("."), "Correct the options")]
+        return [Problem(None, str(error).rstrip("."), "Correct the options"), *_missing_folders(config)]
     problems = listing.problems + [_stray(path) for path in listing.strays]
     with_palette: list[Path] = []
+    turned: list[Path] = []
     with ThreadPoolExecutor(num_threads) as pool:
         reports: Iterable[_Report] = pool.map(partial(_check_item, config=config, split=split), listing.items)
         if progress is not None:
@@ -58,17 +58,21 @@ def check_dataset(
             problems += report.problems
             if report.has_palette:
                 with_palette.append(files.label)
+            turned += report.turned
     if with_palette:
         problems.append(_palette_warning(with_palette))
+    if turned:
+        problems.append(_orientation_warning(turned))
     return sorted(problems, key=lambda problem: problem.is_warning)
 
 
 @dataclass
 class _Report:
-    """What is wrong with one item, and whether its label image has a palette."""
+    """What is wrong with one item, whether its label image has a palette, and which files viewers show turned."""
 
     problems: list[Problem] = field(default_factory=list)
     has_palette: bool = False
+    turned: list[Path] = field(default_factory=list)
 
     def attempt(self, action: Callable[[], _Result]) -> _Result | None:
         """The action's result; or None, when it finds a problem."""
@@ -94,12 +98,29 @@ def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
             image = report.attempt(partial(read, path))
             if image is not None and size is not None:
                 report.attempt(partial(require_size, image.size, path, size, files.label))
+    report.turned = [path for path in (files.label, files.instance, files.image) if path and orientation(path) != 1]
     return report
+
+
+def _missing_folders(config: DataConfig) -> list[Problem]:
+    """What the options name that is not there, when they cannot say what else would be needed."""
+    options = ("label_dir", "image_dir", "instance_dir") if config.dataset_mode == "custom" else ("dataroot",)
+    folders = {option: Path(getattr(config, option)) for option in options if getattr(config, option)}
+    return [Problem(p, "no such folder", f"Check --{option}") for option, p in folders.items() if not p.is_dir()]
 
 
 def _stray(path: Path) -> Problem:
     what = f"not an image file: its name ends in none of {' '.join(IMAGE_SUFFIXES)}"
     return Problem(path, what, f"It is ignored; remove it, or convert it to one of {', '.join(IMAGE_FORMATS)}", True)
+
+
+def _orientation_warning(paths: list[Path]) -> Problem:
+    """One warning for all files with a camera's tag that turns them."""
+    what = (
+        f"has an EXIF orientation, as {len(paths)} file(s) in all: viewers turn it, training reads it as it is stored"
+    )
+    fix = "Apply the tag to the pixels (PIL.ImageOps.exif_transpose), unless mask and photograph fit as they are stored"
+    return Problem(paths[0], what, fix, True)
 
 
 def _palette_warning(paths: list[Path]) -> Problem:

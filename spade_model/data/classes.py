@@ -39,18 +39,20 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
         f"id {worst} at pixel x={x}, y={y} is outside the classes 0..{config.num_labels - 1} "
         f"({int(wrong.sum())} of {ids.size} pixels have such ids)"
     )
-    return data_error(path, what, _fix(ids[wrong], worst, config))
+    return data_error(path, what, *_fix(ids[wrong], worst, config))
 
 
-def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> str:
+def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
+    """What to do, and the least label_nc with a place for the ids (0: more classes are not what they need)."""
     if worst > UNKNOWN_ID and config.dataset_mode in ("coco", "ade20k", "facades"):
-        return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image"
+        return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0
     if config.dataset_mode == "ade20k" and config.ade20k_shift and worst == 0:
-        return "Pass --contain_dontcare_label: with --ade20k_shift id 0 means unknown"
+        return "Pass --contain_dontcare_label: with --ade20k_shift id 0 means unknown", 0
     if worst == UNKNOWN_ID and not config.contain_dontcare_label:
         others = wrong_ids[wrong_ids != UNKNOWN_ID]
-        larger = f", and --label_nc {int(others.max()) + 1} or more for the other ids" if others.size else ""
-        return f"Pass --contain_dontcare_label if 255 means unknown{larger}"
+        label_nc = int(others.max()) + 1 if others.size else 0
+        larger = f", and --label_nc {label_nc} or more for the other ids" if label_nc > 0 else ""
+        return f"Pass --contain_dontcare_label if 255 means unknown{larger}", max(0, label_nc)
     if worst < 0:
-        return "Ids must not be negative: correct the image"
-    return f"Set --label_nc to at least {worst + 1}, or correct the image"
+        return "Ids must not be negative: correct the image", 0
+    return f"Set --label_nc to at least {worst + 1}, or correct the image", worst + 1

@@ -138,4 +138,6 @@ def _unpaired(
         if key not in other_files:
             folder = other.folders[min(key[0], len(other.folders) - 1)]
             where = f"of the same name in {folder}" if by_name else f"left for it: there are {len(other_files)}"
+            if by_name and "/" in key[1]:
+                where = f"in the same subfolder, {folder / key[1]}.*"
             yield Problem(path, f"this {group.role} has no {other.role} {where}", fix)

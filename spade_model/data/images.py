@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from spade_model.data.problem import data_error
 
@@ -85,6 +85,15 @@ def read_ids(path: Path) -> np.ndarray:
     else:
         raise data_error(path, *_why_not_ids(image))
     return ids.astype(np.int32)
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of an image file: 1 is upright, and what files without the tag and unreadable ones have."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*_DAMAGE, *_BOMBS):
+        return 1
 
 
 def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from spade_kernels.label_map import instance_edges
 from spade_model.config import DataConfig
 from spade_model.data.classes import to_classes
-from spade_model.data.images import read_ids, read_photograph
+from spade_model.data.images import orientation, read_ids, read_photograph
 from spade_model.data.preprocess import Geometry, plan_geometry
 from spade_model.data.problem import data_error
 from spade_model.data.sample import Sample
@@ -43,7 +43,10 @@ def require_size(size: tuple[int, int], path: Path, label_size: tuple[int, int],
     """Raises DataError when a file of an item is not as large as the item's label image; sizes are (width, height)."""
     if size != label_size:
         what = "the image is {}x{}, but its label image {} is {}x{}".format(*size, label_path, *label_size)
-        raise data_error(path, what, "Make both the same size (resize labels with nearest-neighbour sampling)")
+        fix = "Make both the same size (resize labels with nearest-neighbour sampling)"
+        if size == label_size[::-1] and orientation(path) != 1:
+            fix = "Apply its EXIF orientation to its pixels: viewers turn the image, training does not"
+        raise data_error(path, what, fix)
 
 
 def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generator | None) -> Sample:

@@ -113,16 +113,17 @@ def _cityscapes(root: Path, split: str, config: DataConfig) -> _Groups:
 
 def _custom(config: DataConfig, need_images: bool) -> Layout:
     def group(role: str, options: str, folder: str) -> FileGroup:
-        if not folder:
-            raise UserError(f"--dataset_mode custom needs {options}: the folder of the {role}s")
-        return FileGroup(role, options, (Path(folder),))
+        return FileGroup(role, options, (Path(folder),) if folder else ())
 
-    return Layout(
+    layout = Layout(
         group("label image", "--label_dir", config.label_dir),
         group("photograph", "--image_dir", config.image_dir) if need_images else None,
         None if config.no_instance else group("instance image", "--instance_dir or --no_instance", config.instance_dir),
         pairing_key=_relative_stem,
     )
+    if missing := [f"{g.options} (the folder of the {g.role}s)" for g in layout.groups if not g.folders]:
+        raise UserError(f"--dataset_mode custom needs {', and '.join(missing)}")
+    return layout
 
 
 def _relative_stem(path: str) -> str:

@@ -12,17 +12,20 @@ from spade_model.errors import UserError
 class Problem:
     """One fault in a data set. `str()` is one line: where, what, what to do."""
 
-    path: Path
-    """The file or folder at fault."""
+    path: Path | None
+    """The file or folder at fault; None: the options are."""
     what: str
     """What is wrong, without a full stop; names pixels and values."""
     fix: str
     """What the user can do, without a full stop."""
     is_warning: bool = False
     """The data set can be used as it is, but perhaps not as meant."""
+    label_nc: int = 0
+    """The least --label_nc that has a place for the file's ids, where that would mend it; otherwise 0."""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.what}. {self.fix}."
+        where = "" if self.path is None else f"{self.path}: "
+        return f"{where}{self.what}. {self.fix}."
 
 
 class DataError(UserError):
@@ -34,5 +37,5 @@ class DataError(UserError):
         self.problem = problem
 
 
-def data_error(path: Path, what: str, fix: str) -> DataError:
-    return DataError(Problem(path, what, fix))
+def data_error(path: Path, what: str, fix: str, label_nc: int = 0) -> DataError:
+    return DataError(Problem(path, what, fix, label_nc=label_nc))
