@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spade_kernels.triton.segments import segment_sum
+from spade_kernels.triton.segments import PIECE, segment_sum
 from spade_kernels.triton.tiles import at, channel_tile
 from spade_kernels.triton.variants import launch
 
@@ -23,7 +23,11 @@ def hidden_rows(
     tile = channel_tile(width)
     blocks = {"BLOCK_R": tile["BLOCK_P"], "BLOCK_D": tile["BLOCK_C"]}
     grid = (triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_D"]))
-    launch(_sum_of_taps, grid, taps, bias, windows, out, rows, width, TAPS=num_taps, RELU=relu, **blocks)
+    # A tap is two loads, the second waiting for the first: taps that are unrolled wait together. More than nine, or
+    # where every channel needs an address of its own, do not fit into registers.
+    unroll = num_taps if num_taps <= 9 and width % 8 == 0 else 1
+    how = {"TAPS": num_taps, "RELU": relu, "UNROLL": unroll}
+    launch(_sum_of_taps, grid, taps, bias, windows, out, rows, width, **how, **blocks)
     return out
 
 
@@ -33,9 +37,10 @@ def hidden_rows_grad(
     """`reference.hidden_rows_grad`."""
     if relu:
         grad = torch.where(rows > 0, grad, 0)
-    taps = segment_sum(grad, order, starts, num_taps)
+    # Few codes stand for most pixels; where hidden rows stand for codes (the dense path), most are in few windows.
+    taps = segment_sum(grad, order, starts, num_taps, long=order.numel() >= PIECE * (starts.numel() - 1))
     every_row = torch.arange(2, device=grad.device) * grad.shape[0]
-    return taps.view(-1, num_taps, grad.shape[1]), segment_sum(grad, None, every_row)[0]
+    return taps.view(-1, num_taps, grad.shape[1]), segment_sum(grad, None, every_row, long=True)[0]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,6 +53,7 @@ def _sum_of_taps(
     width,
     TAPS: tl.constexpr,
     RELU: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -56,7 +62,7 @@ def _sum_of_taps(
     inside = column < width
     mask = (row < rows)[:, None] & inside[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float64 if taps.dtype.element_ty == tl.float64 else tl.float32)
-    for t in range(TAPS):
+    for t in tl.range(TAPS, loop_unroll_factor=UNROLL):
         code = tl.load(windows + row.to(tl.int64) * TAPS + t, row < rows, other=0)
         total += tl.load(at(taps, code * TAPS + t, column, width), mask, other=0).to(total.dtype)
     if bias is not None:

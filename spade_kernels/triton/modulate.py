@@ -72,7 +72,7 @@ def modulate_table_grad(
     block = {"BLOCK_E": 8, "BLOCK_C": channel_tile(x.shape[1])["BLOCK_C"]}
     launch(
         _table_grad_pieces,
-        (rows + len(scratch) // 2, triton.cdiv(x.shape[1], block["BLOCK_C"])),
+        (rows + len(scratch), triton.cdiv(x.shape[1], block["BLOCK_C"])),
         *(*arguments, order.contiguous(), starts, out, scratch, rows, *_sizes(x)),
         **how,
         **block,

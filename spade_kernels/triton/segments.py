@@ -1,23 +1,33 @@
 """Segment sums in a fixed order, for segments of which a few hold most entries and most hold one.
 
-Entries are cut at every multiple of a piece's length, counted from the first. A cut that falls into a segment starts a
-*slot*: the segment's entries from there to the next cut. What a segment holds before its first cut is its *head*.
-Heads and slots are summed side by side, one program each, and then the slots are added to their heads. Where the cuts
-are does not depend on the segments: grids follow from shapes alone.
+Entries are cut at every multiple of a piece's length, counted from the first. A segment at least that long holds a cut;
+each cut in it starts a *slot*: the segment's entries from there to the next cut, and for the first also those before.
+Shorter segments are summed whole, a *tile* of neighbours by one program. Slots are summed side by side, one program
+each, and where a segment has several, these are added then. Where the cuts are does not depend on the segments: grids
+follow from shapes alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spade_kernels.triton.tiles import at
 from spade_kernels.triton.variants import launch
 
-PIECE = 128  # at the least
+PIECE = 64  # at the least
 _PROBES = 128
 _SCRATCH = 32 << 20  # bytes, at the most where pieces of any length can do it
+
+# Most segments hold one entry or two. Those of a tile are summed together, and all wait for the longest: what has more
+# than TOGETHER entries therefore follows alone, BLOCK_E entries at a time.
+_SHORT = {"TOGETHER": 16, "BLOCK_S": 8, "BLOCK_E": 8, "num_warps": 1}
+# Slots are nearly all there is, and finding one takes as long as a few of its loads: they are four times as long.
+_LONG = {"TOGETHER": 0, "BLOCK_S": 1, "BLOCK_E": 32, "num_warps": 4}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +36,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def segment_sum(
-    values: Tensor, order: Tensor | None, starts: Tensor, divisor: int = 1, dtype: torch.dtype | None = None
+    values: Tensor,
+    order: Tensor | None,
+    starts: Tensor,
+    divisor: int = 1,
+    dtype: torch.dtype | None = None,
+    long: bool = False,
 ) -> Tensor:
     """(S, D) in `dtype` (the accumulation dtype): sums of values[order[e] // divisor] over the entries of each segment.
 
@@ -34,38 +49,41 @@ def segment_sum(
         values: (V, D).
         order: None where entry e is just e.
         starts: (S + 1,); a slice of a longer one sums only its segments.
+        long: whether the segments hold many entries on average; only a matter of speed.
     """
     values = values.contiguous()
     width, segments = values.shape[1], starts.shape[0] - 1
-    entries = divisor * values.shape[0] if order is None else order.numel()
+    places = divisor * values.shape[0]
+    entries = places if order is None else order.numel()
     acc = accumulator(values.dtype)
     sums = torch.empty((segments, width), dtype=dtype or acc, device=values.device)
-    scratch, how = pieces(entries, segments, width, acc, values.device)
-    block = {"BLOCK_E": 8, "BLOCK_D": min(128, max(16, triton.next_power_of_2(width)))}
+    how: dict[str, Any] = _LONG if long else _SHORT
+    scratch, pieced = pieces(entries, segments, width, acc, values.device, 4 * PIECE if long else PIECE)
+    block = min(128, max(16, triton.next_power_of_2(width)))
     launch(
         _sum_pieces,
-        (segments + len(scratch) // 2, triton.cdiv(width, block["BLOCK_D"])),
+        (triton.cdiv(segments, how["BLOCK_S"]) + len(scratch), triton.cdiv(width, block)),
         *(values, order, starts, sums, scratch, segments, width),
+        **pieced,
         **how,
-        **block,
+        BLOCK_D=block,
         DIVISOR=divisor,
-        num_warps=1,
+        INDEX=tl.int32 if places < 2**31 else tl.int64,
     )
-    merge_pieces(starts, sums, scratch, **how)
+    merge_pieces(starts, sums, scratch, **pieced)
     return sums
 
 
 def pieces(
-    entries: int, segments: int, width: int, dtype: torch.dtype, device: torch.device
+    entries: int, segments: int, width: int, dtype: torch.dtype, device: torch.device, piece: int = PIECE
 ) -> tuple[Tensor, dict[str, int]]:
     """What kernels that call `piece_of_program` leave for `merge_pieces`, and what both are compiled for.
 
-    The former are sums, (2 * slots, width): of every slot, and of the head before.
+    The former are sums of slots, (slots, width). `piece` is the least length of a piece.
     """
-    piece = PIECE
-    while 2 * triton.cdiv(entries, piece) * width * dtype.itemsize > _SCRATCH and piece < entries:
+    while triton.cdiv(entries, piece) * width * dtype.itemsize > _SCRATCH and piece < entries:
         piece *= 2
-    scratch = torch.empty((2 * triton.cdiv(entries, piece), width), dtype=dtype, device=device)
+    scratch = torch.empty((triton.cdiv(entries, piece), width), dtype=dtype, device=device)
     rounds = 1
     while _PROBES**rounds < segments:
         rounds += 1
@@ -73,10 +91,10 @@ def pieces(
 
 
 def merge_pieces(starts: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> None:
-    """Writes the sums of all segments that have slots."""
+    """Writes the sums of all segments that have several slots."""
     segments, width = sums.shape
-    block = {"BLOCK_K": 64, "BLOCK_D": 32}
-    grid = (len(scratch) // 2, triton.cdiv(width, block["BLOCK_D"]))
+    block = {"BLOCK_K": 32, "BLOCK_D": 128}
+    grid = (triton.cdiv(len(scratch), 2), triton.cdiv(width, block["BLOCK_D"]))
     launch(_merge_pieces, grid, starts, sums, scratch, segments, width, **how, **block)
 
 
@@ -84,25 +102,46 @@ def merge_pieces(starts: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> N
 def piece_of_program(starts, segments, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """(segment, begin, stop, row): the entries that program_id(0) sums, and the row of the scratch they go to.
 
-    A row below 0 is the segment's row of the sums; begin > stop: there is nothing to do.
+    Of each segment a program, then of each slot. A row below 0 is the segment's row of the sums; begin > stop: there is
+    nothing to do.
     """
     program = tl.program_id(0)
-    first = tl.load(starts)
     if program < segments:
         segment = program
-        begin = tl.load(starts + segment)
-        end = tl.load(starts + segment + 1)
-        slot = (begin - first + PIECE - 1) // PIECE
-        cut = first + slot * PIECE
-        stop = tl.minimum(end, cut)
-        row = tl.where(cut < end, 2 * slot, -1)
+        begin, stop = _whole(starts, segment, True, PIECE)
+        row = tl.full((), -1, tl.int64)
     else:
-        slot = (program - segments).to(tl.int64)
-        begin = first + slot * PIECE
-        segment = _segment_of(starts, segments, begin, PROBES, ROUNDS)
-        stop = tl.minimum(begin + PIECE, tl.load(starts + segment + 1))
-        row = 2 * slot + 1
+        segment, begin, stop, row = _slot(starts, segments, program - segments, PIECE, PROBES, ROUNDS)
     return segment, begin, stop, row
+
+
+@triton.jit
+def _whole(starts, segment, there, PIECE: tl.constexpr):
+    """(begin, stop) of segments' entries; begin > stop for what is not there, or summed by slots."""
+    begin = tl.load(starts + segment, there, other=0)
+    end = tl.load(starts + segment + 1, there, other=0)
+    return begin, tl.where(there & (end - begin < PIECE), end, begin - 1)
+
+
+@triton.jit
+def _slot(starts, segments, slot, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
+    """As `piece_of_program`, of a slot."""
+    slot = slot.to(tl.int64)
+    cut = tl.load(starts) + slot * PIECE
+    segment = tl.full((), 0, tl.int32)
+    if cut < tl.load(starts + segments):
+        segment = _segment_of(starts, segments, cut, PROBES, ROUNDS)
+    begin, end, first_slot, last_slot = _slots(starts, segment, PIECE)
+    stop = tl.where((cut < end) & (end - begin >= PIECE), tl.minimum(end, cut + PIECE), begin - 1)
+    row = tl.where(first_slot < last_slot, slot, -1)
+    return segment, tl.where((slot == first_slot) | (stop < begin), begin, cut), stop, row
+
+
+@triton.jit
+def _slots(starts, segment, PIECE: tl.constexpr):
+    """(begin, end, first slot, last slot) of a segment that holds a cut."""
+    first, begin, end = tl.load(starts), tl.load(starts + segment), tl.load(starts + segment + 1)
+    return begin, end, (begin - first + PIECE - 1) // PIECE, (end - first - 1) // PIECE
 
 
 @triton.jit
@@ -127,6 +166,40 @@ def _segment_of(starts, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.conste
     return segment
 
 
+@triton.jit
+def _values(
+    values, order, entry, held, columns, inside, width, DIVISOR: tl.constexpr, INDEX: tl.constexpr, dtype: tl.constexpr
+):
+    """Of the entries that are held; of others 0."""
+    if order is not None:
+        entry = tl.load(order + entry, held, other=0)
+    row = entry.to(INDEX) // DIVISOR
+    value = (values + row.to(tl.int64) * width)[:, None] + columns[None, :]
+    return tl.load(value, held[:, None] & inside[None, :], other=0).to(dtype)
+
+
+@triton.jit
+def _sum_of_piece(
+    values,
+    order,
+    begin,
+    stop,
+    columns,
+    inside,
+    width,
+    DIVISOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    total = tl.zeros((BLOCK_E, BLOCK_D), dtype)
+    for e in range(begin, stop, BLOCK_E):
+        entry = e + tl.arange(0, BLOCK_E)
+        total += _values(values, order, entry, entry < stop, columns, inside, width, DIVISOR, INDEX, dtype)
+    return tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["starts"])
 def _sum_pieces(
     values,
@@ -137,26 +210,45 @@ def _sum_pieces(
     segments,
     width,
     DIVISOR: tl.constexpr,
+    INDEX: tl.constexpr,
     PIECE: tl.constexpr,
     PROBES: tl.constexpr,
     ROUNDS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    segment, begin, stop, row = piece_of_program(starts, segments, PIECE, PROBES, ROUNDS)
-    if begin > stop:
-        return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
-    total = tl.zeros((BLOCK_E, BLOCK_D), scratch.dtype.element_ty)
-    for e in range(begin, stop, BLOCK_E):
-        entry = e + tl.arange(0, BLOCK_E)
-        held = entry < stop
-        if order is not None:
-            entry = tl.load(order + entry, held, other=0)
-        value = (values + entry // DIVISOR * width)[:, None] + columns[None, :]
-        total += tl.load(value, held[:, None] & inside[None, :], other=0).to(total.dtype)
-    store_sum(tl.sum(total, 0), sums, scratch, segment, row, width, columns, inside)
+    dtype: tl.constexpr = scratch.dtype.element_ty
+    program, tiles = tl.program_id(0), tl.cdiv(segments, BLOCK_S)
+    if program >= tiles:
+        segment, begin, stop, row = _slot(starts, segments, program - tiles, PIECE, PROBES, ROUNDS)
+        if begin <= stop:
+            total = _sum_of_piece(
+                values, order, begin, stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+            )
+            store_sum(total, sums, scratch, segment, row, width, columns, inside)
+        return
+    segment = program * BLOCK_S + tl.arange(0, BLOCK_S)
+    begin, stop = _whole(starts, segment, segment < segments, PIECE)
+    entries = (stop - begin).to(tl.int32)
+    short = entries <= TOGETHER
+    total = tl.zeros((BLOCK_S, BLOCK_D), dtype)
+    for e in range(tl.max(tl.where(short, entries, 0), 0)):
+        held = short & (e < entries)
+        total += _values(values, order, begin + e, held, columns, inside, width, DIVISOR, INDEX, dtype)
+    tl.store(at(sums, segment, columns, width), total, (short & (entries >= 0))[:, None] & inside[None, :])
+    if tl.max(entries, 0) > TOGETHER:
+        for i in range(BLOCK_S):
+            s = program * BLOCK_S + i
+            s_begin, s_stop = _whole(starts, s, s < segments, PIECE)
+            if s_stop - s_begin > TOGETHER:
+                s_total = _sum_of_piece(
+                    values, order, s_begin, s_stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+                )
+                tl.store(sums + s.to(tl.int64) * width + columns, s_total, inside)
 
 
 @triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["starts"])
@@ -172,20 +264,20 @@ def _merge_pieces(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    slot = tl.program_id(0).to(tl.int64)
-    first = tl.load(starts)
-    segment = _segment_of(starts, segments, first + slot * PIECE, PROBES, ROUNDS)
-    begin = (tl.load(starts + segment) - first + PIECE - 1) // PIECE
-    stop = (tl.load(starts + segment + 1) - first + PIECE - 1) // PIECE
-    # One program merges all slots of a segment: that of the first.
-    if (slot != begin) | (slot >= stop):
+    # Of several slots one of the first two is even: its program merges them all.
+    slot = 2 * tl.program_id(0).to(tl.int64)
+    cut = tl.load(starts) + slot * PIECE
+    if cut >= tl.load(starts + segments):
+        return
+    segment = _segment_of(starts, segments, cut, PROBES, ROUNDS)
+    begin, end, first_slot, last_slot = _slots(starts, segment, PIECE)
+    if (end - begin < PIECE) | (first_slot == last_slot) | (slot > first_slot + 1):
         return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
     total = tl.zeros((BLOCK_K, BLOCK_D), scratch.dtype.element_ty)
-    for s in range(begin, stop, BLOCK_K):
+    for s in range(first_slot, last_slot + 1, BLOCK_K):
         slots = s + tl.arange(0, BLOCK_K)
-        value = (scratch + (2 * slots + 1) * width)[:, None] + columns[None, :]
-        total += tl.load(value, (slots < stop)[:, None] & inside[None, :], other=0)
-    head = tl.load(scratch + 2 * begin * width + columns, inside)
-    tl.store(sums + segment.to(tl.int64) * width + columns, head + tl.sum(total, 0), inside)
+        value = (scratch + slots * width)[:, None] + columns[None, :]
+        total += tl.load(value, (slots <= last_slot)[:, None] & inside[None, :], other=0)
+    tl.store(sums + segment.to(tl.int64) * width + columns, tl.sum(total, 0), inside)

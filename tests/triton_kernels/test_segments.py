@@ -20,6 +20,7 @@ LENGTHS = {
     "single entries": [1] * (PIECE // 2),
     "nearly empty": [0, 0, 3, 0],
     "empty": [0, 0, 0],
+    "unlike neighbours": [1, PIECE - 1, 0, 17, 16, 3 * PIECE, 2, 40, 1, PIECE, 15, 0, PIECE - 1, 1, PIECE + 1, 2, 30],
     "many": [3] * 20 + [PIECE] + [0] * 130 + [1, 2],
 }
 
@@ -49,36 +50,49 @@ def _probes(request, monkeypatch):
     monkeypatch.setattr(segments, "_PROBES", request.param)
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_error(name, dtype, device):
+def test_error(name, dtype, long, device):
     problem = Problem(LENGTHS[name], 20, 1, device, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    got = problem.run()
+    got = problem.run(long=long)
     assert got.dtype == wide
     assert_within_budget({"sums": got}, {"sums": problem.expected(wide)}, {"sums": problem.expected(torch.float64)})
 
 
 @pytest.mark.usefixtures("_probes")
-@pytest.mark.parametrize("width", [1, 3, 16, 130])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("width", [1, 16, 130])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_exact(name, width, device):
+def test_exact(name, width, long, device):
     problem = Problem(LENGTHS[name], width, 9, device, whole=True)
-    assert torch.equal(problem.run(), problem.expected(torch.float32))
+    assert torch.equal(problem.run(long=long), problem.expected(torch.float32))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (2, 7), (1, 3), (4, 10)])
-def test_slice_of_the_segments(first, last, device):
+@pytest.mark.parametrize("long", [False, True])
+def test_slice_of_the_segments(first, last, long, device):
     problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
     expected = problem.expected(torch.float32)[first:last]
     problem.starts = problem.starts[first : last + 1]
-    assert torch.equal(problem.run(), expected)
+    assert torch.equal(problem.run(long=long), expected)
+
+
+def test_short_segments_are_summed_alike_beside_any_others(device):
+    problem = Problem(LENGTHS["unlike neighbours"], 5, 1, device)
+    lengths, starts, sums = problem.starts.diff(), problem.starts, problem.run()
+    for first in range(1, 9):
+        problem.starts = starts[first:]
+        short = lengths[first:] < PIECE
+        assert short.sum() > 4
+        assert torch.equal(problem.run()[short], sums[first:][short])
 
 
 def test_pieces_grow_with_the_entries(monkeypatch, device):
     """So that the scratch does not."""
     problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
-    monkeypatch.setattr(segments, "_SCRATCH", 2 * 2 * 3 * 4)
+    monkeypatch.setattr(segments, "_SCRATCH", 2 * 3 * 4)
     assert segments.pieces(problem.order.numel(), 10, 3, torch.float32, device)[1]["PIECE"] == 8 * PIECE
     assert torch.equal(problem.run(), problem.expected(torch.float32))
 
@@ -101,15 +115,20 @@ def test_no_values(device):
     assert torch.equal(segment_sum(torch.randn(0, 5).to(device), None, starts), torch.zeros(3, 5, device=device))
 
 
-def test_nan_stays_in_its_segment(device):
-    problem = Problem(LENGTHS["mixed"], 5, 1, device)
-    problem.values[problem.order[problem.starts[7] + PIECE], 2] = float("nan")
-    where = torch.zeros(10, 5, dtype=torch.bool, device=device)
-    where[7, 2] = True
-    assert torch.equal(problem.run().isnan(), where)
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("segment", [1, 3, 5])
+def test_nan_stays_in_its_segment(segment, long, device):
+    lengths = LENGTHS["unlike neighbours"]
+    problem = Problem(lengths, 5, 1, device)
+    problem.values[problem.order[problem.starts[segment + 1] - 1], 2] = float("nan")
+    where = torch.zeros(len(lengths), 5, dtype=torch.bool, device=device)
+    where[segment, 2] = True
+    assert torch.equal(problem.run(long=long).isnan(), where)
 
 
-def test_same_bits_every_time(device):
-    problem = Problem(LENGTHS["mixed"], 20, 9, device)
-    first = problem.run()
-    assert all(torch.equal(problem.run(), first) for _ in range(2))
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("name", ["mixed", "unlike neighbours"])
+def test_same_bits_every_time(name, long, device):
+    problem = Problem(LENGTHS[name], 20, 9, device)
+    first = problem.run(long=long)
+    assert all(torch.equal(problem.run(long=long), first) for _ in range(2))
