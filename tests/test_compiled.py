@@ -16,6 +16,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "compiled.json"
 TARGETS = {"sm_80", "sm_90", "sm_100"}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes that one block can have
 REGISTERS = {"_gather_gemm": 255}  # which hold a tile of the table
@@ -41,16 +42,20 @@ def compiled(what: str, tmp_path: Path) -> list[dict]:
     return content["kernels"]
 
 
+def label(kernel: dict) -> tuple[str, ...]:
+    return tuple(kernel[key] for key in ("source", "name", "variant", "target"))
+
+
 def faults(kernel: dict) -> Iterator[str]:
-    label = f"{kernel['target']} {kernel['name']}({kernel['variant']})"
+    who = f"{kernel['target']} {kernel['name']}({kernel['variant']})"
     if kernel["stack"]:
-        yield f"{label}: spills to {kernel['stack']} bytes of stack"
+        yield f"{who}: spills to {kernel['stack']} bytes of stack"
     if kernel["registers"] > (most := REGISTERS.get(kernel["name"], REGISTERS_OTHERWISE)):
-        yield f"{label}: {kernel['registers']} registers, more than {most}"
+        yield f"{who}: {kernel['registers']} registers, more than {most}"
     if kernel["shared"] > (most := SHARED[kernel["target"]]):
-        yield f"{label}: {kernel['shared']} bytes of shared memory, more than {most}"
+        yield f"{who}: {kernel['shared']} bytes of shared memory, more than {most}"
     if kernel["name"] == "_gather_gemm" and "ieee" not in kernel["variant"] and not kernel["tensor_core"]:
-        yield f"{label}: no tensor cores"
+        yield f"{who}: no tensor cores"
 
 
 def without_wide_loads(kernels: list[dict]) -> set[tuple[str, str, str]]:
@@ -84,6 +89,10 @@ def test_compiled_kernels(what, tmp_path):
         assert names == triton_kernels()
     else:
         assert {Path(kernel["source"]).name for kernel in kernels} == cuda_sources()
+    # The figures in the repository are of these kernels.
+    recorded = json.loads(RESULTS.read_text())["kernels"]
+    of_kind = [kernel for kernel in recorded if kernel["source"].endswith(".cu") == (what == "cuda")]
+    assert {label(kernel) for kernel in kernels} == {label(kernel) for kernel in of_kind}
     targets = defaultdict(set)
     for kernel in kernels:
         targets[kernel["source"], kernel["name"], kernel["variant"]].add(kernel["target"])
