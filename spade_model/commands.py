@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,7 +128,7 @@ def _bench(arguments: list[str]) -> int:
     if data.dataset_mode == "toy":
         data = replace(data, crop_size=256)
     run = run_bench(_parse(BenchConfig, BenchConfig(data=data), arguments, "spade bench"))
-    print(f"{tables.caption(run)}\n\n{tables.summary(run)}")
+    print(f"{tables.caption(run)}\n\n{tables.summary(run)}\n\n{tables.legend(run)}")
     return 0
 
 
@@ -160,9 +160,7 @@ def _check_split(data: DataConfig, split: str) -> int:
         print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
     needed = [problem.label_nc for problem in problems if problem.label_nc]
     if len(needed) > 1:
-        print(
-            f"{split}: {len(needed)} label images have ids that are too large; --label_nc {max(needed)} fits them all"
-        )
+        print(f"{split}: {len(needed)} label images have ids that are too large; --label_nc {max(needed)} fits all")
     found = _count(len(problems), "problem") if problems else "no problems"
     print(f"{split}: {found}" + (f" in {_count(items, 'item')}" if items else ""))
     return sum(not problem.is_warning for problem in problems)
@@ -200,10 +198,26 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
     return {name: value for name, value in seen.items() if value} | taken, rest
 
 
+def _take_denials(default: Any, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The default with its flags --no_... as the arguments say, and the other arguments; --no_no_... takes one back."""
+    changes: dict[str, Any] = {}
+    for part in fields(default):
+        value = getattr(default, part.name)
+        if is_dataclass(value):
+            changes[part.name], arguments = _take_denials(value, arguments)
+        elif part.name.startswith("no_"):
+            yes, no = f"--{part.name}", f"--no_{part.name}"
+            said = [argument for argument in arguments if argument in (yes, no)]
+            changes[part.name] = said[-1] == yes if said else value
+            arguments = [argument for argument in arguments if argument not in (yes, no)]
+    return replace(default, **changes), arguments
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _parse(kind: type, default: Any, arguments: list[str], program: str) -> Any:
     flat = (tyro.conf.OmitArgPrefixes,)
+    default, arguments = _take_denials(default, arguments)
     return tyro.cli(kind, default=default, args=arguments, prog=program, config=flat, use_underscores=True)

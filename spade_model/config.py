@@ -11,10 +11,15 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from spade_model.errors import UserError
 from spade_model.files import replacing
+
+# Flags that say no are shown as they are, without a second form, --no_no_...; the command line still takes that one.
+_No = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 DatasetMode = Literal["coco", "ade20k", "cityscapes", "facades", "custom", "toy"]
 PreprocessMode = Literal[
@@ -47,7 +52,7 @@ class DataConfig:
     """Label classes, without the unknown class. 0: the condition is an RGB image instead of labels."""
     contain_dontcare_label: bool = True
     """Label 255 becomes one more class, number label_nc."""
-    no_instance: bool = False
+    no_instance: _No = False
     """Do not add the instance boundary plane to the condition."""
     ade20k_shift: bool = False
     """ade20k: classes 1..150 become 0..149 and 0 becomes unknown, as the paper meant. Off: ids as stored, which is what
@@ -60,7 +65,7 @@ class DataConfig:
     """Crop to this width, in pixels; the generator's output width."""
     aspect_ratio: float = 1.0
     """Width / height of the generated image."""
-    no_flip: bool = False
+    no_flip: _No = False
     """Do not mirror training images at random."""
     batch_size: int = 1
     """Images per process and step."""
@@ -70,7 +75,7 @@ class DataConfig:
     """Take training images in order instead of shuffling."""
     max_dataset_size: int = 2**31 - 1
     """Use at most this many images."""
-    no_pairing_check: bool = False
+    no_pairing_check: _No = False
     """Do not check that label and photograph names match."""
     coco_no_portraits: bool = False
     """coco: leave out the *_portrait folders."""
@@ -159,7 +164,7 @@ class TrainConfig:
     """Stop after this many steps; 0: no limit."""
     lr: float = 0.0002
     """Learning rate of Adam. With TTUR the generator gets half of it and the discriminator twice."""
-    no_TTUR: bool = False
+    no_TTUR: _No = False
     """Same learning rate for both, and --beta1, --beta2 default to 0.5 and 0.999."""
     beta1: float = 0.0
     """Adam's first moment decay."""
@@ -173,11 +178,11 @@ class TrainConfig:
     """Adversarial loss."""
     lambda_feat: float = 10.0
     """Weight of the discriminator feature matching loss."""
-    no_ganFeat_loss: bool = False
+    no_ganFeat_loss: _No = False
     """Train without feature matching."""
     lambda_vgg: float = 10.0
     """Weight of the VGG perceptual loss."""
-    no_vgg_loss: bool = False
+    no_vgg_loss: _No = False
     """Train without the VGG loss (it needs a weights file)."""
     vgg_weights: str = ""
     """VGG19 weights file; default: torch's download cache."""
@@ -199,7 +204,7 @@ class TrainConfig:
     """Steps between saves of the latest state."""
     save_epoch_freq: int = 10
     """Epochs between kept snapshots."""
-    no_html: bool = False
+    no_html: _No = False
     """Do not write the page of samples."""
     tensorboard: bool = False
     """Write TensorBoard event files."""

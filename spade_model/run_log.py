@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -49,6 +50,7 @@ class RunLog:
         quiet: bool = False,
     ) -> None:
         self._path, self._total_steps, self._quiet = folder / LOG_FILE, total_steps, quiet
+        self._since, self._new_steps = time.monotonic(), 0
         self._bar: tqdm | None = None
         self._events: Any = None
         if quiet:
@@ -82,12 +84,23 @@ class RunLog:
             self._bar.set_postfix({name: values[name] for name in losses})
         else:
             shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
-            _logger.info("step %d/%d  %s", step, self._total_steps, shown)
+            _logger.info("step %d/%d%s  %s", step, self._total_steps, self._pace(step), shown)
 
     def advance(self, n: int = 1) -> None:
-        """Moves the bar by n steps."""
+        """Moves the bar by n steps; without one, the pace that the next line shows counts them."""
+        self._new_steps += n
         if self._bar is not None:
             self._bar.update(n)
+
+    def _pace(self, step: int) -> str:
+        """Seconds per step since the last line, all included, and what is left at that pace; nothing without steps."""
+        now = time.monotonic()
+        seconds, steps = now - self._since, self._new_steps
+        self._since, self._new_steps = now, 0
+        if not steps:
+            return ""
+        left = tqdm.format_interval((self._total_steps - step) * seconds / steps)
+        return f"  {_short(seconds / steps)} s/step, {left} left"
 
     def write(self, message: str) -> None:
         """Prints a line above the bar."""

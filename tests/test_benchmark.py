@@ -166,6 +166,8 @@ def test_spade_bench(spade, tmp_path):
     assert done.status == 0, done
     assert "SPADEGenerator ngf 2, 64 x 64 pixels, 8 condition channels" in done.out
     assert "eager / ours" in done.out
+    legend = [line.partition(":")[0] for line in done.out.rstrip().rpartition("\n\n")[2].splitlines()]
+    assert legend == ["eager", "tuned", "ours", "spade-free"]
     (run,) = load_runs(out)
     providers = {r.provider for r in run.results if r.suite == results.TRAINING}
     assert providers == {"eager", "tuned", "ours", "spade-free"}
@@ -236,6 +238,7 @@ def test_report_sums_the_layers_and_judges(tmp_path):
     assert [m.p50 for m in medians if m] == [6.0, 6.5]
     row = next(line for line in done.stdout.splitlines() if "all 18: eager / ours" in line)
     assert "0.923 missed" in row
+    assert "None" not in done.stdout, "results from outside a checkout name no commit"
     assert len(list((tmp_path / "plots").iterdir())) == 1
     assert _report(tmp_path / "a-cpu-2-threads.json").stdout == done.stdout
 

@@ -61,6 +61,15 @@ def test_help_lists_exactly_these_options(spade, command):
     # Option names begin a line; those within a description are further to the right.
     listed = re.findall(r"^[│ ]{0,2}(?:-h, )?--(\w+)", result.out, re.MULTILINE)
     assert sorted(listed) == sorted(["help", *OPTIONS[command].split()])
+    assert "--no_no_" not in result.out
+
+
+def test_the_last_of_a_flag_and_its_opposite_counts(parsed):
+    assert parsed("--no_flip", "--no_no_flip", "--no_TTUR", "--compile", "--no_compile") == replace(
+        parsed("--no_TTUR"), compile=False
+    )
+    assert parsed("--no_no_flip", "--no-flip").data.no_flip
+    assert parsed("--dataset_mode", "ade20k", "--no_instance").data.no_instance
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

@@ -101,6 +101,19 @@ def test_without_a_terminal_steps_and_messages_go_to_the_logger(tmp_path, caplog
     assert capfd.readouterr() == ("", "")
 
 
+def test_without_a_terminal_lines_have_the_pace(tmp_path, monkeypatch, caplog):
+    clock = iter([100.0, 104.0, 205.0])
+    monkeypatch.setattr("spade_model.run_log.time.monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO, "spade_model"), RunLog(tmp_path, total_steps=46, first_step=2) as log:
+        for step, steps in ((10, 8), (20, 10)):
+            log.advance(steps)
+            log.step(step, {"GAN": 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 10/46  0.5 s/step, 00:18 left  GAN 1",
+        "step 20/46  10.1 s/step, 04:22 left  GAN 1",
+    ]
+
+
 def test_progress_off_shows_no_bar_on_a_terminal(tmp_path, monkeypatch):
     terminal = open_terminal(monkeypatch)
     with RunLog(tmp_path, total_steps=10, progress=False) as log:

@@ -8,6 +8,15 @@ from spade_model.benchmark.musts import judge
 from spade_model.benchmark.results import EVAL, PEAK, SAVED, STEP, TRAINING, BenchRun, Result
 
 _COLUMNS = ("eager", "tuned", "compiled", "ours", "ours-reference", "spade-free", "spade-free-compiled")
+_MEANINGS = {
+    "eager": "stock PyTorch, as the paper writes it",
+    "tuned": "stock PyTorch, channels-last, one convolution for gamma and beta, spectral norm folded for eval",
+    "compiled": "torch.compile of tuned",
+    "ours": "spade_kernels",
+    "ours-reference": "spade_kernels in plain PyTorch, without compiled kernels",
+    "spade-free": "tuned without its SPADE layers: what the rest of the network costs",
+    "spade-free-compiled": "torch.compile of spade-free",
+}
 _RATIOS = (("eager", "ours"), ("compiled", "ours"), ("ours", "spade-free"))
 
 
@@ -16,12 +25,13 @@ def caption(run: BenchRun) -> str:
     settings, where = run.settings, run.environment
     distinct = settings["distinct windows"][run.main_masks]
     size, fraction = list(distinct.items())[-1]
+    commit = f"commit {where['commit']}, " if where["commit"] else ""
     masks = f"{settings['masks']} {run.main_masks} mask" + "s" * (settings["masks"] > 1)
     return (
         f"SPADEGenerator ngf {settings['ngf']}, {size} pixels, {settings['channels']} condition channels, batch 1, "
         f"float32; medians (20 % - 80 %) over {masks}, {fraction:.1%} distinct windows; "
         f"{where['device']}, {where['threads']} threads, {where['isa']}, torch {where['torch']}, "
-        f"{where['date']}, commit {where['commit']}, allocator {where['allocator']}"
+        f"{where['date']}, {commit}allocator {where['allocator']}"
     )
 
 
@@ -44,6 +54,12 @@ def summary(run: BenchRun) -> str:
                 + [f"{here[t].p50 / here[b].p50:.2f}" if {t, b} <= here.keys() else "" for t, b in ratios]
             )
     return markdown(lines)
+
+
+def legend(run: BenchRun) -> str:
+    """What the columns of `summary` are, one line for each."""
+    measured = {r.provider for r in run.results}
+    return "\n".join(f"{name}: {meaning}" for name, meaning in _MEANINGS.items() if name in measured)
 
 
 def everything(run: BenchRun) -> str:
