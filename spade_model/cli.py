@@ -124,7 +124,8 @@ def _ctrl_c_ends_at_once() -> Iterator[None]:
 
 
 def _print_environment() -> None:
-    import spade_kernels
+    with _ctrl_c_ends_at_once():
+        import spade_kernels
 
     info = spade_kernels.build_info()
     backends: Any = info.pop("backends")
