@@ -2,14 +2,19 @@
 // small and every tree has one shape, so sums keep their precision and their bits. A thread counts from one of its
 // pixels, and from there on a mean is a sum of two numbers: rounded to a channel's magnitude, means of parts would lose
 // the differences between them.
+#include <cmath>
+
 #include "access.h"
 #include "kernels.h"
 
 namespace spade::cuda {
 namespace {
 
-constexpr int kBatch = 4;  // pixels a thread has in registers, for a mean first and deviations second
-constexpr int kPixelsOfThread = 16;
+constexpr int kBatch = 8;  // pixels a thread has in registers, for a mean first and deviations second
+constexpr int kCandidates = 4;
+// A thread's pixels share the price of its block's merges, as long as there are blocks enough for every multiprocessor.
+constexpr int kMostPixels = 4 * kBatch;
+constexpr int64_t kWantedBlocks = 512;
 constexpr uint32_t kMergeLanes = 32;
 
 // Statistics of V channels over `count` pixels, with means counted from some origin. Merged as by Chan et al. 1979.
@@ -80,12 +85,16 @@ struct SharedStats {
     }
     return stats;
   }
-  // Merges the rows of a block into row 0, two by two. Rows of no pixels come last.
-  SPADE_DEVICE void merge_rows(const Block& block) {
-    for (uint32_t step = 1; step < block.rows; step *= 2)
+  // Of one channel of a thread.
+  SPADE_DEVICE Stats<A, 1> get_one(uint32_t thread, uint32_t channel) const {
+    return {count[thread], {mean[channel][thread]}, {rest[channel][thread]}, {m2[channel][thread]}};
+  }
+  // Merges every `rows` rows of a block into the first of them, two by two. Rows of no pixels come last.
+  SPADE_DEVICE void merge_rows(const Block& block, uint32_t rows) {
+    for (uint32_t step = 1; step < rows; step *= 2)
       block.phase([&](const Thread& t) {
-        if (t.row % (2 * step) != 0 || t.row + step >= t.rows) return;
-        const uint32_t thread = t.row * t.lanes + t.lane;
+        const uint32_t row = t.row % rows, thread = t.row * t.lanes + t.lane;
+        if (row % (2 * step) != 0 || row + step >= rows || t.row + step >= t.rows) return;
         Stats<A, V> stats = get(thread);
         stats.merge(get(thread + step * t.lanes));
         put(thread, stats);
@@ -102,59 +111,84 @@ template <class T, int V>
 struct PieceStats {
   using A = acc_t<T>;
   static constexpr int kThreads = spade::cuda::kThreads;
-  using Shared = SharedStats<A, V, kThreads>;
   ChannelStatsParams p;
   Pieces pieces;
   A* parts;
 
-  static SPADE_DEVICE A from(const Values<T, V>& origin, const Values<T, V>& x, int i) {
-    return static_cast<A>(x.at[i]) - static_cast<A>(origin.at[i]);
-  }
+  struct Shared {
+    SharedStats<A, V, kThreads> of_threads;
+    SharedStats<A, 1, kThreads> of_groups;
+  };
+
+  // Merging, a thread has one channel of its lane, and every `groups`-th row. That leaves V times fewer rows, and until
+  // then no thread waits for others.
+  struct Merger {
+    uint32_t groups, channel, group;
+
+    SPADE_DEVICE explicit Merger(const Thread& t)
+        : groups(t.rows / V), channel(t.row / groups), group(t.row % groups) {}
+  };
 
   // Among the first pixels, channel by channel: not one that lies far off from all the rest.
   static SPADE_DEVICE Values<T, V> nearest_to_0(const Values<T, V>* x, int count) {
     Values<T, V> nearest = x[0];
 #pragma unroll
-    for (int b = 1; b < kBatch; ++b)
+    for (int b = 1; b < kCandidates; ++b)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A here = static_cast<A>(x[b].at[i]), there = static_cast<A>(nearest.at[i]);
-        if (b < count && (here < 0 ? -here : here) < (there < 0 ? -there : there)) nearest.at[i] = x[b].at[i];
+        if (b < count && std::abs(static_cast<A>(x[b].at[i])) < std::abs(static_cast<A>(nearest.at[i])))
+          nearest.at[i] = x[b].at[i];
       }
     return nearest;
   }
 
+  // A float holds the sum of a few 16-bit numbers without rounding, or they lie too far apart for it to matter: they
+  // are added as they are, and the origin comes off the sum. A count known to the compiler leaves no conditions.
+  static SPADE_DEVICE StatsFromOrigin<A, V> of_batch(const Values<T, V>& origins, const Values<T, V>* x, int count) {
+    constexpr bool kExact = sizeof(T) == 2;
+    StatsFromOrigin<A, V> batch;
+    batch.count = static_cast<A>(count);
+    const A scale = 1 / batch.count;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A origin = static_cast<A>(origins.at[i]);
+      A d[kBatch], sum = 0;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        d[b] = b < count ? static_cast<A>(x[b].at[i]) - (kExact ? 0 : origin) : 0;
+        sum = b == 0 ? d[b] : sum + d[b];
+      }
+      batch.mean[i] = (kExact ? sum - batch.count * origin : sum) * scale;
+      const A centre = kExact ? origin + batch.mean[i] : batch.mean[i];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const A deviation = b < count ? d[b] - centre : 0;
+        batch.m2[i] += deviation * deviation;
+      }
+    }
+    return batch;
+  }
+
   SPADE_DEVICE Stats<A, V> of_thread(const Thread& t, int64_t channel) const {
-    const int64_t first = t.x * pieces.pixels_of_one, left = p.pixels - first - t.row;
-    const int count = left <= 0 ? 0 : static_cast<int>(min((left + t.rows - 1) / t.rows, int64_t{kPixelsOfThread}));
-    const int64_t start = (t.z * p.pixels + first + t.row) * p.channels + channel, step = t.rows * p.channels;
-    if (count == 0) return {};
+    const int64_t first = t.x * pieces.pixels_of_one;
+    const auto pixels = static_cast<uint32_t>(min(p.pixels - first, pieces.pixels_of_one));
+    if (t.row >= pixels) return {};
+    const int64_t step = t.rows * p.channels;
+    const T* from = static_cast<const T*>(p.x) + (t.z * p.pixels + first + t.row) * p.channels + channel;
     Values<T, V> origin;
     StatsFromOrigin<A, V> total;
-    for (int begin = 0; begin < count; begin += kBatch) {
+    const auto add = [&](int count) {
       Values<T, V> x[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        if (begin + b < count) x[b].load(p.x, start + (begin + b) * step);
-      if (begin == 0) origin = nearest_to_0(x, count);
-      StatsFromOrigin<A, V> batch;
-      batch.count = static_cast<A>(min(count - begin, kBatch));
-      const A scale = 1 / batch.count;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (int i = 0; i < V; ++i) batch.mean[i] += begin + b < count ? from(origin, x[b], i) : A(0);
-#pragma unroll
-      for (int i = 0; i < V; ++i) batch.mean[i] *= scale;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const A d = begin + b < count ? from(origin, x[b], i) - batch.mean[i] : A(0);
-          batch.m2[i] += d * d;
-        }
-      total.merge(batch);
-    }
+      for (int b = 0; b < kBatch; ++b, from += step)
+        if (b < count) x[b].load(from, 0);
+      if (total.count == 0) origin = nearest_to_0(x, count);
+      total.merge(of_batch(origin, x, count));
+    };
+    int left = static_cast<int>((pixels - t.row + t.rows - 1) / t.rows);
+#pragma unroll 1
+    for (; left >= kBatch; left -= kBatch) add(kBatch);
+    if (left > 0) add(left);
     Stats<A, V> found;
     found.count = total.count;
 #pragma unroll
@@ -168,20 +202,28 @@ struct PieceStats {
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
     block.phase([&](const Thread& t) {
       const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
-      shared.put(t.row * t.lanes + t.lane, channel < p.channels ? of_thread(t, channel) : Stats<A, V>{});
+      shared.of_threads.put(t.row * t.lanes + t.lane, channel < p.channels ? of_thread(t, channel) : Stats<A, V>{});
     });
-    shared.merge_rows(block);
     block.phase([&](const Thread& t) {
-      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
-      if (t.row != 0 || channel >= p.channels) return;
-      const Stats<A, V> stats = shared.get(t.lane);
-      A* to = parts + (t.z * pieces.count + t.x) * 3 * p.channels + channel;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        to[i] = stats.mean[i];
-        to[p.channels + i] = stats.rest[i];
-        to[2 * p.channels + i] = stats.m2[i];
+      const Merger merger(t);
+      Stats<A, 1> total;
+      if (merger.channel < V) {
+        total = shared.of_threads.get_one(merger.group * t.lanes + t.lane, merger.channel);
+        for (uint32_t row = merger.group + merger.groups; row < t.rows; row += merger.groups)
+          total.merge(shared.of_threads.get_one(row * t.lanes + t.lane, merger.channel));
       }
+      shared.of_groups.put(t.row * t.lanes + t.lane, total);
+    });
+    shared.of_groups.merge_rows(block, block.rows / V);
+    block.phase([&](const Thread& t) {
+      const Merger merger(t);
+      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V + merger.channel;
+      if (merger.group != 0 || merger.channel >= V || channel >= p.channels) return;
+      const Stats<A, 1> stats = shared.of_groups.get(t.row * t.lanes + t.lane);
+      A* to = parts + (t.z * pieces.count + t.x) * 3 * p.channels + channel;
+      to[0] = stats.mean[0];
+      to[p.channels] = stats.rest[0];
+      to[2 * p.channels] = stats.m2[0];
     });
   }
 };
@@ -215,7 +257,7 @@ struct MergePieces {
         }
       shared.put(t.row * t.lanes + t.lane, total);
     });
-    shared.merge_rows(block);
+    shared.merge_rows(block, block.rows);
     block.phase([&](const Thread& t) {
       const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
       if (t.row != 0 || channel >= p.channels) return;
@@ -254,7 +296,10 @@ struct Gradient {
 template <class T, int V>
 Grid over_pieces(const ChannelStatsParams& p, Pieces& pieces) {
   Grid grid = grid_over(ceil_div(p.channels, V), 32, p.images);
-  pieces.pixels_of_one = static_cast<int64_t>(grid.rows) * kPixelsOfThread;
+  pieces.pixels_of_one = static_cast<int64_t>(grid.rows) * kMostPixels;
+  while (pieces.pixels_of_one > grid.rows * kBatch &&
+         ceil_div(p.pixels, pieces.pixels_of_one) * grid.y * grid.z < kWantedBlocks)
+    pieces.pixels_of_one /= 2;
   pieces.count = ceil_div(p.pixels, pieces.pixels_of_one);
   grid.x = static_cast<uint32_t>(pieces.count);
   return grid;
