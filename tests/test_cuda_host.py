@@ -243,6 +243,19 @@ def test_channel_stats_beside_one_far_off(pixels_library, size, place):
     assert_within_budget(by_name(names, (mean, m2)), by_name(names, stock), by_name(names, exact))
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 128), (torch.bfloat16, 31)])
+def test_channel_stats_of_many_blocks(pixels_library, dtype, channels):
+    """So many that each of their threads takes several batches of pixels, the last of them short."""
+    shape = (512, channels, 9, 15)
+    x = (torch.randn(shape) + 8).to(dtype)
+    pixels, mean, m2 = channels_last(x), *(guarded(*shape[:2], dtype=torch.float32) for _ in range(2))
+    pixels_library.run_on(*ORDERS["forwards"])
+    pixels_library.channel_stats(DTYPE_NUMBERS[dtype], *map(pointer, (pixels, mean, m2)), numbers(*shape))
+    names = ("mean", "m2")
+    stock, exact = reference.channel_stats(x), reference.channel_stats(x.double())
+    assert_within_budget(by_name(names, (mean, m2)), by_name(names, stock), by_name(names, exact))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channel_stats_grad(pixels_library, dtype, shape):

@@ -10,8 +10,9 @@
 namespace spade::cuda {
 namespace {
 
-constexpr int kBatch = 8;  // pixels a thread has in registers, for a mean first and deviations second
-constexpr int kCandidates = 4;
+constexpr int kBatch = 8;       // pixels a thread has in registers, for a mean first and deviations second
+constexpr int kCandidates = 4;  // the first of them, one of which becomes the origin
+constexpr int64_t kPieceLanes = 32;
 // A thread's pixels share the price of its block's merges, as long as there are blocks enough for every multiprocessor.
 constexpr int kMostPixels = 4 * kBatch;
 constexpr int64_t kWantedBlocks = 512;
@@ -123,6 +124,7 @@ struct PieceStats {
   // Merging, a thread has one channel of its lane, and every `groups`-th row. That leaves V times fewer rows, and until
   // then no thread waits for others.
   struct Merger {
+    static_assert(kThreads / kPieceLanes >= V, "a block has a row for every channel of a lane");
     uint32_t groups, channel, group;
 
     SPADE_DEVICE explicit Merger(const Thread& t)
@@ -295,7 +297,7 @@ struct Gradient {
 
 template <class T, int V>
 Grid over_pieces(const ChannelStatsParams& p, Pieces& pieces) {
-  Grid grid = grid_over(ceil_div(p.channels, V), 32, p.images);
+  Grid grid = grid_over(ceil_div(p.channels, V), kPieceLanes, p.images);
   pieces.pixels_of_one = static_cast<int64_t>(grid.rows) * kMostPixels;
   while (pieces.pixels_of_one > grid.rows * kBatch &&
          ceil_div(p.pixels, pieces.pixels_of_one) * grid.y * grid.z < kWantedBlocks)

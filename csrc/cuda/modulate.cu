@@ -17,23 +17,25 @@ struct Forward {
     const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V, pixels = p.height * p.width;
     const int64_t first = static_cast<int64_t>(t.x) * t.rows * kPixels + t.row;
     if (channel >= p.channels || first >= pixels) return;
-    int64_t at[kPixels * kShown];
+    int64_t at[kPixels * kShown], row[kPixels * kShown];
     Values<T, V> x[kPixels];
     Row<S, V> rows[kPixels * kShown];
+    Statistics<A, V> stats;
+    // What waits for nothing is asked for before the table's rows, which wait for their numbers. Past the end, the last
+    // pixel is written once more, the same: under a condition, the compiler would load one pixel after another.
 #pragma unroll
     for (int i = 0; i < kPixels * kShown; ++i) {
-      const int64_t source = first + i / kShown * t.rows;
-      if (source >= pixels) continue;
+      const int64_t source = min(first + i / kShown * t.rows, pixels - 1);
       at[i] = shown_at<upsample>(p, t.z, source, i % kShown);
-      rows[i].load(p, row_of(p, at[i]), channel);
+      row[i] = row_of(p, at[i]);
       if (i % kShown == 0) x[i / kShown].load(p.x, (t.z * pixels + source) * p.channels + channel);
     }
-    Statistics<A, V> stats;
     stats.load(p, t.z, channel);
+#pragma unroll
+    for (int i = 0; i < kPixels * kShown; ++i) rows[i].load(p, row[i], channel);
     const A slope = static_cast<A>(p.slope);
 #pragma unroll
     for (int i = 0; i < kPixels * kShown; ++i) {
-      if (first + i / kShown * t.rows >= pixels) continue;
       Values<T, V> y;
 #pragma unroll
       for (int c = 0; c < V; ++c) {
