@@ -16,6 +16,7 @@ from setuptools import setup
 
 CPU_SOURCES = [
     "module.cpp",
+    "checks.cpp",
     "cpu/ops.cpp",
     "cpu/conv_ops.cpp",
     "cpu/window_index.cpp",
@@ -31,6 +32,7 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "cuda/module.cpp",
+    "checks.cpp",
     "cuda/ops.cpp",
     "cuda/window_index.cu",
     "cuda/channel_stats.cu",

@@ -9,6 +9,10 @@
 
 namespace spade {
 
+// Packed weights stand in panels of this many output columns: (panels, taps, depth, kPanelColumns) for
+// modulation_table, (points, panels, in, kPanelColumns) for convolutions, which have 1 point or, 3 x 3, kPoints.
+constexpr int64_t kPanelColumns = 32, kPoints = 16;
+
 enum class Dtype { f32, f64, bf16, f16 };
 
 // Distinct windows of one image. `ids` (height, width) holds positive numbers below 2^32; 0 stands for outside.

@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy
 import torch
 
-from spade_kernels import reference
+from spade_kernels import checks, reference
 
 # Who has kernels of an operator for CUDA tensors, the one to take first; who is not here is left to the reference.
 # By design, for all dtypes: no device has been measured. Triton's tables of float64 are the reference's.
@@ -78,6 +78,7 @@ def _python_kernel(name: str, backend: str) -> Callable:
         return getattr(importlib.import_module(f"spade_kernels.triton.{stem}"), name)
 
     def run(*args):
+        checks.check(name, *args)
         # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
         # current device.
         with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):

@@ -8,6 +8,7 @@ First derivatives exist for every float argument but the statistics; asking for 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from spade_kernels import backends
+from spade_kernels import backends, checks
 
 _library = torch.library.Library("spade_kernels", "DEF")
 
@@ -255,11 +256,21 @@ def _accumulation_dtype(t: Tensor) -> torch.dtype:
 
 
 def _fake(name: str):
-    return torch.library.register_fake(f"spade_kernels::{name}", lib=_library)
+    def register(fake):
+        @functools.wraps(fake)
+        def checked(*arguments):
+            checks.check(name, *arguments, fake=True)
+            return fake(*arguments)
+
+        return torch.library.register_fake(f"spade_kernels::{name}", checked, lib=_library)
+
+    return register
 
 
 @_fake("window_index")
 def _(ids, sizes, kernel_size, stride, padding, levels):
+    if type(ids) is Tensor:
+        raise RuntimeError("spade_kernels.window_index: a tensor on the meta device has no windows to count")
     found = []
     for size in zip(sizes[::2], sizes[1::2], strict=True):
         for _ in range(levels):

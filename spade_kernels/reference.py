@@ -25,7 +25,7 @@ def window_index(
     """Interns the distinct kernel_size x kernel_size windows of the map, resized (nearest) to each of the sizes.
 
     Args:
-        ids: (N, H, W) int64, all positive; 0 is reserved for "outside the image".
+        ids: (N, H, W) int64, all positive and below 2**32; 0 is reserved for "outside the image".
         sizes: h, w of the first, h, w of the second, ...
         levels: 1, or 2 for the windows of those windows too: of the map of their rows, counted from 1.
 
@@ -117,7 +117,8 @@ def modulation_table_grad(
     grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `hidden`, `gamma`, `beta` and `bias` from the gradient of the table."""
-    grad, hidden = _accumulator(grad), _accumulator(hidden)
+    grad = _accumulator(grad)
+    hidden = hidden.to(grad.dtype)
     weight = _joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
     taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
@@ -311,7 +312,8 @@ def conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 def conv3x3_weight_grad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight, channels-last, and bias from that of the convolution; in the accumulation dtype."""
-    grad, x = _accumulator(grad), _accumulator(x)
+    grad = _accumulator(grad)
+    x = x.to(grad.dtype)
     shape = grad.new_empty(grad.shape[1], x.shape[1], 3, 3)
     d_weight = torch.ops.aten.convolution_backward(
         grad, x, shape, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_cuda_host import HERE, compiled
+from test_operator_fuzz import fuzz
 from torch.utils.cpp_extension import library_paths
 
 import spade_kernels as sk
@@ -19,9 +21,19 @@ import spade_kernels as sk
 TESTS = ("test_ops.py", "test_window_index.py", "test_layers.py", "test_static.py")
 
 
-def test_operators_and_layers(tmp_path):
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    library = compiled("operators", tmp_path, "-DTORCH_TARGET_VERSION=0x020b000000000000", *libraries)
+    return compiled(
+        "operators", tmp_path_factory.mktemp("host"), "-DTORCH_TARGET_VERSION=0x020b000000000000", *libraries
+    )
+
+
+def test_calls_with_one_argument_changed(library):
+    assert "300 calls: " in fuzz("--calls", 300, "--library", library)
+
+
+def test_operators_and_layers(library):
     kinds = "cpu" if sk.build_info()["backends"]["cpu"] is None else "reference"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cuda_host_plugin", "-p", "no:xdist", "-k", kinds]
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -4,11 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 
+#include "../checks.h"
 #include "calls.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -48,10 +47,11 @@ struct ConvWeightCall {
 // A convolution's weights as conv_panels lays them out.
 struct Panels {
   const void* data;
-  int64_t points, in;
+  int64_t points;
 };
 
 Tensor conv_panels_op(const Tensor& weight) {
+  check_conv_panels(weight);
   const ConvWeightCall call(weight, accumulator(weight));
   const Tensor panels =
       torch::stable::new_empty(call.weight, {call.points(), call.num_panels(), call.params.in, kPanelColumns});
@@ -62,15 +62,8 @@ Tensor conv_panels_op(const Tensor& weight) {
 Tensor convolve(ConvParams p, ScalarType acc, const Panels& panels, const Tensor& bias_in, const MaybeTensor& add_in) {
   const Tensor bias = dense(bias_in, acc);
   p.out = bias.size(0);
-  if (panels.in != p.in)
-    throw std::runtime_error("conv: the input has " + std::to_string(p.in) + " channels, the weights are for " +
-                             std::to_string(panels.in));
   MaybeTensor add;
-  if (add_in) {
-    add = channels_last(as(*add_in, acc));
-    if (add->size(0) != p.images || add->size(1) != p.out || add->size(2) != p.height || add->size(3) != p.width)
-      throw std::runtime_error("conv: what is to be added has another shape than the result");
-  }
+  if (add_in) add = channels_last(as(*add_in, acc));
   const Tensor y = torch::stable::empty({p.images, p.out, p.height, p.width}, acc, std::nullopt, std::nullopt,
                                         std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
@@ -100,17 +93,19 @@ Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias)
   const int64_t count = call.points() * call.num_panels() * call.params.in * kPanelColumns;
   const Scratch<char> panels(count * call.value_size());
   conv_panels(dtype_of(call.weight), call.params, panels.data());
-  return convolve(x, {panels.data(), call.points(), call.params.in}, bias, std::nullopt, false);
+  return convolve(x, {panels.data(), call.points()}, bias, std::nullopt, false);
 }
 
 Tensor conv_op(const Tensor& x, const Tensor& panels_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
+  check_conv(x, panels_in, bias, add);
   const Tensor panels = dense(panels_in, accumulator(x));
-  return convolve(x, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add, relu);
+  return convolve(x, {panels.const_data_ptr(), panels.size(0)}, bias, add, relu);
 }
 
 Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                         const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels_in,
                         const Tensor& bias, const MaybeTensor& add) {
+  check_modulate_conv(x_in, mean, rstd, table, pixel_row, upsample, panels_in, bias, add);
   const ScalarType acc = accumulator(x_in);
   const Tensor panels = dense(panels_in, acc);
   const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
@@ -120,22 +115,23 @@ Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rs
   p.in = call.params.channels;
   p.height = upsample * call.params.height;
   p.width = upsample * call.params.width;
-  const Tensor y = convolve(p, acc, {panels.const_data_ptr(), panels.size(0), panels.size(2)}, bias, add);
+  const Tensor y = convolve(p, acc, {panels.const_data_ptr(), panels.size(0)}, bias, add);
   return as(y, x_in.scalar_type());
 }
 
 Tensor conv3x3_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  if (weight.size(2) != 3 || weight.size(3) != 3)
-    throw std::runtime_error("conv3x3: the weight must be (out, in, 3, 3)");
+  check_conv3x3(x, weight, bias);
   return convolve(x, ConvWeightCall(weight, accumulator(x)), bias);
 }
 
 Tensor conv3x3_input_grad_op(const Tensor& grad, const Tensor& weight) {
+  check_conv3x3_input_grad(grad, weight);
   const ConvWeightCall call(weight, accumulator(grad), true);
   return convolve(grad, call, torch::stable::new_zeros(call.weight, {call.params.out}));
 }
 
 std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const Tensor& x_in) {
+  check_conv3x3_weight_grad(grad_in, x_in);
   const ScalarType acc = accumulator(grad_in);
   const Tensor grad = channels_last(as(grad_in, acc)), x = channels_last(as(x_in, acc));
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);

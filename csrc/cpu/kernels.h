@@ -21,9 +21,7 @@ void conv1x1(Dtype dtype, const ConvParams& params);
 void conv3x3(Dtype dtype, const ConvParams& params);
 void conv3x3_weight_grad(Dtype dtype, const ConvWeightGradParams& params);
 
-// Weights that stand still are laid out in panels of this many output columns: (panels, taps, depth, kPanelColumns) for
-// modulation_table, (points, panels, in, kPanelColumns) for convolutions, which have 1 point or, 3 x 3, kPoints.
-constexpr int64_t kPanelColumns = 32, kPoints = 16;
+// Weights that stand still, in panels.
 void weight_panels(Dtype dtype, const ModulationWeights& weights, void* panels);
 void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels);
 

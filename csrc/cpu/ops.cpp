@@ -6,10 +6,11 @@
 
 #include <algorithm>
 #include <optional>
-#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
+#include "../checks.h"
 #include "calls.h"
 #include "kernels.h"
 #include "vector.h"
@@ -60,23 +61,11 @@ std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, Win
   return found;
 }
 
-// Threads' exceptions do not say what was wrong.
-void require_windows(int64_t height, int64_t width, int64_t kernel_size, int64_t stride, int64_t padding,
-                     int64_t levels) {
-  for (int64_t i = 0; i < levels; ++i) {
-    if (std::min(height, width) + 2 * padding < kernel_size)
-      throw std::runtime_error("spade_kernels: no window fits the size");
-    height = (height + 2 * padding - kernel_size) / stride + 1;
-    width = (width + 2 * padding - kernel_size) / stride + 1;
-  }
-}
-
 std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                     int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
+  check_window_index(ids_in, sizes, kernel_size, stride, padding, levels);
   const Tensor map = dense(ids_in);
   const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
-  for (int64_t s = 0; s < num_sizes; ++s)
-    require_windows(sizes[2 * s], sizes[2 * s + 1], kernel_size, stride, padding, levels);
   std::vector<std::vector<ImageWindows>> found(num_sizes * images);
   // Not by size: the largest takes three quarters of the time, and other threads' memory is new to each call.
   in_pieces(images, 1, [&](int64_t n, int64_t) {
@@ -115,8 +104,9 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   return results;
 }
 
-Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in, const MaybeTensor&,
-                      const MaybeTensor&, bool relu) {
+Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
+                      const MaybeTensor& order, const MaybeTensor& starts, bool relu) {
+  check_hidden_rows(taps_in, bias_in, windows_in, order, starts);
   const ScalarType acc = accumulator(taps_in);
   const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
   const MaybeTensor bias = dense(bias_in, acc);
@@ -128,6 +118,7 @@ Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const T
 
 std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& order_in,
                                                const Tensor& starts_in, int64_t num_taps, bool relu) {
+  check_hidden_rows_grad(grad, rows, order_in, starts_in, num_taps);
   const ScalarType acc = accumulator(grad);
   const Tensor order = dense(order_in), starts = dense(starts_in);
   Tensor masked = dense(grad, acc);
@@ -162,8 +153,9 @@ struct WeightsCall {
 };
 
 Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const Tensor& beta, const Tensor& bias_in,
-                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor&,
-                           const MaybeTensor&) {
+                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor& order,
+                           const MaybeTensor& starts) {
+  check_modulation_table(hidden_in, gamma, beta, bias_in, windows_in, panels_in, order, starts);
   const ScalarType acc = accumulator(hidden_in);
   const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
   const MaybeTensor panels = dense(panels_in, acc);
@@ -177,6 +169,7 @@ Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad_in, const Tensor& hidden_in,
                                                                     const Tensor& gamma, const Tensor& beta,
                                                                     const Tensor& order_in, const Tensor& starts_in) {
+  check_modulation_table_grad(grad_in, hidden_in, gamma, beta, order_in, starts_in);
   const ScalarType acc = accumulator(grad_in);
   const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc);
   const Tensor order = dense(order_in), starts = dense(starts_in);
@@ -194,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
 }
 
 Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
+  check_weight_panels(gamma, beta);
   const WeightsCall weights(gamma, beta, accumulator(gamma));
   const ModulationWeights& w = weights.params;
   const int64_t count = divide_up(2 * w.channels, kPanelColumns);
@@ -203,6 +197,7 @@ Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  check_channel_stats(x_in);
   const Tensor x = channels_last(x_in);
   const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulator(x));
   const Tensor m2 = torch::stable::empty_like(mean);
@@ -212,8 +207,9 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
 }
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                   double slope, int64_t upsample, std::string) {
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_rows, const MaybeTensor& order,
+                   const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
@@ -224,6 +220,7 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
                               const MaybeTensor& starts, double slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.set_grad(grad);
   if (order) call.order = dense(*order);
@@ -239,6 +236,7 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
                               const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+  check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.set_grad(grad);
   if (mean_shift && mean_scale) {

@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "../tensors.h"
-#include "checks.h"
+#include "launch_limits.h"
 
 #define SPADE_DISPATCH_KEY CUDA
 
@@ -37,13 +37,10 @@ class Launch {
     STD_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
     STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
   }
-  void require_here(const Tensor& t) const {
-    require(index_of(t) == device_, "all tensors must be on one device");
-  }
 
  private:
   static int32_t index_of(const Tensor& t) {
-    require(t.is_cuda(), "all tensors must be on one device");
+    require(t.is_cuda(), "the tensors must be on a GPU");
     return t.get_device_index();
   }
 

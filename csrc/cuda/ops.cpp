@@ -11,10 +11,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../checks.h"
 #include "../tensors.h"
-#include "checks.h"
 #include "kernels.h"
 #include "launch.h"
+#include "launch_limits.h"
 #include "window_plan.h"
 
 namespace spade::cuda {
@@ -22,7 +23,6 @@ namespace {
 
 // x (N, C, h, w) laid out as (N, h, w, C).
 Tensor channels_last(const Tensor& x) {
-  require(x.dim() == 4, "x and its gradient must have shape (N, C, h, w)");
   require(x.size(0) <= std::numeric_limits<uint16_t>::max(), "a batch has at most 65535 images");
   return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
@@ -34,7 +34,7 @@ Tensor empty_channels_last(const Tensor& x, int64_t upsample = 1) {
 
 std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                     int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
-  require(ids_in.dim() == 3 && ids_in.scalar_type() == ScalarType::Long, "ids must be int64 of shape (N, H, W)");
+  check_window_index(ids_in, sizes, kernel_size, stride, padding, levels);
   const Launch launch(ids_in);
   const Tensor ids = dense(ids_in, ScalarType::Long);
   WindowPlan plan({ids.size(0), ids.size(1), ids.size(2)}, {sizes.begin(), sizes.end()}, kernel_size, stride, padding,
@@ -71,6 +71,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  check_channel_stats(x_in);
   const Launch launch(x_in);
   const Tensor x = channels_last(x_in);
   const ScalarType acc = accumulator(x);
@@ -78,7 +79,6 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
   const Tensor m2 = torch::stable::empty_like(mean);
   const ChannelStatsParams params{x.const_data_ptr(), mean.mutable_data_ptr(), m2.mutable_data_ptr(),
                                   x.size(0),          x.size(2) * x.size(3),   x.size(1)};
-  require(params.pixels > 0, "images must have pixels");
   const Tensor parts = torch::stable::new_empty(x, {channel_stats_parts(dtype_of(x), params)}, acc);
   channel_stats(dtype_of(x), params, parts.mutable_data_ptr(), launch.stream());
   launch.check();
@@ -87,14 +87,11 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
 
 Tensor channel_stats_grad_op(const Tensor& x_in, const Tensor& mean_in, const Tensor& grad_mean_in,
                              const Tensor& grad_m2_in) {
+  check_channel_stats_grad(x_in, mean_in, grad_mean_in, grad_m2_in);
   const Launch launch(x_in);
   const Tensor x = channels_last(x_in);
-  const auto stats_like = [&](const Tensor& t) {
-    launch.require_here(t);
-    require(t.numel() == x.size(0) * x.size(1), "statistics must have shape (N, C)");
-    return dense(t, accumulator(x));
-  };
-  const Tensor mean = stats_like(mean_in), grad_mean = stats_like(grad_mean_in), grad_m2 = stats_like(grad_m2_in);
+  const ScalarType acc = accumulator(x);
+  const Tensor mean = dense(mean_in, acc), grad_mean = dense(grad_mean_in, acc), grad_m2 = dense(grad_m2_in, acc);
   const Tensor out = empty_channels_last(x);
   channel_stats_grad(dtype_of(x),
                      {x.const_data_ptr(), mean.const_data_ptr(), grad_mean.const_data_ptr(), grad_m2.const_data_ptr(),
@@ -112,7 +109,6 @@ class ModulateCall {
   ModulateCall(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table_in,
                const MaybeTensor& pixel_row, double slope, int64_t upsample)
       : launch(x_in), x(channels_last(x_in)), dtype(dtype_of(x)) {
-    require(upsample == 1 || upsample == 2, "upsample must be 1 or 2");
     params.x = x.const_data_ptr();
     params.images = x.size(0);
     params.channels = x.size(1);
@@ -121,42 +117,32 @@ class ModulateCall {
     params.upsample = upsample;
     params.slope = slope;
     params.stats_stride = add_stats(mean, params.mean);
-    require(add_stats(rstd, params.rstd) == params.stats_stride, "mean and rstd must have one shape");
+    add_stats(rstd, params.rstd);
 
-    launch.require_here(table_in);
-    require(table_in.dim() == 2 && table_in.size(1) == 2 * x.size(1), "the table must have shape (rows, 2 * C)");
     const bool fits = table_in.scalar_type() == x.scalar_type() || table_in.scalar_type() == accumulator(x);
     table = dense(table_in, fits ? table_in.scalar_type() : accumulator(x));
     params.table = table.const_data_ptr();
     params.num_rows = table.size(0);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3) * upsample * upsample;
     require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31), "a call has less than 2^31 pixels");
-    if (pixel_row)
-      params.pixel_row = add_index(*pixel_row, pixels);
-    else
-      require(params.num_rows == pixels, "without pixel_row the table must have a row per pixel");
+    if (pixel_row) params.pixel_row = add_index(*pixel_row);
   }
 
   void add_grad(const Tensor& grad) {
-    launch.require_here(grad);
-    require(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
-                grad.size(2) == params.upsample * x.size(2) && grad.size(3) == params.upsample * x.size(3),
-            "the gradient must have the shape of y");
     grad_ = channels_last(as(grad, x.scalar_type()));
     params.grad = data(grad_);
   }
 
   void add_groups(const MaybeTensor& order, const MaybeTensor& starts) {
     if (!params.pixel_row) return;
-    require(order && starts, "the table's gradient needs order and starts");
-    params.order = add_index(*order, params.images * params.height * params.width * params.upsample * params.upsample);
-    params.starts = add_index(*starts, params.num_rows + 1);
+    params.order = add_index(*order);
+    params.starts = add_index(*starts);
   }
 
   void add_means(const MaybeTensor& mean_shift, const MaybeTensor& mean_scale) {
     if (!mean_shift || !mean_scale) return;
     params.means_stride = add_stats(*mean_shift, params.mean_shift);
-    require(add_stats(*mean_scale, params.mean_scale) == params.means_stride, "both means must have one shape");
+    add_stats(*mean_scale, params.mean_scale);
   }
 
   const Launch launch;
@@ -168,17 +154,11 @@ class ModulateCall {
  private:
   // Returns how far apart images are: 0 if one row serves all.
   int64_t add_stats(const Tensor& t, const void*& pointer) {
-    launch.require_here(t);
-    require(t.dim() == 2 && t.size(1) == x.size(1) && (t.size(0) == 1 || t.size(0) == x.size(0)),
-            "statistics must have shape (N, C) or (1, C)");
     kept_[num_kept_] = dense(t, accumulator(x));
     pointer = data(kept_[num_kept_++]);
     return t.size(0) == 1 ? 0 : t.size(1);
   }
-  const int64_t* add_index(const Tensor& t, int64_t count) {
-    launch.require_here(t);
-    require(t.scalar_type() == ScalarType::Long && t.numel() == count,
-            "an index does not have an int64 for each pixel");
+  const int64_t* add_index(const Tensor& t) {
     kept_[num_kept_] = dense(t, ScalarType::Long);
     return static_cast<const int64_t*>(data(kept_[num_kept_++]));
   }
@@ -188,8 +168,9 @@ class ModulateCall {
 };
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                   double slope, int64_t upsample, std::string) {
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_rows, const MaybeTensor& order,
+                   const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
@@ -201,6 +182,7 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
                               const MaybeTensor& starts, double slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.add_grad(grad);
   call.add_groups(order, starts);
@@ -218,6 +200,7 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
                               const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+  check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.add_grad(grad);
   call.add_means(mean_shift, mean_scale);

@@ -7,8 +7,8 @@
 #include <limits>
 #include <vector>
 
-#include "checks.h"
 #include "kernels.h"
+#include "launch_limits.h"
 
 namespace spade::cuda {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "../tensors.h"
-#include "checks.h"
+#include "launch_limits.h"
 
 #define SPADE_DISPATCH_KEY CPU
 
@@ -13,7 +13,7 @@ namespace spade::cuda {
 class Launch {
  public:
   explicit Launch(const Tensor& t) {
-    require_here(t);
+    require(t.is_cpu(), "the tensors must be on the CPU");
   }
   cudaStream_t stream() const {
     return nullptr;
@@ -21,9 +21,6 @@ class Launch {
   void check() const {}
   void read(void* to, const void* from, size_t bytes) const {
     std::memcpy(to, from, bytes);
-  }
-  void require_here(const Tensor& t) const {
-    require(t.is_cpu(), "all tensors must be on one device");
   }
 };
 

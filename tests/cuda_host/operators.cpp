@@ -1,4 +1,5 @@
 // The CUDA operators and their kernels as a host compiler sees them, registered for CPU tensors.
+#include "../checks.cpp"
 #include "channel_stats.cu"
 #include "modulate.cu"
 #include "modulate_table_grad.cu"

@@ -1,4 +1,4 @@
-// What the operators on CUDA tensors refuse.
+// The limits of CUDA launches, beside what ../checks.h requires on every device.
 #pragma once
 
 #include <cstdint>
