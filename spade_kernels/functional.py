@@ -188,7 +188,7 @@ def modulated(
 ) -> ops.Modulated:
     """`spade`, but for the last pass over x."""
     check_input(x, weights.gamma[0].shape[0])
-    _check_kernels(*(weight for weight, _ in weights))
+    _check_weights(weights)
     if upsample not in (1, 2):
         raise ValueError(f"upsample must be 1 or 2, got {upsample}")
     segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
@@ -262,7 +262,8 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     return planes if planes.shape[2:] == tuple(size) else F.interpolate(planes, size=tuple(size), mode="nearest")
 
 
-def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
+def _check_weights(weights: Weights) -> None:
+    shared, gamma, beta = (weight for weight, _ in weights)
     hidden, _, k, _ = shared.shape
     wanted = (gamma.shape[0], hidden, k, k)
     if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
@@ -270,6 +271,9 @@ def _check_kernels(shared: Tensor, gamma: Tensor, beta: Tensor) -> None:
             f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
             "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
         )
+    for name, (weight, bias) in zip(weights._fields, weights, strict=True):
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"the bias of {name} must have shape ({len(weight)},), got {tuple(bias.shape)}")
 
 
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:

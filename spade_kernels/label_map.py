@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
 
-from spade_kernels import backends
+from spade_kernels import backends, checks
 from spade_kernels.packing import Packable, Slot, pack, unpack
 from spade_kernels.windows import WindowIndex, Windows, build_segments
+
+# With edges, codes then stay below the 2^32 that window indexes tell apart.
+_MOST_LABELS = 2**30
 
 
 class LabelMap(Packable):
@@ -27,7 +31,7 @@ class LabelMap(Packable):
         ignore_index: a label value meaning "no class": an all-zero condition vector (plus the edge).
 
     Raises:
-        TypeError: labels are not integers, edges not boolean.
+        TypeError: labels, num_labels or ignore_index are not integers, edges not boolean.
         ValueError: wrong rank or shape, an empty batch, or a label outside 0 .. num_labels - 1 (the message names
             the value and the pixel).
     """
@@ -39,6 +43,8 @@ class LabelMap(Packable):
         edges: torch.Tensor | None = None,
         ignore_index: int | None = None,
     ):
+        num_labels = _integer("num_labels", num_labels)
+        ignore_index = None if ignore_index is None else _integer("ignore_index", ignore_index)
         classes = _checked_classes(labels, num_labels, ignore_index)
         if edges is not None:
             _check_edges(edges, labels)
@@ -96,7 +102,16 @@ class LabelMap(Packable):
         return F.pad(classes, (0, 0, 1, 0))
 
     def weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        """codebook @ rows, (num_codes, D), of weight rows (channels, D). Differentiable in `rows`."""
+        """codebook @ rows, (num_codes, D), of float weight rows (channels, D). Differentiable in `rows`.
+
+        Raises:
+            ValueError: rows have another shape or are not float.
+        """
+        if rows.dim() != 2 or rows.shape[0] != self.channels or not rows.is_floating_point():
+            raise ValueError(
+                f"rows must be a float tensor ({self.channels}, D), one row for each condition channel, got "
+                f"{rows.dtype} of shape {tuple(rows.shape)}"
+            )
         if self._pooled_codebook is not None:
             return self.codebook(rows.dtype) @ rows
         if rows.is_cuda and not torch.compiler.is_compiling() and not _products_are_coarser(rows.dtype):
@@ -114,9 +129,14 @@ class LabelMap(Packable):
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
 
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
-        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept."""
-        height, width = map(int, size)
-        _check_fits((height, width), kernel_size, padding)
+        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept.
+
+        Raises:
+            TypeError: an argument is not an integer, or size not a pair.
+            ValueError: no window fits, an argument is negative, stride is 0, or the windows would not fit into memory.
+        """
+        height, width = size = _pair(size)
+        self._check_windows(size, kernel_size, stride, padding, levels=1)
         key = ("codes", height, width, kernel_size, stride, padding)
         if key not in self._kept:
             with torch.inference_mode(False):
@@ -124,8 +144,13 @@ class LabelMap(Packable):
         return self._kept[key]
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
-        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept."""
-        key = tuple(map(int, size))
+        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept.
+
+        Raises:
+            TypeError: an argument is not an integer, or size not a pair.
+            ValueError: kernel_size is even or not positive, or the size is not positive or too large.
+        """
+        key = _pair(size)
         self._index([key], kernel_size)
         return WindowIndex(*(self._kept[name] for name in _index_keys(key, kernel_size)))
 
@@ -136,7 +161,7 @@ class LabelMap(Packable):
         leaves the training process nothing to build. Without `gradients`, what only the backward needs is left out.
         Returns the label map itself.
         """
-        wanted = [tuple(map(int, size)) for size in sizes]
+        wanted = [_pair(size) for size in sizes]
         self._index(wanted, kernel_size)
         if gradients:
             indexes = [windows for size in wanted for windows in self.window_index(size, kernel_size)]
@@ -145,18 +170,29 @@ class LabelMap(Packable):
             build_segments(indexes, indexes)
         return self
 
-    def _index(self, sizes: Iterable[tuple[int, ...]], kernel_size: int) -> None:
+    def _index(self, sizes: Iterable[tuple[int, int]], kernel_size: int) -> None:
         """Builds the window indexes that are not there."""
         missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self._kept]
         if not missing:
             return
         for size in missing:
-            _check_fits(size, kernel_size, kernel_size // 2)
+            self._check_windows(size, kernel_size, 1, kernel_size // 2, levels=2)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         with torch.inference_mode(False):
             found = WindowIndex.of(self.codes, self.num_codes, missing, kernel_size)
         for size, index in zip(missing, found, strict=True):
             for key, windows in zip(_index_keys(size, kernel_size), index, strict=True):
                 self._kept.setdefault(key, windows)
+
+    def _check_windows(
+        self, size: tuple[int, int], kernel_size: int, stride: int, padding: int, *, levels: int
+    ) -> None:
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding)):
+            _integer(name, value)
+        reason = checks.why_no_windows(self.shape, size, kernel_size, stride, padding, levels)
+        if reason is not None:
+            raise ValueError(reason)
 
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
@@ -314,9 +350,20 @@ def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[tuple, tuple]:
     return ("codes", *size, kernel_size, 1, kernel_size // 2), ("hidden rows", *size, kernel_size)
 
 
-def _check_fits(size: tuple[int, ...], kernel_size: int, padding: int) -> None:
-    if min(size) + 2 * padding < kernel_size:
-        raise ValueError(f"no {kernel_size}x{kernel_size} window fits size {size} with padding {padding}")
+def _integer(name: str, value: Any) -> int:
+    """`value` as an int; raises TypeError for what is not one, such as 5.0."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    """`size` as (h, w)."""
+    if len(size) != 2:
+        raise TypeError(f"size must be a pair (h, w), got {size!r}")
+    return _integer("height", size[0]), _integer("width", size[1])
 
 
 def _is_integer(t: torch.Tensor) -> bool:
@@ -335,6 +382,8 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    if num_labels > _MOST_LABELS:
+        raise ValueError(f"num_labels must be at most {_MOST_LABELS}, got {num_labels}")
     # A narrow dtype would wrap num_labels and ignore_index to its own range.
     classes = labels.to(torch.int64)
     ignored = None if ignore_index is None else classes == ignore_index

@@ -84,10 +84,13 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
         upsample: the statistics are those of x with every pixel repeated upsample x upsample times.
 
     Raises:
-        ValueError: one value per channel in training, where a variance does not exist.
+        TypeError: another norm.
+        ValueError: one value per channel in training, where a variance does not exist; moments or running statistics
+            of another shape than x has channels.
     """
     if not isinstance(norm, (nn.InstanceNorm2d, *_BATCH_NORMS)):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
+    _check_shapes(norm, x, taken)
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
     if not _goes_by_running_statistics(norm):
@@ -97,6 +100,18 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
+
+
+def _check_shapes(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
+    for name in ("running_mean", "running_var"):
+        running = getattr(norm, name)
+        if running is not None and running.shape != x.shape[1:2]:
+            raise ValueError(f"{name} of the norm has shape {tuple(running.shape)}, x has {x.shape[1]} channels")
+    if taken is not None and (len(taken) != 2 or any(t.shape != x.shape[:2] for t in taken)):
+        raise ValueError(
+            f"moments must be two tensors of shape {tuple(x.shape[:2])}, got {[tuple(t.shape) for t in taken]}; take "
+            "them of this x with normalization.moments"
+        )
 
 
 def identity_statistics(x: Tensor) -> Statistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,24 @@ def layer(x: torch.Tensor = X, segmap=LABELS, norm: str = "batch") -> torch.Tens
     return SPADE(f"spade{norm}3x3", 4, 3)(x, segmap)
 
 
+def layer_with(changes: Callable[[SPADE], object], training: bool = True, **options) -> torch.Tensor:
+    """A call of a layer after something was done to it."""
+    changed = SPADE("spadebatch3x3", 4, 3).train(training)
+    changes(changed)
+    return changed(X, LABELS, **options)
+
+
+def set_statistic(name: str, size: int) -> Callable[[SPADE], None]:
+    return lambda layer: setattr(layer.param_free_norm, name, torch.zeros(size))
+
+
+def set_bias(name: str, size: int) -> Callable[[SPADE], None]:
+    return lambda layer: setattr(layer.get_submodule(name), "bias", torch.nn.Parameter(torch.zeros(size)))
+
+
+MAP = LabelMap(LABELS, 3)
+
+
 def generate(segmap, z: torch.Tensor | None = None, **options) -> torch.Tensor:
     return SPADEGenerator(3, **{"ngf": 2, "crop_size": 64, **options})(segmap, z)
 
@@ -69,6 +88,26 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     ),
     "empty batch of labels": (ValueError, lambda: LabelMap(LABELS[:0], 3), ["empty", "(0, 8, 8)"]),
     "no classes": (ValueError, lambda: LabelMap(LABELS, 0), ["num_labels", "at least 1", "0"]),
+    "too many classes": (ValueError, lambda: LabelMap(LABELS, 2**31), ["num_labels", "at most", "2147483648"]),
+    "float number of classes": (TypeError, lambda: LabelMap(LABELS, 5.0), ["num_labels", "integer", "5.0"]),  # type: ignore[arg-type]
+    "float ignore_index": (TypeError, lambda: LabelMap(LABELS, 5, ignore_index=2.0), ["ignore_index", "2.0"]),  # type: ignore[arg-type]
+    "windows: size": (TypeError, lambda: MAP.windows((8,), 3, 1, 1), ["pair (h, w)", "(8,)"]),
+    "windows: float size": (TypeError, lambda: MAP.windows((8.0, 8), 3, 1, 1), ["height", "integer", "8.0"]),  # type: ignore[arg-type]
+    "windows: empty size": (ValueError, lambda: MAP.windows((8, 0), 3, 1, 1), ["width", "at least 1", "0"]),
+    "windows: float kernel": (TypeError, lambda: MAP.windows((8, 8), 3.0, 1, 1), ["kernel_size", "3.0"]),  # type: ignore[arg-type]
+    "windows: no kernel": (ValueError, lambda: MAP.windows((8, 8), 0, 1, 1), ["kernel_size", "at least 1", "0"]),
+    "windows: no stride": (ValueError, lambda: MAP.windows((8, 8), 3, 0, 1), ["stride", "at least 1", "0"]),
+    "windows: stride": (ValueError, lambda: MAP.windows((8, 8), 3, -1, 1), ["stride", "at least 1", "-1"]),
+    "windows: padding": (ValueError, lambda: MAP.windows((8, 8), 3, 1, -1), ["padding", "at least 0", "-1"]),
+    "windows: too large": (ValueError, lambda: MAP.windows((2**20, 2**20), 3, 1, 1), ["2 maps", "2^28 pixels"]),
+    "windows: too many ids": (ValueError, lambda: MAP.windows((2**10, 2**10), 99, 1, 49), ["99x99", "2^31 ids"]),
+    "window index: no kernel": (ValueError, lambda: MAP.window_index((8, 8), 0), ["kernel_size", "at least 1"]),
+    "window index: kernel": (ValueError, lambda: MAP.window_index((8, 8), -3), ["kernel_size", "at least 1", "-3"]),
+    "window index: even kernel": (ValueError, lambda: MAP.window_index((8, 8), 4), ["kernel_size", "odd", "4"]),
+    "window index: too large": (ValueError, lambda: MAP.window_index((2**20, 2**20), 3), ["2^28 pixels"]),
+    "prepare: size": (ValueError, lambda: MAP.prepare([(8, 8), (-1, 8)]), ["height", "at least 1", "-1"]),
+    "weigh: too few rows": (ValueError, lambda: MAP.weigh(torch.zeros(2, 5)), ["(3, D)", "(2, 5)"]),
+    "weigh: integers": (ValueError, lambda: MAP.weigh(torch.zeros(3, 5, dtype=torch.int64)), ["float", "torch.int64"]),
     "edges of another shape": (
         ValueError,
         lambda: LabelMap(LABELS, 3, LABELS[:1].bool()),
@@ -102,6 +141,35 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     ),
     "layer: unknown norm": (ValueError, lambda: layer(norm="group"), ["'group'", "instance, batch, syncbatch"]),
     "layer: even kernel": (ValueError, lambda: SPADE("spadebatch4x4", 4, 3), ["odd", "4"]),
+    **{
+        f"layer: bias of {name}": (ValueError, partial(layer_with, set_bias(module, 5)), [f"bias of {name}", "(5,)"])
+        for name, module in (("shared", "mlp_shared.0"), ("gamma", "mlp_gamma"), ("beta", "mlp_beta"))
+    },
+    **{
+        f"layer: {name}, {mode}, {size} values": (
+            ValueError,
+            partial(layer_with, set_statistic(name, size), mode == "training"),
+            [name, f"({size},)", "4 channels"],
+        )
+        for name in ("running_mean", "running_var")
+        for mode in ("training", "evaluation")
+        for size in (0, 1, 5)
+    },
+    "layer: moments of other channels": (
+        ValueError,
+        lambda: layer_with(lambda layer: None, moments=(torch.zeros(2, 5), torch.ones(2, 5))),
+        ["moments", "(2, 4)", "(2, 5)"],
+    ),
+    "layer: one moment": (
+        ValueError,
+        lambda: layer_with(lambda layer: None, moments=(torch.zeros(2, 4),)),
+        ["moments", "two tensors"],
+    ),
+    "layer: moments of other images": (
+        ValueError,
+        lambda: layer_with(lambda layer: None, moments=(torch.zeros(1, 4), torch.ones(1, 4))),
+        ["moments", "(2, 4)", "(1, 4)"],
+    ),
     "generator: id too large": (ValueError, lambda: generate(labels_with(9)), ["label 9", "x=3, y=2", "0..2"]),
     "generator: segmap channels": (ValueError, lambda: generate(torch.zeros(2, 5, 8, 8)), ["5", "built for 3"]),
     "generator: z shape": (
