@@ -75,6 +75,21 @@ def why_no_windows(
     return None
 
 
+def require_storage(name: str, t: Tensor) -> None:
+    """Raises ValueError for a tensor whose storage was freed, which PyTorch's own operators would read."""
+    # Compiled code has no storages to ask; the operators in it ask for themselves.
+    if type(t) is Tensor and not torch.compiler.is_compiling() and not has_storage(t):
+        raise ValueError(f"{name} has no memory: its storage was freed or resized")
+
+
+def has_storage(t: Tensor) -> bool:
+    """False for a tensor whose storage was freed or made smaller, as FSDP frees that of sharded parameters."""
+    if not t.numel() or t.layout != torch.strided or t.is_meta:
+        return True
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
 class _Arguments:
     """The arguments of one call; all tensors must be on one device."""
 
@@ -141,7 +156,7 @@ class _Arguments:
         if t.dim() != len(shape) or any(map(_differs, t.shape, shape)):
             wanted = ", ".join("any" if size is _ANY else str(size) for size in shape)
             self.fail(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
-        if not (self._fake or _has_storage(t)):
+        if not (self._fake or has_storage(t)):
             self.fail(f"{name} has no memory: its storage was freed or resized")
 
 
@@ -150,14 +165,6 @@ def _differs(size: Any, wanted: Any) -> bool:
     if wanted is _ANY:
         return isinstance(size, int) and size == 0
     return isinstance(size, int) and isinstance(wanted, int) and size != wanted
-
-
-def _has_storage(t: Tensor) -> bool:
-    """False for a tensor whose storage was freed or made smaller, as FSDP frees that of sharded parameters."""
-    if not t.numel():
-        return True
-    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
 def _size(t: Tensor, dim: int) -> Any:

@@ -259,6 +259,7 @@ class LabelMap(Packable):
         Raises:
             ValueError: a pixel is not one-hot; the message names it.
         """
+        checks.require_storage("planes", planes)
         if planes.dim() != 4 or planes.shape[1] < 1 + edges:
             raise ValueError(f"expected one-hot planes (N, C, H, W), got shape {tuple(planes.shape)}")
         read = read_one_hot(planes if planes.is_floating_point() else planes.float(), edges)
@@ -355,7 +356,8 @@ def _integer(name: str, value: Any) -> int:
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        got = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(f"{name} must be an integer, got {got}")
     return int(value)
 
 
@@ -380,6 +382,7 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         raise ValueError(f"labels must have shape (N, H, W), got {tuple(labels.shape)}{hint}")
     if labels.numel() == 0:
         raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
+    checks.require_storage("labels", labels)
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     if num_labels > _MOST_LABELS:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spade_kernels import ops
+from spade_kernels import checks, ops
 
 Moments = tuple[Tensor, Tensor]
 
@@ -126,13 +126,14 @@ def _goes_by_running_statistics(norm: nn.Module) -> bool:
 
 
 def check_input(x: Tensor, channels: int) -> None:
-    """Raises ValueError unless x is a float tensor (N, channels, h, w), not empty."""
+    """Raises ValueError unless x is a float tensor (N, channels, h, w) in memory, not empty."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor (N, C, h, w), got {x.dtype} of shape {tuple(x.shape)}")
     if x.shape[1] != channels:
         raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {channels}")
     if x.numel() == 0:
         raise ValueError(f"x holds no pixels, its shape is {tuple(x.shape)}")
+    checks.require_storage("x", x)
 
 
 def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:

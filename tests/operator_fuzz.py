@@ -10,28 +10,23 @@ summary; the exit status is 1 if anything was.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import resource
-import signal
 import sys
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from calls_in_processes import RAISED, RETURNED, outcome
 from test_ops import OPS, H, N, Problem, W
 from torch import Tensor
 
 import spade_kernels as sk
 from spade_kernels import ops
 
-_VERDICTS = {10: "returned", 11: "raised", 12: "returned another result"}
-_RETURNED, _RAISED, _DIFFERS = _VERDICTS
-_SECONDS = 60
-_MEMORY = 16 << 30
+_DIFFERS = 12
+_VERDICTS = {RETURNED: "returned", RAISED: "raised", _DIFFERS: "returned another result"}
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NO_FLOATS = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
@@ -239,31 +234,12 @@ def _changes_of_bounds(value: Tensor):
 Same = Callable[[Tensor, Tensor], bool]
 
 
-def outcome(call: Call, same: Same) -> int:
-    """The exit status of a process that makes the call, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        os._exit(_make(call, same))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def _make(call: Call, same: Same) -> int:
-    signal.alarm(_SECONDS)
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    if not os.environ.get("ASAN_OPTIONS"):
-        os.dup2(quiet, 2)
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    try:
-        # Whatever a result holds must be there to be read.
-        found = [t.clone() for t in _results(call.op, call.changed())]
-    except Exception:
-        return _RAISED
-    except BaseException:
-        traceback.print_exc()
-        return 1
+    # Whatever a result holds must be there to be read.
+    found = [t.clone() for t in _results(call.op, call.changed())]
     if call.is_same and not all(map(same, found, _results(call.op, call.original))):
         return _DIFFERS
-    return _RETURNED
+    return RETURNED
 
 
 def _results(op: str, arguments: list) -> list[Tensor]:
@@ -292,7 +268,7 @@ def main() -> int:
     # Stock operators sum up in an order that depends on the layout.
     same: Same = torch.allclose if options.backend == "reference" else torch.equal
     for call in every:
-        status = outcome(call, same)
+        status = outcome(lambda call=call: _make(call, same))
         verdict = _VERDICTS.get(status, "ended the process")
         counts[verdict] += 1
         if verdict != ("returned" if call.valid else "raised"):

@@ -1,4 +1,4 @@
-"""No call of an operator ends the process, and none with an invalid argument returns; see operator_fuzz.py."""
+"""No call ends the process, and no operator takes an invalid argument; see operator_fuzz.py and public_fuzz.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import spade_kernels as sk
 CALLS = 300
 
 
-def fuzz(*options: object) -> str:
+def fuzz(*options: object, script: str = "operator_fuzz.py") -> str:
     """What the fuzzer reports; it needs a process that has no threads yet."""
-    command = [sys.executable, str(Path(__file__).with_name("operator_fuzz.py")), *map(str, options)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -26,3 +26,7 @@ def test_calls_with_one_argument_changed(backend):
     if sk.build_info()["backends"][backend] is not None:
         pytest.skip(f"backend {backend}: {sk.build_info()['backends'][backend]}")
     assert fuzz("--calls", CALLS, "--backend", backend).startswith(f"{CALLS} calls: ")
+
+
+def test_public_calls_with_odd_values():
+    assert f"{CALLS} calls: " in fuzz("--calls", CALLS, script="public_fuzz.py")
