@@ -86,7 +86,7 @@ def test_nan_is_seen():
     assert np.asarray(to_image(tensor)).tolist() == [[[128, 128, 128], [255, 0, 255]]]
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 4, 4), (4, 4)])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 4, 4), (4, 4)])
 def test_to_image_of_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"\(3, H, W\), got shape"):
         to_image(torch.zeros(shape))
