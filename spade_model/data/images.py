@@ -25,6 +25,10 @@ GREY_MODES = ("1", "L", "LA", *WIDE_MODES)
 FULL_16 = 2**16 - 1
 """The highest level of 16 bits."""
 
+_SAVE_AS = (
+    "Save it with 8 bits a channel; grey photographs of 16 bits are read in full with --output_nc 1 --image_bits 16"
+)
+
 
 def open_image(path: Path) -> Image.Image:
     """The decoded image, in the file's own mode.
@@ -135,11 +139,6 @@ def _require_all_bits(image: ImageFile.ImageFile, path: Path) -> None:
     if image.mode not in WIDE_MODES and re.search(r";16[BLN]\b", raw_modes):
         what = "colours or transparency with 16 bits a channel, of which only 8 could be read"
         raise data_error(path, what, "Save it as grey without an alpha channel, or with 8 bits a channel")
-
-
-_SAVE_AS = (
-    "Save it with 8 bits a channel; grey photographs of 16 bits are read in full with --output_nc 1 --image_bits 16"
-)
 
 
 def _levels_of_16_bits(image: Image.Image, path: Path | None) -> np.ndarray:
