@@ -119,7 +119,8 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
             f"{source} belongs to another architecture: {'; '.join(differences[:3])}{more}. "
-            "Use the options it was trained with (label_nc, no_instance, ngf, norm_G, num_upsampling_layers, use_vae)"
+            "Use the options it was trained with (label_nc, no_instance, output_nc, ngf, norm_G, "
+            "num_upsampling_layers, use_vae)"
         )
     module.load_state_dict(dict(state))
 

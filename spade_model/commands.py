@@ -45,7 +45,6 @@ GONE = {
     "--netE": "there is one encoder",
     "--nef": "it never had an effect; the encoder's width is --ngf",
     "--optimizer": "it never had an effect; the optimizer is Adam",
-    "--output_nc": "images have 3 channels",
     "--phase": "train reads the train split, generate the val split",
     "--display_winsize": "the page scales images itself",
     "--cache_filelist_read": "listing files is fast enough without a cache",

@@ -65,6 +65,11 @@ class DataConfig:
     """Crop to this width, in pixels; the generator's output width."""
     aspect_ratio: float = 1.0
     """Width / height of the generated image."""
+    output_nc: Literal[1, 3] = 3
+    """Channels of photographs and generated images: 3, RGB; or 1, grey. Photographs of the other kind are converted."""
+    image_bits: Literal[8, 16] = 8
+    """Bits of each channel of photographs and generated images. 16 needs --output_nc 1; photographs of 8 bits then keep
+    their brightness."""
     no_flip: _No = False
     """Do not mirror training images at random."""
     batch_size: int = 1
@@ -276,7 +281,7 @@ def check_choices(config: Any) -> None:
     """Raises UserError when an option of a config, all of whose values are known, has another value."""
     for name, choices in _choices(type(config)).items():
         if getattr(config, name) not in choices:
-            raise UserError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(choices)}")
+            raise UserError(f"--{name} {getattr(config, name)!r} is not one of {_listed(choices)}")
 
 
 def check_name(name: str) -> None:
@@ -321,7 +326,7 @@ def _build(cls, values: Any, source: str):
         if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):
             raise UserError(f"{source}: option {name!r} is {value!r}, expected something like {default!r}")
         if value not in choices.get(name, (value,)):
-            raise UserError(f"{source}: option {name!r} is {value!r}, which is not one of {', '.join(choices[name])}")
+            raise UserError(f"{source}: option {name!r} is {value!r}, which is not one of {_listed(choices[name])}")
     return cls(**values)
 
 
@@ -339,7 +344,11 @@ def _same_kind(value: Any, default: Any) -> bool:
     return isinstance(value, type(default))
 
 
-def _choices(cls: type) -> dict[str, tuple[str, ...]]:
+def _listed(choices: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, choices))
+
+
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """The values of each option of a config class that has a fixed set of them."""
     hints = get_type_hints(cls)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from spade_model.config import (
     default_data_config,
 )
 from spade_model.data import Batch, create_dataset, create_loader, load_condition
-from spade_model.data.images import IMAGE_SUFFIXES, read_photograph
-from spade_model.data.item import rgb_to_tensor
+from spade_model.data.images import IMAGE_SUFFIXES, read_photograph, to_photograph
+from spade_model.data.item import photograph_to_tensor
 from spade_model.errors import UserError
 from spade_model.networks import build_encoder, build_generator
 from spade_model.networks.check import check_generator, check_norms
@@ -92,15 +91,19 @@ class LoadedModel:
     def style(self, image: Image.Image | str | Path) -> tuple[Tensor, Tensor]:
         """mu and logvar, (1, z_dim) each, of a photograph or its file.
 
-        Raises UserError when the model has no encoder, and for a bad file.
+        Raises UserError when the model has no encoder, and for a bad file or one of more bits than `data.image_bits`.
         """
         encoder = _require_encoder(self, "a style image")
-        photograph = image.convert("RGB") if isinstance(image, Image.Image) else read_photograph(Path(image))
-        return encoder(rgb_to_tensor(np.asarray(photograph)).unsqueeze(0).to(self.device))
+        kind = self.data.output_nc, self.data.image_bits
+        if isinstance(image, Image.Image):
+            photograph = to_photograph(image, *kind)
+        else:
+            photograph = read_photograph(Path(image), *kind)
+        return encoder(photograph_to_tensor(photograph).unsqueeze(0).to(self.device))
 
     @torch.no_grad()
     def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] of a condition, with style vectors (N, z_dim) for VAE models."""
+        """Images (N, output_nc, H, W) in [-1, 1] of a condition, with style vectors (N, z_dim) for VAE models."""
         return self.generator(segmap.to(self.device), None if z is None else z.to(self.device)).float()
 
 
@@ -116,7 +119,7 @@ def generate(
     data: DataConfig | None = None,
     model: ModelConfig | None = None,
 ) -> list[Image.Image]:
-    """Images of one label image.
+    """Images of one label image, in the mode of the photographs that the model was trained on: RGB, L or I;16.
 
     Args:
         checkpoint_file: a checkpoint of this project, or the original's *_net_G.pth.
@@ -130,7 +133,8 @@ def generate(
     """
     loaded = load_model(checkpoint_file, data, model, device=device)
     batch = load_condition(label, loaded.data, instance)
-    return [to_image(image[0]) for image in _images(loaded, batch, style_image or "", samples, seed)]
+    bits = loaded.data.image_bits
+    return [to_image(image[0], bits) for image in _images(loaded, batch, style_image or "", samples, seed)]
 
 
 def load_model(
@@ -218,9 +222,9 @@ def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile
         label = condition_image(batch.segmap, 0)
         pictures: list[Image.Image | None] = [label]
         for image in _images(loaded, batch, config.style_image, config.samples, config.data.seed):
-            pictures.append(to_image(image[0]))
+            pictures.append(to_image(image[0], loaded.data.image_bits))
             if config.overlay:
-                pictures.append(overlay(pictures[-1], label))  # type: ignore[arg-type]
+                pictures.append(overlay(to_image(image[0]), label))
         yield batch.names[0], pictures
 
 
@@ -288,7 +292,10 @@ def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:
 
 
 def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples: int, seed: int) -> Iterator[Tensor]:
-    """`samples` images (1, 3, H, W); with a style image the first takes its mean style, the others vary around it."""
+    """`samples` images (1, output_nc, H, W).
+
+    With a style image the first takes its mean style, the others vary around it.
+    """
     noise = torch.Generator().manual_seed(seed)
     if style_image:
         mu, logvar = (t.cpu() for t in loaded.style(style_image))

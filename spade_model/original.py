@@ -22,16 +22,18 @@ def infer_generator(
 ) -> tuple[DataConfig, ModelConfig]:
     """The configs a `*_net_G.pth` needs, read from its shapes.
 
-    ngf, condition channels, norm, kernel size, VAE, z_dim and the `most` upsampling mode are certain. For a VAE the
-    first linear layer also gives crop size and upsampling mode together with the aspect ratio; for other networks
-    `normal` and `more` have the same weights, and `data.crop_size` and `model.num_upsampling_layers` are kept as given.
+    ngf, channels of condition and image, norm, kernel size, VAE, z_dim and the `most` upsampling mode are certain. For
+    a VAE the first linear layer also gives crop size and upsampling mode together with the aspect ratio; for other
+    networks `normal` and `more` have the same weights, and `data.crop_size` and `model.num_upsampling_layers` are kept
+    as given.
 
     Args:
         state: parameter names and tensors. data, model: what cannot be inferred is taken from these.
         source: where the state comes from, for messages.
 
     Raises:
-        UserError: not a SPADE generator, or its condition channels contradict label_nc and no_instance.
+        UserError: not a SPADE generator, one of images that are neither grey nor RGB, or its condition channels
+            contradict label_nc and no_instance.
     """
     for name, ranks in _NEEDED.items():
         if name not in state or state[name].dim() not in ranks:
@@ -45,7 +47,7 @@ def infer_generator(
     ngf = state["conv_img.weight"].shape[1] * (2 if most else 1)
     mode: str = "most" if most else model.num_upsampling_layers
     found: dict[str, Any] = {"netG": "spade", "ngf": ngf, "norm_G": _norm(state, shared.shape[-1])}
-    data = _fit_channels(data, shared.shape[1], source)
+    data = _fit_channels(_fit_image(data, len(state["conv_img.weight"]), source), shared.shape[1], source)
     if state["fc.weight"].dim() == 2:
         found |= {"use_vae": True, "z_dim": state["fc.weight"].shape[1]}
         pixels = state["fc.weight"].shape[0] // (16 * ngf)
@@ -84,6 +86,13 @@ def _norm(state: Mapping[str, Tensor], kernel_size: int) -> str:
     spectral = "spectral" if "head_0.conv_0.weight_orig" in state else ""
     base = "syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state else "instance"
     return f"{spectral}spade{base}{kernel_size}x{kernel_size}"
+
+
+def _fit_image(data: DataConfig, channels: int, source: str) -> DataConfig:
+    """The config with as many image channels."""
+    if channels not in (1, 3):
+        raise UserError(f"{source} makes images of {channels} channels; only grey (1) and RGB (3) ones can be written")
+    return replace(data, output_nc=channels)  # type: ignore[arg-type]
 
 
 def _fit_channels(data: DataConfig, channels: int, source: str) -> DataConfig:

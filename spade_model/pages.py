@@ -19,6 +19,7 @@ from PIL import Image
 
 from spade_model.errors import UserError
 from spade_model.files import replacing
+from spade_model.visualize import preview
 
 PageRow = tuple[str, Sequence[Image.Image | None]]
 """A caption, and one picture (or none) for each column."""
@@ -33,6 +34,8 @@ _SHOWN_SAMPLES = 100
 
 class _Picture(TypedDict):
     file: str
+    preview: str
+    """The file that the page shows; another one when the file has 16 bits. Missing in what earlier versions wrote."""
     width: int
     height: int
 
@@ -50,6 +53,8 @@ class _Sample(TypedDict):
 
 def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: Iterable[PageRow]) -> Path:
     """Saves pictures as folder/images/<column>/<caption>.png and a page that shows them.
+
+    Of pictures of 16 bits the page shows copies of 8 bits, which are in folder/previews, and links to the pictures.
 
     File names are the captions with unsafe characters replaced, numbered where two would be the same. Files of an
     earlier page with the same names are replaced, others stay. `rows` is read once, so it may be a generator.
@@ -200,10 +205,18 @@ def _save_rows(folder: Path, pictures: str, columns: Sequence[str], rows: Iterab
 
 
 def _save_picture(folder: Path, file: str, image: Image.Image) -> _Picture:
+    shown = file
+    _replace_file(folder / file, _png(image))
+    if image.mode == "I;16":
+        shown = f"previews/{file.partition('/')[2]}"
+        _replace_file(folder / shown, _png(preview(image)))
+    return _Picture(file=file, preview=shown, width=image.width, height=image.height)
+
+
+def _png(image: Image.Image) -> bytes:
     content = BytesIO()
     image.save(content, "PNG")
-    _replace_file(folder / file, content.getvalue())
-    return _Picture(file=file, width=image.width, height=image.height)
+    return content.getvalue()
 
 
 def _file_name(text: str, taken: set[str]) -> str:

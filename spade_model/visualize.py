@@ -63,20 +63,37 @@ def colour_labels(labels: torch.Tensor | np.ndarray, num_labels: int) -> Image.I
     return Image.fromarray(_paint(labels, num_labels))
 
 
-def to_image(image: torch.Tensor) -> Image.Image:
-    """RGB picture of a floating point (3, H, W) tensor of any precision, on any device.
+def to_image(image: torch.Tensor, bits: int = 8) -> Image.Image:
+    """Picture of a floating point (3, H, W) or (1, H, W) tensor of any precision, on any device: RGB or grey.
 
-    -1 is black and 1 full; values beyond are clamped. Pixels with a NaN are magenta, so that they are seen.
+    -1 is black and 1 full; values beyond are clamped. Pixels with a NaN are magenta, so that they are seen; a grey
+    picture that has some is RGB.
+
+    Args:
+        bits: 8, or 16 of a grey picture, which then has mode I;16 and black pixels for NaN.
 
     Raises:
-        ValueError: the tensor is not (3, H, W).
+        ValueError: the tensor is neither (3, H, W) nor (1, H, W), or 16 bits are asked of three channels.
     """
-    if image.dim() != 3 or image.shape[0] != 3:
-        raise ValueError(f"expected an image (3, H, W), got shape {tuple(image.shape)}")
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"expected an image (1, H, W) or (3, H, W), got shape {tuple(image.shape)}")
+    if bits == 16 and image.shape[0] == 3:
+        raise ValueError("pictures of 16 bits have one channel, got three")
     values = image.detach().float().cpu()
-    pixels = ((values.nan_to_num(nan=0.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    pixels = np.where(values.isnan().any(0).numpy()[..., None], _NOT_A_NUMBER, pixels)
-    return Image.fromarray(pixels)
+    broken = values.isnan().any(0).numpy()
+    levels = (values.nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * ((2**bits - 1) / 2)
+    if bits == 16:
+        return Image.fromarray(levels[0].round().numpy().astype(np.uint16))
+    pixels = levels.round().to(torch.uint8).permute(1, 2, 0).numpy()
+    if broken.any():
+        return Image.fromarray(np.where(broken[..., None], _NOT_A_NUMBER, pixels))
+    return Image.fromarray(pixels[..., 0] if len(values) == 1 else pixels)
+
+
+def preview(image: Image.Image) -> Image.Image:
+    """A picture of mode I;16 with 8 bits, mode L."""
+    # Pillow's own conversion clips at 255.
+    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
 
 
 def condition_image(segmap: LabelMap | torch.Tensor, index: int) -> Image.Image:

@@ -115,6 +115,7 @@ CONTINUED: dict[str, tuple[list[str], list[str]]] = {
     "wider": (["--ngf", "4"], ["another architecture", "fc.weight has shape (32, 8", "network (64, 8", "ngf"]),
     "vae": (["--use_vae"], ["another architecture", "use_vae"]),
     "classes": (["--label_nc", "9"], ["another architecture", "label_nc"]),
+    "grey": (["--output_nc", "1"], ["another architecture", "conv_img.weight has shape (3, ", "output_nc"]),
     "batch_size": (["--batch_size", "4"], ["--batch_size 2, not 4", "continue with the same"]),
     "accumulate": (["--accumulate", "2"], ["--accumulate 1, not 2"]),
     "average": (["--ema_decay", "0.9"], ["holds no G_average", "trained with"]),

@@ -20,8 +20,8 @@ from spade_model.config import DATASET_DEFAULTS, TrainConfig, default_train_conf
 
 DATA = """
     dataset_mode dataroot label_dir image_dir instance_dir label_nc contain_dontcare_label no_instance ade20k_shift
-    preprocess_mode load_size crop_size aspect_ratio no_flip batch_size num_workers serial_batches max_dataset_size
-    no_pairing_check coco_no_portraits seed
+    preprocess_mode load_size crop_size aspect_ratio output_nc image_bits no_flip batch_size num_workers serial_batches
+    max_dataset_size no_pairing_check coco_no_portraits seed
 """
 MODEL = """
     netG ngf norm_G num_upsampling_layers use_vae z_dim resnet_n_downsample resnet_n_blocks resnet_kernel_size
@@ -245,6 +245,7 @@ def test_doctor_reads_custom_data_once_and_sums_up(spade, tmp_path):
         save_picture(tmp_path / f"masks/{name}.png", value=value)
         save_picture(tmp_path / f"photos/{name}.jpg")
     data = ["--dataset_mode", "custom", "--label_dir", tmp_path / "masks", "--image_dir", tmp_path / "photos"]
+    data += ["--output_nc", 1]
     result = spade("doctor", *data, "--no_instance")
     assert result.status == 2
     assert result.out.splitlines()[2:] == [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -185,6 +186,72 @@ class TestLayouts:
         (coco / "train_label/0.png").unlink()
         image.save(coco / "train_label/0.tiff" if mode == "I" else coco / "train_label/0.png")
         assert create_dataset(small("coco", coco), "train")[0].condition.unique().tolist() == [7]
+
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    def test_ids_beyond_a_byte(self, tmp_path, suffix):
+        write(tmp_path / f"masks/a.{suffix}", np.full((40, 48), 299, dtype=np.uint16))
+        config = small("custom", tmp_path, label_dir=str(tmp_path / "masks"), no_instance=True, label_nc=300)
+        assert create_dataset(config, "val", need_images=False)[0].condition.unique().tolist() == [299]
+
+
+class TestGreyPhotographs:
+    """--output_nc 1, with 8 bits and with --image_bits 16."""
+
+    @staticmethod
+    def read(root: Path, pixels: np.ndarray, bits: int, suffix: str = "png", **options) -> torch.Tensor:
+        """The photograph of a data set of one."""
+        shutil.rmtree(root / "photos", ignore_errors=True)
+        write(root / f"photos/a.{suffix}", pixels)
+        write(root / "masks/a.png", 0, pixels.shape[1::-1])
+        folders = {"label_dir": str(root / "masks"), "image_dir": str(root / "photos"), "no_instance": True}
+        config = small("custom", root, **{"preprocess_mode": "none", **folders, **options})
+        return create_dataset(replace(config, output_nc=1, image_bits=bits), "val")[0].image
+
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_every_level_is_kept(self, tmp_path, suffix, dtype):
+        bits, full = (8, 255) if dtype == np.uint8 else (16, 65535)
+        levels = np.linspace(0, full, 32 * 32).round().astype(dtype).reshape(32, 32)
+        image = self.read(tmp_path, levels, bits, suffix)
+        assert (image.shape, image.dtype, image.min(), image.max()) == ((1, 32, 32), torch.float32, -1, 1)
+        assert (image[0].numpy() + 1) * (full / 2) == pytest.approx(levels, abs=0.01)
+
+    def test_32_bits_that_fit_in_16(self, tmp_path):
+        levels = np.full((32, 32), 65535, dtype=np.int32)
+        assert self.read(tmp_path, levels, 16, "tif").unique().tolist() == [1]
+        levels[2, 3] = -1000
+        with pytest.raises(UserError, match=r"a\.tif: level -1000 at pixel x=3, y=2 is outside 0\.\.65535\. Shift and"):
+            self.read(tmp_path, levels, 16, "tif")
+
+    def test_resized_levels_stay_in_range_and_between_those_of_8_bits(self, tmp_path):
+        edges = np.zeros((40, 40), dtype=np.uint16)
+        edges[:, 20:] = 65535
+        fine, coarse = (
+            self.read(tmp_path, pixels, bits, preprocess_mode="fixed")
+            for pixels, bits in ((edges, 16), ((edges // 257).astype(np.uint8), 8))
+        )
+        assert (fine.min(), fine.max()) == (-1, 1)
+        torch.testing.assert_close(fine, coarse, rtol=0, atol=1.01 / 255)
+
+    def test_8_bits_among_16_keep_their_brightness(self, tmp_path):
+        levels = photograph(0, (32, 32))[..., 0]
+        torch.testing.assert_close(self.read(tmp_path, levels, 16), self.read(tmp_path, levels, 8), rtol=0, atol=1e-6)
+
+    def test_colours_are_read_as_their_luma(self, tmp_path):
+        levels = photograph(0, (32, 32))[..., 0]
+        equal = levels[..., None].repeat(3, -1)
+        assert torch.equal(self.read(tmp_path, equal, 8), self.read(tmp_path, levels, 8))
+        red, green = (np.full((32, 32, 3), colour, dtype=np.uint8) for colour in ((255, 0, 0), (0, 255, 0)))
+        assert self.read(tmp_path, red, 8).mean() < self.read(tmp_path, green, 8).mean()
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_toy_landscapes(self, bits):
+        config = replace(default_data_config("toy"), output_nc=1, image_bits=bits)
+        colours = create_dataset(replace(config, output_nc=3, image_bits=8), "val")[0].image
+        grey = create_dataset(config, "val")[0].image
+        assert grey.shape == (1, 64, 64)
+        luma = (colours * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+        torch.testing.assert_close(grey[0], luma, rtol=0, atol=1.01 / 255)
 
 
 TRAIN_SIZES = {

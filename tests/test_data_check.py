@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,6 +46,20 @@ def make_coco(root: Path, count: int = 2) -> DataConfig:
         save(root / f"train_inst/{number}.png", ids())
         save(root / f"train_img/{number}.jpg", rgb())
     return replace(default_data_config("coco"), dataroot=str(root), load_size=36, crop_size=32, batch_size=2)
+
+
+def save_16_bits(path: Path, colour_type: int) -> None:
+    """A PNG of 16 bits a channel: 2 is RGB, 4 is grey with an alpha channel. Pillow cannot write them."""
+    height, width = SIZE
+    row = b"\0" + bytes(2 * {2: 3, 4: 2}[colour_type] * width)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)),
+        (b"IDAT", zlib.compress(row * height)),
+    )
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
 
 
 def cut_in_half(path: Path) -> None:
@@ -101,7 +116,22 @@ BAD_FILES: dict[str, tuple[str, Damage, list[str]]] = {
     "16-bit photograph": (
         "train_img/1.jpg",
         lambda p: Image.fromarray(ids(500, np.uint16)).save(p, "PNG"),
-        ["more than 8 bits", "8 bits a channel"],
+        ["more than 8 bits", "8 bits a channel", "--output_nc 1 --image_bits 16"],
+    ),
+    "16-bit colours": (
+        "train_img/1.jpg",
+        lambda p: save_16_bits(p, 2),
+        ["16 bits a channel", "only 8", "8 bits a channel"],
+    ),
+    "16-bit label with alpha": (
+        "train_label/1.png",
+        lambda p: save_16_bits(p, 4),
+        ["16 bits a channel", "only 8", "grey without an alpha channel"],
+    ),
+    "floating point photograph": (
+        "train_img/1.jpg",
+        lambda p: Image.fromarray(ids().astype(np.float32)).save(p, "TIFF"),
+        ["floating point", "8 bits a channel"],
     ),
     "photograph of another size": (
         "train_img/1.jpg",
@@ -311,6 +341,33 @@ class TestCheckDataset:
         assert "Apply its EXIF orientation" in error.fix
         assert (warning.path, warning.is_warning) == (tmp_path / "train_img/0.jpg", True)
         assert "has an EXIF orientation, as 2 file(s) in all" in warning.what
+
+    @pytest.mark.parametrize(
+        ("photographs", "options", "warnings"),
+        [
+            ([rgb(), ids()], {}, ["1 is grey, as 1 photograph(s)"]),
+            ([rgb(), ids()], {"output_nc": 1}, ["0 is stored with colours, as 1 photograph(s)"]),
+            (
+                [ids(40000, np.uint16), ids(200)],
+                {"output_nc": 1, "image_bits": 16},
+                ["1 has 8 bits, as 1 photograph(s)"],
+            ),
+            (
+                [ids(9, np.uint16), ids(4095, np.uint16)],
+                {"output_nc": 1, "image_bits": 16},
+                ["1 its highest level, 4095"],
+            ),
+            ([ids(9, np.uint16), ids(50000, np.uint16)], {"output_nc": 1, "image_bits": 16}, []),
+        ],
+    )
+    def test_photographs_of_another_kind_than_the_options_say(self, tmp_path, photographs, options, warnings):
+        config = replace(make_coco(tmp_path), **options)
+        for number, pixels in enumerate(photographs):
+            (tmp_path / f"train_img/{number}.jpg").unlink()
+            save(tmp_path / f"train_img/{number}.png", pixels)
+        problems = check_dataset(config, "train")
+        expected = [warning.split(" ", 1) for warning in warnings]
+        assert_found(problems, [(tmp_path / f"train_img/{number}.png", words, True) for number, words in expected])
 
     def test_one_file_can_have_two_problems(self, tmp_path):
         config = make_coco(tmp_path)

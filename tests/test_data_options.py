@@ -22,6 +22,7 @@ class TestBadOptions:
             ({"dataset_mode": "custom", "label_dir": "x", "image_dir": "y"}, ["--instance_dir", "--no_instance"]),
             ({"dataset_mode": "ade20k"}, ["ade20k", "--no_instance"]),
             ({"label_nc": 0}, ["--label_nc 0", "custom", "coco"]),
+            ({"image_bits": 16}, ["--image_bits 16 with --output_nc 3", "--output_nc 1"]),
             ({"crop_size": 0}, ["--crop_size 0"]),
             ({"batch_size": -1}, ["--batch_size -1"]),
             ({"max_dataset_size": 0}, ["--max_dataset_size 0"]),

@@ -31,6 +31,7 @@ SHAPES = {
         ModelConfig(ngf=3, use_vae=True, z_dim=8, norm_G="spectralspadesyncbatch5x5"),
         DataConfig(crop_size=128, label_nc=5, contain_dontcare_label=False),
     ),
+    "grey": (ModelConfig(ngf=4), DataConfig(crop_size=64, label_nc=5, output_nc=1)),
     "vae, more": (
         ModelConfig(ngf=3, use_vae=True, z_dim=8, num_upsampling_layers="more"),
         DataConfig(crop_size=128, label_nc=5),
@@ -50,7 +51,7 @@ def test_shapes_of_the_original_are_inferred(tmp_path, name):
     loaded = spade_model.load_model(
         tmp_path / "latest_net_G.pth", given, ModelConfig(num_upsampling_layers=mode), device="cpu"
     )
-    assert loaded.data.semantic_nc == data.semantic_nc
+    assert (loaded.data.semantic_nc, loaded.data.output_nc) == (data.semantic_nc, data.output_nc)
     assert replace(loaded.model, norm_E=model.norm_E) == replace(model, norm_E=model.norm_E)
     segmap = torch.randint(0, 5, (1, 32, 32))
     planes = torch.nn.functional.one_hot(segmap, data.semantic_nc).permute(0, 3, 1, 2).float()
@@ -77,6 +78,14 @@ def test_files_of_old_torch_versions_load(tmp_path):
     planes = torch.rand(1, data.semantic_nc, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(planes), generator(planes), rtol=0, atol=1e-4)
+
+
+def test_images_of_other_channels_are_refused():
+    model, data = SHAPES["normal"]
+    state = build_generator(data, model).state_dict()
+    state["conv_img.weight"] = state["conv_img.weight"].new_zeros(4, 4, 3, 3)
+    with pytest.raises(UserError, match=r"file makes images of 4 channels; only grey \(1\) and RGB \(3\)"):
+        infer_generator(state, data, ModelConfig(), "file")
 
 
 def test_vae_crop_size_is_inferred():
@@ -137,6 +146,32 @@ def test_a_style_from_a_file_or_any_picture(vae_run, tmp_path):
         assert torch.equal(logvar, styles[0][1])
     with pytest.raises(UserError, match=r"nowhere\.png: cannot be opened"):
         loaded.style(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_grey_from_training_to_the_page(tmp_path, label_files, bits):
+    """Trains, goes on, and generates in the style of a photograph: all with one channel."""
+    config = small_config(
+        tmp_path, max_steps=1, no_html=False, data={"output_nc": 1, "image_bits": bits}, model={"use_vae": True}
+    )
+    run = spade_model.train(config)
+    spade_model.train(replace(config, max_steps=2, continue_train=True))
+    samples = sorted((run / "web/images/step_00000002").rglob("*.png"))
+    assert [Image.open(file).mode for file in samples] == [*["RGB"] * 2, *["L"] * 4]
+    photo = to_image(torch.rand(1, 40, 30), bits)
+    photo.save(tmp_path / "photo.png")
+    masks = ["--label", str(label_files / "labels"), "--instance", str(label_files / "instances")]
+    command = ["generate", "--name", "run", "--checkpoints_dir", str(tmp_path), *masks, "--how_many", "1", "--overlay"]
+    command += ["--style_image", str(tmp_path / "photo.png"), "--results_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    file = run / "latest.safetensors"
+    where = {"label": label_files / "labels/0.png", "instance": label_files / "instances/0.png"}
+    image = spade_model.generate(file, **where, style_image=tmp_path / "photo.png")[0]
+    written = Image.open(tmp_path / "out/run/latest/images/synthesized_image/0.png")
+    assert image.mode == written.mode == {8: "L", 16: "I;16"}[bits]
+    assert (np.asarray(image) == np.asarray(written)).all()
+    loaded = spade_model.load_model(file)
+    assert torch.equal(loaded.style(photo)[0], loaded.style(tmp_path / "photo.png")[0])
 
 
 def test_average_and_last_weights_differ(vae_run):

@@ -67,6 +67,19 @@ def test_results_are_one_folder_for_each_column(tmp_path):
     assert files == ["images/label/a.png", "images/synthesized/a.png", "index.html"]
 
 
+def test_pictures_of_16_bits_are_shown_with_8(tmp_path):
+    bright = Image.fromarray(np.full((4, 6), 60000, dtype=np.uint16))
+    page = Page(write_results_page(tmp_path, "t", COLUMNS, [("a", [picture(1), bright])]))
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == [
+        "images/label/a.png",
+        "images/synthesized/a.png",
+    ]
+    assert page.pictures()[1] == tmp_path / "previews/synthesized/a.png"
+    assert page.shades() == [1, 233]
+    kept = Image.open(tmp_path / "images/synthesized/a.png")
+    assert (kept.mode, kept.getextrema()) == ("I;16", (60000, 60000))
+
+
 def test_rows_may_come_from_a_generator(tmp_path):
     page = Page(write_results_page(tmp_path, "t", ["x"], ((str(i), [picture(i)]) for i in range(5))))
     assert len(page.pictures()) == 5

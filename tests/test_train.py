@@ -174,6 +174,19 @@ def test_vgg_loss_from_a_weights_file(tmp_path):
     assert vgg_loss(features, features) == 0
 
 
+def test_vgg_features_of_grey_are_those_of_equal_channels():
+    vgg, grey = VGG19Features(), torch.rand(1, 1, 32, 32)
+    for one, other in zip(vgg(grey), vgg(grey.repeat(1, 3, 1, 1)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pix2pixhd_in_grey(tmp_path):
+    model = {"netG": "pix2pixhd", "norm_G": "instance", "resnet_n_downsample": 1, "resnet_n_blocks": 1}
+    run = train(small_config(tmp_path, max_steps=1, data={"output_nc": 1}, model=model))
+    state = checkpoint.load(run / "latest.safetensors")
+    assert [len(weight) for name, weight in state["G"].items() if name.endswith("weight")][-1] == 1
+
+
 def test_fp16_scales_its_gradients(tmp_path):
     run = train(small_config(tmp_path, max_steps=2, precision="fp16"))
     state = checkpoint.load(run / "latest.safetensors")

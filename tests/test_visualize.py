@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from spade_kernels import LabelMap
-from spade_model.visualize import colour_labels, condition_image, label_colours, overlay, to_image
+from spade_model.visualize import colour_labels, condition_image, label_colours, overlay, preview, to_image
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 7, 13, 34, 36, 151, 183, 256, 512])
@@ -72,6 +72,16 @@ def test_every_byte_survives_the_way_to_a_tensor_and_back():
     assert (np.asarray(to_image(tensor)) == pixels).all()
 
 
+@pytest.mark.parametrize(("bits", "mode"), [(8, "L"), (16, "I;16")])
+def test_every_grey_level_survives_the_way_to_a_tensor_and_back(bits, mode):
+    levels = np.arange(2**bits).reshape(16, -1)
+    tensor = torch.from_numpy(levels).float()[None] / ((2**bits - 1) / 2) - 1
+    image = to_image(tensor, bits)
+    assert image.mode == mode
+    assert (np.asarray(image) == levels).all()
+    assert (np.asarray(preview(to_image(tensor, 16))) == np.asarray(to_image(tensor))).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_to_image_clamps_in_any_precision(dtype):
     values = torch.tensor([-float("inf"), -3.0, -1.0, 1.0, 3.0, float("inf")], dtype=dtype, requires_grad=True)
@@ -84,12 +94,19 @@ def test_nan_is_seen():
     tensor = torch.zeros(3, 1, 2)
     tensor[1, 0, 1] = float("nan")
     assert np.asarray(to_image(tensor)).tolist() == [[[128, 128, 128], [255, 0, 255]]]
+    assert np.asarray(to_image(tensor[1:2])).tolist() == [[[128, 128, 128], [255, 0, 255]]]
+    assert np.asarray(to_image(tensor[1:2], 16)).tolist() == [[32768, 0]]
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 4, 4), (4, 4)])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 4, 4), (4, 4)])
 def test_to_image_of_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"\(3, H, W\), got shape"):
         to_image(torch.zeros(shape))
+
+
+def test_colours_of_16_bits_are_refused():
+    with pytest.raises(ValueError, match="16 bits have one channel, got three"):
+        to_image(torch.zeros(3, 4, 4), 16)
 
 
 def test_condition_of_a_label_map_shows_labels_and_darker_edges():

@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from spade_model.config import DataConfig
 from spade_model.data.dataset import check_config
 from spade_model.data.folders import list_files
-from spade_model.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, orientation, read_header, read_photograph
+from spade_model.data.images import (
+    FULL_16,
+    GREY_MODES,
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    WIDE_MODES,
+    orientation,
+    read_header,
+    read_photograph,
+)
 from spade_model.data.item import ItemFiles, read_condition, read_instances, require_size
 from spade_model.data.preprocess import plan_geometry
 from spade_model.data.problem import DataError, Problem
@@ -48,31 +58,33 @@ def check_dataset(
     except UserError as error:
         return [Problem(None, str(error).rstrip("."), "Correct the options"), *_missing_folders(config)]
     problems = listing.problems + [_stray(path) for path in listing.strays]
-    with_palette: list[Path] = []
-    turned: list[Path] = []
+    remarks: dict[str, list[Path]] = {}
+    brightest = (-1.0, Path())
     with ThreadPoolExecutor(num_threads) as pool:
         reports: Iterable[_Report] = pool.map(partial(_check_item, config=config, split=split), listing.items)
         if progress is not None:
             reports = progress(reports, total=len(listing.items))
         for files, report in zip(listing.items, reports, strict=True):
             problems += report.problems
-            if report.has_palette:
-                with_palette.append(files.label)
-            turned += report.turned
-    if with_palette:
-        problems.append(_palette_warning(with_palette))
-    if turned:
-        problems.append(_orientation_warning(turned))
+            for remark, path in report.remarks:
+                remarks.setdefault(remark, []).append(path)
+            if files.image is not None:
+                brightest = max(brightest, (report.brightest, files.image))
+    problems += [_warning(remark, remarks[remark]) for remark in _WARNINGS if remark in remarks]
+    if 0 <= brightest[0] < (FULL_16 + 1) // 4:
+        problems.append(_dark_warning(*brightest))
     return sorted(problems, key=lambda problem: problem.is_warning)
 
 
 @dataclass
 class _Report:
-    """What is wrong with one item, whether its label image has a palette, and which files viewers show turned."""
+    """What one item's files are like."""
 
     problems: list[Problem] = field(default_factory=list)
-    has_palette: bool = False
-    turned: list[Path] = field(default_factory=list)
+    remarks: list[tuple[str, Path]] = field(default_factory=list)
+    """Keys of `_WARNINGS` and the files they apply to."""
+    brightest: float = -1
+    """The highest level of a photograph of 16 bits."""
 
     def attempt(self, action: Callable[[], _Result]) -> _Result | None:
         """The action's result; or None, when it finds a problem."""
@@ -88,18 +100,35 @@ def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
     report.attempt(partial(read_condition, files.label, config))
     # From the header, so that a label image with bad ids does not hide problems of size.
     mode, size = read_header(files.label) or ("", None)
-    report.has_palette = mode == "P" and config.label_nc > 0
+    if mode == "P" and config.label_nc:
+        report.remarks.append(("palette", files.label))
     if size is not None:
         # The corner of the crop does not matter: it fits everywhere or nowhere.
         random = np.random.default_rng(0) if split == "train" else None
         report.attempt(partial(plan_geometry, size, config, random, files.label))
-    for path, read in ((files.instance, read_instances), (files.image, read_photograph)):
+    read_image = partial(read_photograph, channels=config.output_nc, bits=config.image_bits)
+    for path, read in ((files.instance, read_instances), (files.image, read_image)):
         if path is not None:
             image = report.attempt(partial(read, path))
             if image is not None and size is not None:
                 report.attempt(partial(require_size, image.size, path, size, files.label))
-    report.turned = [path for path in (files.label, files.instance, files.image) if path and orientation(path) != 1]
+            if image is not None and path is files.image:
+                _look_at_photograph(image, path, config, report)
+    turned = [path for path in (files.label, files.instance, files.image) if path and orientation(path) != 1]
+    report.remarks += [("turned", path) for path in turned]
     return report
+
+
+def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig, report: _Report) -> None:
+    """Reports how its file differs from what the options say; `photograph` is what training makes of it."""
+    mode, _ = read_header(path) or ("", None)
+    is_grey = mode in GREY_MODES
+    if is_grey != (config.output_nc == 1):
+        report.remarks.append(("grey" if is_grey else "colour", path))
+    if config.image_bits == 16:
+        if mode not in WIDE_MODES:
+            report.remarks.append(("8 bits", path))
+        report.brightest = photograph.getextrema()[1]  # type: ignore[assignment]
 
 
 def _missing_folders(config: DataConfig) -> list[Problem]:
@@ -114,16 +143,38 @@ def _stray(path: Path) -> Problem:
     return Problem(path, what, f"It is ignored; remove it, or convert it to one of {', '.join(IMAGE_FORMATS)}", True)
 
 
-def _orientation_warning(paths: list[Path]) -> Problem:
-    """One warning for all files with a camera's tag that turns them."""
-    what = (
-        f"has an EXIF orientation, as {len(paths)} file(s) in all: viewers turn it, training reads it as it is stored"
+_WARNINGS = {
+    "palette": (
+        "has a palette, as {} label image(s) in all: the palette's indexes are used as ids",
+        "Check that the indexes, not the colours, are the classes",
+    ),
+    "turned": (
+        "has an EXIF orientation, as {} file(s) in all: viewers turn it, training reads it as it is stored",
+        "Apply the tag to the pixels (PIL.ImageOps.exif_transpose), unless mask and photograph fit as they are stored",
+    ),
+    "grey": (
+        "is grey, as {} photograph(s) in all: its channel becomes red, green and blue",
+        "Pass --output_nc 1 to train on grey images",
+    ),
+    "colour": (
+        "is stored with colours, as {} photograph(s) in all: training reads their luma",
+        "Leave --output_nc 1 out to train on colours",
+    ),
+    "8 bits": (
+        "has 8 bits, as {} photograph(s) in all: its levels are spread over the range of 16 bits",
+        "Export it with 16 bits, unless white is meant to be as bright as in the others",
+    ),
+}
+"""What a file can be like without being wrong, and what to do if it is not meant; one warning for all such files."""
+
+
+def _warning(remark: str, paths: list[Path]) -> Problem:
+    what, fix = _WARNINGS[remark]
+    return Problem(paths[0], what.format(len(paths)), fix, True)
+
+
+def _dark_warning(level: float, path: Path) -> Problem:
+    what = f"its highest level, {level:.0f} of {FULL_16}, is the highest of all photographs: they are almost black"
+    return Problem(
+        path, what, "Scale the levels of all photographs by the same factor, up to 65535 or close to it", True
     )
-    fix = "Apply the tag to the pixels (PIL.ImageOps.exif_transpose), unless mask and photograph fit as they are stored"
-    return Problem(paths[0], what, fix, True)
-
-
-def _palette_warning(paths: list[Path]) -> Problem:
-    """One warning for all label images with a palette."""
-    what = f"has a palette, as {len(paths)} label image(s) in all: the palette's indexes are used as ids"
-    return Problem(paths[0], what, "Check that the indexes, not the colours, are the classes", True)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from spade_kernels.label_map import instance_edges
 from spade_model.config import DataConfig
 from spade_model.data.folders import find_items
-from spade_model.data.item import ItemFiles, read_sample, rgb_to_tensor
+from spade_model.data.images import to_photograph
+from spade_model.data.item import ItemFiles, photograph_to_tensor, read_sample
 from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import ITEM_AUGMENTATION, random_stream
 from spade_model.data.toy import SMALLEST_SIDE, TOY_CLASSES, draw_toy
@@ -82,10 +84,14 @@ class ToyDataset(SpadeDataset):
         flip = random is not None and not self.config.no_flip and bool(random.random() < 0.5)
         step = -1 if flip else 1
         labels, instances, rgb = (plane[:, ::step].copy() for plane in (toy.labels, toy.instances, toy.image))
+        image = None
+        if self.need_images:
+            photograph = to_photograph(Image.fromarray(rgb), self.config.output_nc, self.config.image_bits)
+            image = photograph_to_tensor(photograph)
         return Sample(
             torch.from_numpy(labels.astype(np.int64)),
             None if self.config.no_instance else instance_edges(torch.from_numpy(instances)),
-            rgb_to_tensor(rgb) if self.need_images else None,
+            image,
             f"toy_{index:06d}",
         )
 
@@ -140,6 +146,11 @@ def check_config(config: DataConfig) -> None:
         raise UserError(
             f"--aspect_ratio {config.aspect_ratio} gives no image with --crop_size {config.crop_size}; "
             "it is width / height"
+        )
+    if config.image_bits == 16 and config.output_nc != 1:
+        raise UserError(
+            f"--image_bits 16 with --output_nc {config.output_nc}: colours have 8 bits a channel here. Pass "
+            "--output_nc 1 for grey images of 16 bits, or --image_bits 8"
         )
     if config.label_nc == 0 and config.dataset_mode not in ("custom", "facades"):
         raise UserError(

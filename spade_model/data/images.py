@@ -1,11 +1,12 @@
-"""Reading image files: photographs as RGB, id images as integers. Every fault of a file is a `DataError`."""
+"""Reading image files: photographs in RGB or grey, id images as integers. Every fault of a file is a `DataError`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from spade_model.data.problem import data_error
 
@@ -19,14 +20,21 @@ MAX_PIXELS = 8192 * 8192
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, ArithmeticError, LookupError, TypeError)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
-_WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+GREY_MODES = ("1", "L", "LA", *WIDE_MODES)
+FULL_16 = 2**16 - 1
+"""The highest level of 16 bits."""
+
+_SAVE_AS = (
+    "Save it with 8 bits a channel; grey photographs of 16 bits are read in full with --output_nc 1 --image_bits 16"
+)
 
 
 def open_image(path: Path) -> Image.Image:
     """The decoded image, in the file's own mode.
 
     Raises DataError when the file is missing, empty, not an image of IMAGE_FORMATS, larger than MAX_PIXELS, truncated
-    or corrupt.
+    or corrupt, and when Pillow would drop half of its bits.
     """
     try:
         if path.stat().st_size == 0:
@@ -36,6 +44,7 @@ def open_image(path: Path) -> Image.Image:
                 raise data_error(path, "the image has no pixels", "Copy it again or remove it")
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(path, f"{image.width}x{image.height}")
+            _require_all_bits(image, path)
             image.load()
             return image
     except UnidentifiedImageError:
@@ -50,20 +59,38 @@ def open_image(path: Path) -> Image.Image:
         raise data_error(path, f"truncated or corrupt ({error})", "Copy it again or remove it") from None
 
 
-def read_photograph(path: Path) -> Image.Image:
-    """An RGB image, from any 8-bit colour or grey file. Orientation tags are ignored: label images have none.
+def read_photograph(path: Path, channels: int = 3, bits: int = 8) -> Image.Image:
+    """The photograph in a file, as `to_photograph` makes it. Orientation tags are ignored: label images have none.
 
-    Raises DataError as `open_image`, and for images of more than 8 bits a channel.
+    Raises DataError as `open_image` and `to_photograph`.
     """
-    image = open_image(path)
-    if image.mode in _WIDE_MODES or image.mode == "F":
-        raise data_error(
-            path, f"a grey image of more than 8 bits (mode {image.mode})", "Save the photograph with 8 bits a channel"
-        )
+    return to_photograph(open_image(path), channels, bits, path)
+
+
+def to_photograph(image: Image.Image, channels: int, bits: int, path: Path | None = None) -> Image.Image:
+    """The image in mode RGB (3 channels) or L (1 channel), or with 16 bits in mode F with levels of 0..65535.
+
+    Colours become grey by their luma, and grey becomes RGB with equal channels. With 16 bits, levels of 8 bits are
+    spread over the whole range: 255 becomes 65535.
+
+    Raises DataError, naming `path`, for images of more bits than `bits`, for floating point, and for levels outside
+    0..65535.
+    """
+    if image.mode == "F":
+        raise data_error(path, "a grey image of floating point numbers (mode F)", _SAVE_AS)
+    if image.mode in WIDE_MODES:
+        if bits == 8:
+            raise data_error(path, f"a grey image of more than 8 bits (mode {image.mode})", _SAVE_AS)
+        return Image.fromarray(_levels_of_16_bits(image, path).astype(np.float32))
     if image.mode == "P":
         # A palette with several transparent entries converts to RGB only by way of RGBA.
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if channels == 3:
+        return image
+    # The luma of three equal channels is their level exactly.
+    grey = image.convert("L")
+    return grey if bits == 8 else Image.fromarray(np.asarray(grey, dtype=np.float32) * (FULL_16 // 255))
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -80,7 +107,7 @@ def read_ids(path: Path) -> np.ndarray:
     if image.mode == "LA":
         ids, alpha = (np.asarray(band) for band in image.split())
         _require_opaque(alpha, path)
-    elif image.mode in ("1", "L", "P", *_WIDE_MODES):
+    elif image.mode in ("1", "L", "P", *WIDE_MODES):
         ids = np.asarray(image)
     else:
         raise data_error(path, *_why_not_ids(image))
@@ -103,6 +130,25 @@ def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
             return (image.mode, image.size) if min(image.size) > 0 else None
     except (*_DAMAGE, *_BOMBS):
         return None
+
+
+def _require_all_bits(image: ImageFile.ImageFile, path: Path) -> None:
+    """Raises DataError for an image, not decoded yet, that Pillow has no mode for: it would keep 8 of 16 bits."""
+    # Raw modes such as RGB;16B and LA;16B; not BGR;16, which is 16 bits for all channels together.
+    raw_modes = " ".join(str(tile[3]) for tile in image.tile)
+    if image.mode not in WIDE_MODES and re.search(r";16[BLN]\b", raw_modes):
+        what = "colours or transparency with 16 bits a channel, of which only 8 could be read"
+        raise data_error(path, what, "Save it as grey without an alpha channel, or with 8 bits a channel")
+
+
+def _levels_of_16_bits(image: Image.Image, path: Path | None) -> np.ndarray:
+    levels = np.asarray(image)
+    outside = (levels < 0) | (levels > FULL_16)
+    if outside.any():
+        y, x = np.argwhere(outside)[0]
+        what = f"level {levels[y, x]} at pixel x={x}, y={y} is outside 0..{FULL_16}"
+        raise data_error(path, what, "Shift and scale the levels of all photographs alike, and save them with 16 bits")
+    return levels
 
 
 def _too_large(path: Path, size: str, detail: str = "") -> Exception:

@@ -12,7 +12,7 @@ from PIL import Image
 from spade_kernels.label_map import instance_edges
 from spade_model.config import DataConfig
 from spade_model.data.classes import to_classes
-from spade_model.data.images import orientation, read_ids, read_photograph
+from spade_model.data.images import FULL_16, orientation, read_ids, read_photograph
 from spade_model.data.preprocess import Geometry, plan_geometry
 from spade_model.data.problem import data_error
 from spade_model.data.sample import Sample
@@ -59,21 +59,25 @@ def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generato
         require_size(instances.size, files.instance, condition.size, files.label)
         edges = instance_edges(_ids_tensor(instances, geometry))
     if files.image is not None:
-        photograph = read_photograph(files.image)
+        photograph = read_photograph(files.image, config.output_nc, config.image_bits)
         require_size(photograph.size, files.image, condition.size, files.label)
-        image = _rgb_tensor(photograph, geometry)
-    condition_tensor = (_ids_tensor if config.label_nc else _rgb_tensor)(condition, geometry)
+        image = _photograph_tensor(photograph, geometry)
+    condition_tensor = (_ids_tensor if config.label_nc else _photograph_tensor)(condition, geometry)
     return Sample(condition_tensor, edges, image, files.label.stem)
 
 
-def rgb_to_tensor(rgb: np.ndarray) -> torch.Tensor:
-    """float32 (3, H, W) in [-1, 1] from uint8 (H, W, 3)."""
-    planes = np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32)
-    return torch.from_numpy(planes / np.float32(127.5) - np.float32(1))
+def photograph_to_tensor(photograph: Image.Image) -> torch.Tensor:
+    """float32 (3 or 1, H, W) in [-1, 1] of what `to_photograph` returns, also once it is resized."""
+    levels, full = np.atleast_3d(np.asarray(photograph)), 255
+    if photograph.mode == "F":
+        # Bicubic sampling goes beyond the darkest and brightest levels; Pillow clips only those of 8 bits.
+        levels, full = levels.clip(0, FULL_16), FULL_16
+    planes = np.ascontiguousarray(levels.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(planes / np.float32(full / 2) - np.float32(1))
 
 
-def _rgb_tensor(image: Image.Image, geometry: Geometry) -> torch.Tensor:
-    return rgb_to_tensor(np.asarray(geometry.apply(image, Image.Resampling.BICUBIC)))
+def _photograph_tensor(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    return photograph_to_tensor(geometry.apply(image, Image.Resampling.BICUBIC))
 
 
 def _ids_tensor(image: Image.Image, geometry: Geometry) -> torch.Tensor:

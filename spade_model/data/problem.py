@@ -37,5 +37,5 @@ class DataError(UserError):
         self.problem = problem
 
 
-def data_error(path: Path, what: str, fix: str, label_nc: int = 0) -> DataError:
+def data_error(path: Path | None, what: str, fix: str, label_nc: int = 0) -> DataError:
     return DataError(Problem(path, what, fix, label_nc=label_nc))

@@ -20,7 +20,7 @@ class Sample:
     edges: torch.Tensor | None
     """bool (H, W), the instance boundaries; None with no_instance."""
     image: torch.Tensor | None
-    """float32 (3, H, W) photograph in [-1, 1]; None when there is none."""
+    """float32 (output_nc, H, W) photograph in [-1, 1]; None when there is none."""
     name: str
     """The label file's name without its suffix, or toy_ and its six-digit index."""
 
@@ -33,7 +33,7 @@ class Batch:
     """The condition: a label map; or, when label_nc is 0, float32 (N, semantic_nc, H, W): RGB in [-1, 1], and the
     edge plane (0 or 1) last when instances are used."""
     image: torch.Tensor | None
-    """float32 (N, 3, H, W) in [-1, 1]; None when the data set has no photographs."""
+    """float32 (N, output_nc, H, W) in [-1, 1]; None when the data set has no photographs."""
     names: list[str]
     """The samples' names."""
 

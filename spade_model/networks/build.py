@@ -22,6 +22,7 @@ def build_generator(data: DataConfig, model: ModelConfig) -> nn.Module:
             resnet_n_blocks=model.resnet_n_blocks,
             resnet_kernel_size=model.resnet_kernel_size,
             resnet_initial_kernel_size=model.resnet_initial_kernel_size,
+            output_nc=data.output_nc,
         )
     return SPADEGenerator(
         data.semantic_nc,
@@ -32,12 +33,18 @@ def build_generator(data: DataConfig, model: ModelConfig) -> nn.Module:
         aspect_ratio=data.aspect_ratio,
         use_vae=model.use_vae,
         z_dim=model.z_dim,
+        output_nc=data.output_nc,
     )
 
 
 def build_discriminator(data: DataConfig, model: ModelConfig) -> MultiscaleDiscriminator:
     return MultiscaleDiscriminator(
-        data.semantic_nc, ndf=model.ndf, norm_D=model.norm_D, num_D=model.num_D, n_layers_D=model.n_layers_D
+        data.semantic_nc,
+        ndf=model.ndf,
+        norm_D=model.norm_D,
+        num_D=model.num_D,
+        n_layers_D=model.n_layers_D,
+        output_nc=data.output_nc,
     )
 
 
@@ -45,4 +52,10 @@ def build_encoder(data: DataConfig, model: ModelConfig) -> ConvEncoder | None:
     """The style encoder; None without use_vae."""
     if not model.use_vae:
         return None
-    return ConvEncoder(ngf=model.ngf, norm_E=model.norm_E, crop_size=data.crop_size, z_dim=model.z_dim)
+    return ConvEncoder(
+        ngf=model.ngf,
+        norm_E=model.norm_E,
+        crop_size=data.crop_size,
+        z_dim=model.z_dim,
+        output_nc=data.output_nc,
+    )

@@ -18,14 +18,24 @@ class ConvEncoder(nn.Module):
     Args:
         ngf: width of the first layer. norm_E: [spectral]<none|instance|batch|syncbatch>.
         crop_size: width of the training images. z_dim: length of the style vector.
+        output_nc: image channels, named as the generator's.
     """
 
-    def __init__(self, *, ngf: int = 64, norm_E: str = "spectralinstance", crop_size: int = 256, z_dim: int = 256):
+    def __init__(
+        self,
+        *,
+        ngf: int = 64,
+        norm_E: str = "spectralinstance",
+        crop_size: int = 256,
+        z_dim: int = 256,
+        output_nc: int = 3,
+    ):
         super().__init__()
+        self.output_nc = output_nc
         widths = [ngf, ngf * 2, ngf * 4, ngf * 8, ngf * 8] + ([ngf * 8] if crop_size >= 256 else [])
         self.depth = len(widths)
         self.input_size = 4 * 2**self.depth
-        before = 3
+        before = output_nc
         for i, width in enumerate(widths, start=1):
             self.add_module(f"layer{i}", normalized(nn.Conv2d(before, width, 3, stride=2, padding=1), norm_E))
             before = width
@@ -33,8 +43,11 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(before * 16, z_dim)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and logvar, each (N, z_dim), of images (N, 3, H, W) in [-1, 1]. Raises ValueError for anything else."""
-        require_images(image, 3)
+        """mu and logvar, each (N, z_dim), of images (N, output_nc, H, W) in [-1, 1].
+
+        Raises ValueError for anything else.
+        """
+        require_images(image, self.output_nc)
         x = image
         if x.shape[2:] != (self.input_size, self.input_size):
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear")

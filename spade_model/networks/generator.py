@@ -62,6 +62,7 @@ class SPADEGenerator(nn.Module):
         num_upsampling_layers: "normal", "more", "most": 5, 6, 7 doublings; "most" adds a block.
         crop_size: image width in pixels; aspect_ratio: width / height.
         use_vae: start from a style vector of length z_dim instead of the downsampled mask.
+        output_nc: image channels.
 
     Raises:
         UserError: a size the doublings cannot reach, or an unknown option.
@@ -78,6 +79,7 @@ class SPADEGenerator(nn.Module):
         aspect_ratio: float = 1.0,
         use_vae: bool = False,
         z_dim: int = 256,
+        output_nc: int = 3,
     ):
         super().__init__()
         self.semantic_nc, self.use_vae, self.z_dim = semantic_nc, use_vae, z_dim
@@ -103,10 +105,10 @@ class SPADEGenerator(nn.Module):
         if num_upsampling_layers == "most":
             self.up_4 = block(ngf, ngf // 2)
             last = ngf // 2
-        self.conv_img = Conv2d(last, 3, 3, padding=1)
+        self.conv_img = Conv2d(last, output_nc, 3, padding=1)
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
-        """The image, (N, 3, H, W) in [-1, 1].
+        """The image, (N, output_nc, H, W) in [-1, 1].
 
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); resized to each layer.

@@ -51,8 +51,11 @@ class VGG19Features(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Five feature maps of images (N, 3, H, W), as the original feeds them: in [-1, 1], not re-normalized."""
-        results, x = [], image
+        """Five feature maps of images (N, 3, H, W), as the original feeds them: in [-1, 1], not re-normalized.
+
+        Grey images (N, 1, H, W) are taken as RGB of three equal channels.
+        """
+        results, x = [], image.expand(-1, 3, -1, -1)
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in _SLICE_ENDS:
