@@ -51,9 +51,8 @@ class Freezable(nn.Module):
     def _sources(self) -> Iterator[tuple[dict, str]]:
         """Where a module has its parts and weights: what `derive` can have read."""
         for module in self.modules():
-            for of in (module._modules, module._parameters):
+            for of in (module._modules, module._parameters, module._buffers):
                 yield from ((of, name) for name in of)
-        yield from ((self._buffers, name) for name in self._buffers)
 
     def _is_current(self) -> bool:
         return all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept_of)
