@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -115,17 +115,19 @@ class Conv2d(Freezable, nn.Conv2d):
         return u, v, sigma.reciprocal()
 
 
-def is_plain(module: nn.Module, of: type[nn.Conv2d] = nn.Conv2d) -> bool:
-    """Whether a call of the module is nothing but a convolution of its class `of` by its weight, stride 1, zero padding.
+def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
+    """Whether a call of the module is that of a convolution of class `kind` and nothing else.
 
-    A parametrization of the weight is part of reading it.
+    A parametrization of the weight is part of reading the weight.
     """
-    if not isinstance(module, of) or has_hooks(module):
+    if not isinstance(module, kind) or has_hooks(module) or "_conv_forward" in module.__dict__:
         return False
-    kind = type(module)
-    if kind.forward is not of.forward or kind._conv_forward is not of._conv_forward:
-        return False
-    return "_conv_forward" not in module.__dict__ and _has_stride_1_and_zero_padding(module)
+    return type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+
+
+def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> bool:
+    """Whether it `runs_as` one with stride 1 and zero padding."""
+    return runs_as(module, kind) and _has_stride_1_and_zero_padding(module)
 
 
 def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:

@@ -193,11 +193,11 @@ def convolved(
     make the norm's result where the convolution reads it: no tensor of that size exists.
 
     Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
-    (upsampled) and, unless it is a SPADE, the condition as a tensor (N, channels, H, W).
+    and the condition and without the slope. A norm that is no SPADE takes the condition as a tensor (N, channels, H, W).
     """
     how: dict[str, Any] = {"upsample": upsample, "moments": moments}
-    if not (is_plain(conv, Conv2d) and _is_spade(norm)) or has_hooks(norm):
-        y = conv(norm(x, segmap, slope, **how) if _is_spade(norm) else _by_other(norm, x, segmap, slope, upsample))
+    if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
+        y = conv(_activated(norm, x, segmap, slope, how))
         return y if add is None else y + add
     assert isinstance(conv, Conv2d)
     if conv.kept is not None:
@@ -206,14 +206,20 @@ def convolved(
     return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
 
 
-def _is_spade(norm: nn.Module) -> TypeGuard[SPADE]:
-    return isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__
-
-
-def _by_other(norm: nn.Module, x: torch.Tensor, segmap: Segmap, slope: float, upsample: int) -> torch.Tensor:
-    x = F.interpolate(x, scale_factor=upsample) if upsample > 1 else x
-    y = norm(x, as_planes(segmap, x.dtype))
+def _activated(norm: nn.Module, x: torch.Tensor, segmap: Segmap, slope: float, how: dict[str, Any]) -> torch.Tensor:
+    """leaky_relu(norm(x, segmap), slope), whatever the norm is."""
+    if _is_plain_spade(norm):
+        return norm(x, segmap, slope, **how)
+    if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
+        y = norm(x, segmap, **how)
+    else:
+        x = F.interpolate(x, scale_factor=how["upsample"]) if how["upsample"] > 1 else x
+        y = norm(x, as_planes(segmap, x.dtype))
     return y if slope == 1 else F.leaky_relu(y, slope)
+
+
+def _is_plain_spade(norm: nn.Module) -> TypeGuard[SPADE]:
+    return isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and not has_hooks(norm)
 
 
 def _parse(config_text: str) -> tuple[type[nn.Module], int]:
