@@ -21,7 +21,7 @@ class Conv2d(Freezable, nn.Conv2d):
     """`nn.Conv2d` with stride 1, optionally with spectral norm (Miyato et al. 2018).
 
     Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
-    (`weight_orig`, `weight_u`, `weight_v`); with spectral norm `weight` is the normalized weight, which can be read only.
+    (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, `weight` is the normalized weight, for reading.
 
     A training step can spare its passes over the weight: `weight_and_gain()` has the norm beside the weight, whoever
     makes the input multiplies it by the gain (a SPADE layer on its small table), and `forward(x, weight)` takes both.
@@ -125,7 +125,7 @@ def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
     return type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
 
 
-def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> TypeGuard[nn.Conv2d]:
     """Whether it `runs_as` one with stride 1 and zero padding."""
     return runs_as(module, kind) and _has_stride_1_and_zero_padding(module)
 

@@ -70,9 +70,9 @@ class SPADE(Freezable):
 
         Args:
             x: (N, norm_nc, h, w).
-            segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W). A one-hot
-                tensor is read once and again when PyTorch counts a change of it. It does not count writes through
-                `.data` or NumPy: pass a new tensor or a LabelMap after those.
+            segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W). A
+                one-hot tensor is read once, and again when PyTorch counts a change of it. It does not count writes
+                through `.data` or NumPy: pass a new tensor or a LabelMap after those.
             slope: of a leaky ReLU applied to the result; 1 is none.
             gain: positive number the result is multiplied by: a Python number or a tensor of one, whose value is not
                 checked. A negative one multiplies what the leaky ReLU is applied to.
@@ -152,11 +152,11 @@ def parameter_dtype(modules: Iterable[nn.Module], default: torch.dtype) -> torch
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), default)
 
 
-def keeps_size(module: nn.Module) -> bool:
+def keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a call of the module is nothing but a convolution with a square kernel that keeps the size."""
     if not is_plain(module):
         return False
-    side = module.kernel_size[0]  # type: ignore[index]
+    side = module.kernel_size[0]
     return side % 2 == 1 and module.kernel_size == (side, side) and module.padding == (side // 2, side // 2)
 
 
@@ -164,7 +164,7 @@ def _kernel_size(module: nn.Module) -> int | None:
     """k of a k x k convolution with a bias that keeps the size; None of any other module."""
     if not keeps_size(module) or module.bias is None:
         return None
-    return module.kernel_size[0]  # type: ignore[index, return-value]
+    return module.kernel_size[0]
 
 
 def _fitted(name: str, value: torch.Tensor, hidden: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -193,7 +193,8 @@ def convolved(
     make the norm's result where the convolution reads it: no tensor of that size exists.
 
     Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
-    and the condition and without the slope. A norm that is no SPADE takes the condition as a tensor (N, channels, H, W).
+    and the condition and without the slope. A norm that is no SPADE takes x at its full size, and the condition as a
+    tensor (N, channels, H, W).
     """
     how: dict[str, Any] = {"upsample": upsample, "moments": moments}
     if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):

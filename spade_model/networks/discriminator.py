@@ -51,25 +51,25 @@ class NLayerDiscriminator(nn.Module):
 
     def _first(self, segmap: Segmap, image: torch.Tensor) -> torch.Tensor:
         """model0 of both, whose convolution reads a label map without one-hot planes unless it was replaced."""
-        if not _is_as_built(self.model0):
+        first = _first_as_built(self.model0)
+        if first is None:
             planes = as_planes(segmap, image.dtype)
             return self.model0(torch.cat((planes.repeat(len(image) // len(planes), 1, 1, 1), image), 1))
-        first, activation = self.model0
         on_segmap, on_image = first.weight.split((self.semantic_nc, image.shape[1]), 1)
         of_segmap = conv2d(segmap, on_segmap, first.bias, *_FIRST[1:])
         of_image = F.conv2d(image, on_image, None, *_FIRST[1:])
-        return activation((of_image.unflatten(0, (-1, len(of_segmap))) + of_segmap).flatten(0, 1))
+        return self.model0[1]((of_image.unflatten(0, (-1, len(of_segmap))) + of_segmap).flatten(0, 1))
 
 
-def _is_as_built(model0: nn.Module) -> bool:
-    if type(model0) is not nn.Sequential or len(model0) != 2 or has_hooks(model0) or not runs_as(model0[0], nn.Conv2d):
-        return False
-    size, stride, padding = ((side, side) for side in _FIRST)
-    return _geometry(model0[0]) == (size, stride, padding, (1, 1), 1, "zeros")
-
-
-def _geometry(conv: nn.Module) -> tuple:
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+def _first_as_built(model0: nn.Module) -> nn.Conv2d | None:
+    """The convolution of model0; None where there is more to a call of it than its weight and the activation."""
+    if type(model0) is not nn.Sequential or len(model0) != 2 or has_hooks(model0):
+        return None
+    first = model0[0]
+    if not runs_as(first, nn.Conv2d):
+        return None
+    how = first.kernel_size, first.stride, first.padding, first.dilation, first.groups, first.padding_mode
+    return first if how == (*((side, side) for side in _FIRST), (1, 1), 1, "zeros") else None
 
 
 class MultiscaleDiscriminator(nn.Module):

@@ -150,8 +150,8 @@ class SPADEGenerator(nn.Module):
 
     def _downsampled(self, segmap: Segmap) -> torch.Tensor:
         if keeps_size(self.fc):
-            how: dict[str, Any] = {"padding": self.fc.padding[0], "size": self.start_size}  # type: ignore[index]
-            return conv2d(segmap, self.fc.weight, self.fc.bias, **how)  # type: ignore[arg-type]
+            padding = self.fc.kernel_size[0] // 2
+            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=padding, size=self.start_size)
         planes = as_planes(segmap, parameter_dtype([self.fc], torch.float32))
         return self.fc(F.interpolate(planes, self.start_size))
 
