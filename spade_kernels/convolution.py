@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -104,8 +105,8 @@ class Conv2d(Freezable, nn.Conv2d):
     def _iterate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One power iteration: u, v and 1 / sigma, sigma = u . (W v)."""
         matrix = weight.flatten(1)
-        # Autocast would round the matrix, in two copies, and with it sigma.
-        with torch.autocast(matrix.device.type, enabled=False):
+        # Autocast, which the meta device has not, would round the matrix, in two copies, and with it sigma.
+        with contextlib.nullcontext() if matrix.is_meta else torch.autocast(matrix.device.type, enabled=False):
             v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
             product = torch.mv(matrix, v)
             u = F.normalize(product, dim=0, eps=_EPS)

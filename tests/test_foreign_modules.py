@@ -331,3 +331,12 @@ def test_anywhere_in_the_networks(network_name, place, double):
         one.square().sum().backward(retain_graph=True)
         other.square().sum().backward(retain_graph=True)
     assert relative_error(weight.grad, 2 * twin.get_submodule(place).weight.grad) < 1e-9
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        network = SPADEGenerator(CLASSES, ngf=2, crop_size=32)
+        image = network(torch.empty(2, CLASSES, 32, 32))
+    assert image.is_meta
+    assert image.shape == (2, 3, 32, 32)
+    image.sum().backward()
