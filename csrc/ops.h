@@ -125,7 +125,7 @@ struct ConvParams {
 struct ConvWeightGradParams {
   const void* x;     // (images, height, width, in)
   const void* grad;  // (images, height, width, out)
-  void* d_weight;    // (out, 9 taps, in)
+  void* d_weight;    // (out, in, 9 taps)
   int64_t images, height, width, in, out;
 };
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 
 from spade_kernels import backends, ops
 from spade_kernels.freezing import Freezable
+from spade_kernels.normalization import has_hooks
 from spade_kernels.ops import Modulated
 
 _EPS = 1e-12
 
 
 class Conv2d(Freezable, nn.Conv2d):
-    """`nn.Conv2d` with stride 1, optionally with spectral norm (Miyato et al. 2018), weights in channels-last layout.
+    """`nn.Conv2d` with stride 1, optionally with spectral norm (Miyato et al. 2018).
 
     Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
-    (`weight_orig`, `weight_u`, `weight_v`).
+    (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, `weight` is the normalized weight, for reading.
 
     A training step can spare its passes over the weight: `weight_and_gain()` has the norm beside the weight, whoever
     makes the input multiplies it by the gain (a SPADE layer on its small table), and `forward(x, weight)` takes both.
@@ -35,15 +37,18 @@ class Conv2d(Freezable, nn.Conv2d):
     ):
         super().__init__(fin, fout, kernel_size, padding=padding, bias=bias)
         self.spectral = spectral
-        # What oneDNN and cuDNN want for a channels-last input; a contiguous weight is copied in every call.
-        weight = nn.Parameter(self.weight.detach().contiguous(memory_format=torch.channels_last))
         if not spectral:
-            self.weight = weight
             return
-        del self.weight
+        weight = self._parameters.pop("weight")
+        assert weight is not None
         self.register_parameter("weight_orig", weight)
         self.register_buffer("weight_u", F.normalize(torch.randn(fout), dim=0, eps=_EPS))
         self.register_buffer("weight_v", F.normalize(torch.randn(weight[0].numel()), dim=0, eps=_EPS))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("spectral", False):
+            return self._over_norm()
+        return super().__getattr__(name)
 
     def weight_and_gain(self) -> tuple[Tensor | None, Tensor | None]:
         """What `forward(x * gain, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
@@ -53,7 +58,8 @@ class Conv2d(Freezable, nn.Conv2d):
         """
         if not (self.spectral and self.training):
             return None, None
-        return _WithGain.apply(self.weight_orig, *self._iterate())
+        weight = self.weight_orig
+        return _WithGain.apply(weight, *self._iterate(weight))
 
     def forward(self, x: Tensor | Modulated, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
@@ -64,41 +70,70 @@ class Conv2d(Freezable, nn.Conv2d):
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:
-            if self.kept is not None:
-                return self.kept(x, add)
+            kept = self.kept if is_plain(self, Conv2d) else None
+            if kept is not None:
+                return kept(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, Modulated) else x
-        y = convolve(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
+        if not _has_stride_1_and_zero_padding(self):
+            y = self._conv_forward(x, weight, self.bias)
+        elif _would_copy_weight(x, weight, self.padding):  # type: ignore[arg-type]
+            y = F.conv2d(x.contiguous(), weight, self.bias, padding=self.padding)
+            y = y.contiguous(memory_format=torch.channels_last)
+        else:
+            y = convolve(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
         return y if add is None else y + add
 
-    def derive(self) -> PackedConv2d:
+    def derive(self) -> PackedConv2d | None:
+        if not is_plain(self, Conv2d):
+            return None
         return PackedConv2d(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
 
     def _normalized(self) -> Tensor:
-        if not self.spectral:
-            return self.weight
-        if self.training:
-            weight, gain = _WithGain.apply(self.weight_orig, *self._iterate())
-            return weight * gain
+        weight, gain = self.weight_and_gain()
+        return self.weight if weight is None or gain is None else weight * gain
+
+    def _over_norm(self) -> Tensor:
+        """The weight over its spectral norm as of the last power iteration."""
         # In float32: one rounding of sigma would scale the whole result.
-        wide = torch.promote_types(self.weight_orig.dtype, torch.float32)
-        weight, u, v = (t.to(wide) for t in (self.weight_orig, self.weight_u, self.weight_v))
-        sigma = torch.dot(u, torch.mv(_as_matrix(weight), _in_layout_of(weight, v)))
-        return (weight / sigma).to(self.weight_orig.dtype)
+        original = self.weight_orig
+        wide = torch.promote_types(original.dtype, torch.float32)
+        weight, u, v = (t.to(wide) for t in (original, self.weight_u, self.weight_v))
+        return (weight / torch.dot(u, torch.mv(weight.flatten(1), v))).to(original.dtype)
 
     @torch.no_grad()
-    def _iterate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One power iteration: u, v (in the weight's layout) and 1 / sigma, sigma = u . (W v)."""
-        matrix = _as_matrix(self.weight_orig)
-        # Autocast would round the matrix, in two copies, and with it sigma.
-        with torch.autocast(matrix.device.type, enabled=False):
+    def _iterate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One power iteration: u, v and 1 / sigma, sigma = u . (W v)."""
+        matrix = weight.flatten(1)
+        # Autocast, which the meta device has not, would round the matrix, in two copies, and with it sigma.
+        with contextlib.nullcontext() if matrix.is_meta else torch.autocast(matrix.device.type, enabled=False):
             v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
             product = torch.mv(matrix, v)
             u = F.normalize(product, dim=0, eps=_EPS)
             sigma = torch.dot(u, product)
         self.weight_u.copy_(u)
-        self.weight_v.copy_(_from_layout_of(self.weight_orig, v))
+        self.weight_v.copy_(v)
         return u, v, sigma.reciprocal()
+
+
+def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
+    """Whether a call of the module is that of a convolution of class `kind` and nothing else.
+
+    A parametrization of the weight is part of reading the weight.
+    """
+    if not isinstance(module, kind) or has_hooks(module) or "_conv_forward" in module.__dict__:
+        return False
+    return type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+
+
+def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> TypeGuard[nn.Conv2d]:
+    """Whether it `runs_as` one with stride 1 and zero padding."""
+    return runs_as(module, kind) and _has_stride_1_and_zero_padding(module)
+
+
+def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
+    how = conv.stride, conv.dilation, conv.groups, conv.padding_mode
+    return how == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
 
 
 # Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
@@ -111,6 +146,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[i
     if _suits_winograd(x, weight, padding):
         return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
     return F.conv2d(x, weight, bias, padding=padding)
+
+
+def _would_copy_weight(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
+    """Whether `convolve` copies the weight, in oneDNN, into the layout of x, which is the smaller one."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() >= weight.numel():
+        return False
+    copies = weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
+    return copies and not _suits_winograd(x, weight, padding)
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
@@ -135,9 +178,12 @@ class PackedConv2d:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
-        self._weight: Tensor | _Panels | _OneDNN = weight
-        self._bias, self._padding, self._relu = bias, list(padding), relu
         self._packable = is_packable(weight)
+        self._weight: Tensor | _Panels | _OneDNN = weight
+        if not self._packable:
+            # What cuDNN wants for a channels-last input: it would copy the weight in every call.
+            self._weight = weight.contiguous(memory_format=torch.channels_last)
+        self._bias, self._padding, self._relu = bias, list(padding), relu
 
     @property
     def is_traceable(self) -> bool:
@@ -241,25 +287,5 @@ class _WithGain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_weight: Tensor, d_gain: Tensor):
         u, v, gain = ctx.saved_tensors
-        matrix = torch.addr(_as_matrix(d_weight), u * (-d_gain * gain.square()), v)
-        return _from_matrix(matrix, d_weight), None, None, None
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    """(out, k*k*in) of a weight (out, in, k, k): a view of a channels-last one."""
-    return weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def _from_matrix(matrix: Tensor, like: Tensor) -> Tensor:
-    out, channels, height, width = like.shape
-    return matrix.view(out, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _in_layout_of(weight: Tensor, v: Tensor) -> Tensor:
-    """v, whose state_dict order is (in, k, k), in the order of `_as_matrix`."""
-    return v.view(weight.shape[1:]).permute(1, 2, 0).flatten()
-
-
-def _from_layout_of(weight: Tensor, v: Tensor) -> Tensor:
-    _, channels, height, width = weight.shape
-    return v.view(height, width, channels).permute(2, 0, 1).flatten()
+        matrix = torch.addr(d_weight.flatten(1), u * (-d_gain * gain.square()), v)
+        return matrix.view(d_weight.shape), None, None, None

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+class _Kept(NamedTuple):
+    """What a module keeps, and the parts and weights it was derived from: where they are, and their versions."""
+
+    value: Any
+    of: tuple[tuple[dict, str, Any, int], ...]
+
+    # A copy of a module is not frozen, however it is made: its parts and weights are others.
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 class Freezable(nn.Module):
@@ -17,11 +31,10 @@ class Freezable(nn.Module):
     where no gradients are recorded only.
     """
 
-    _kept: Any = None
-    _kept_of: tuple[tuple[dict, str, Any, int], ...] = ()
+    _kept: _Kept | None = None
 
     def derive(self) -> Any:
-        """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`."""
+        """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`, or None."""
         raise NotImplementedError
 
     @property
@@ -32,11 +45,12 @@ class Freezable(nn.Module):
         """
         if self._kept is None or torch.is_grad_enabled():
             return None
-        if not torch.compiler.is_compiling() and not self._is_current():
-            self.freeze()
-        if torch.compiler.is_compiling() and (_is_exporting() or not self._kept.is_traceable):
+        if not torch.compiler.is_compiling():
+            if not all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept.of):
+                self.freeze()
+        elif _is_exporting() or self._kept.value is None or not self._kept.value.is_traceable:
             return None
-        return self._kept
+        return self._kept.value
 
     def freeze(self) -> None:
         """Keeps what the weights come to.
@@ -45,18 +59,14 @@ class Freezable(nn.Module):
         compiled code notices none.
         """
         with torch.no_grad():
-            self._kept = self.derive()
-        self._kept_of = tuple((of, name, of[name], _version(of[name])) for of, name in self._sources())
+            value = self.derive()
+        self._kept = _Kept(value, tuple((of, name, of[name], _version(of[name])) for of, name in self._sources()))
 
     def _sources(self) -> Iterator[tuple[dict, str]]:
         """Where a module has its parts and weights: what `derive` can have read."""
         for module in self.modules():
-            for of in (module._modules, module._parameters):
+            for of in (module._modules, module._parameters, module._buffers):
                 yield from ((of, name) for name in of)
-        yield from ((self._buffers, name) for name in self._buffers)
-
-    def _is_current(self) -> bool:
-        return all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept_of)
 
     def train(self, mode: bool = True):
         if mode:
@@ -70,9 +80,6 @@ class Freezable(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         self._kept = None
         return super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self):
-        return self.__dict__ | {"_kept": None, "_kept_of": ()}
 
 
 def _version(value: Any) -> int:
@@ -89,9 +96,20 @@ def freeze(module: nn.Module) -> None:
 
     SPADE layers keep their weights packed; `Conv2d` keeps its weight with the spectral norm folded in and, on CPU, laid
     out for the fastest convolution there: a 3 x 3 one with transformed weights (`reference.conv`), which take 16/9 of
-    the memory and spread an Inf or NaN by one more pixel. Undone by `module.train()`.
+    the memory and spread an Inf or NaN by one more pixel. Wrapped, hooked and replaced modules keep nothing. Undone by
+    `module.train()`.
+
+    Raises:
+        TypeError: not a module. ValueError: it holds no such layer.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"freeze takes an nn.Module, got {type(module).__name__}")
+    parts = [part for part in module.modules() if isinstance(part, Freezable)]
+    if not parts:
+        raise ValueError(
+            f"{type(module).__name__} holds no SPADE layer and no Conv2d of spade_kernels: there is nothing to freeze; "
+            "module.eval() is all it takes for inference"
+        )
     module.eval()
-    for part in module.modules():
-        if isinstance(part, Freezable):
-            part.freeze()
+    for part in parts:
+        part.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from spade_kernels.normalization import Statistics, check_input
 from spade_kernels.recognize import recognize
 
 Segmap = LabelMap | Tensor
+Gain = float | Tensor
 Groups = tuple[Tensor | None, Tensor | None]
 
 
@@ -61,6 +63,32 @@ def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> S
             f"segmap is on {segmap.device}, x on {like.device}; move it with segmap.to({str(like.device)!r})"
         )
     return segmap
+
+
+def as_gain(gain: Gain | None) -> Gain | None:
+    """The gain as `spade` takes it: a Python float or a tensor of shape ().
+
+    Raises:
+        TypeError, ValueError: it is not one number, or a Python number that is not positive.
+    """
+    if gain is None:
+        return None
+    if isinstance(gain, Tensor):
+        if gain.numel() != 1 or not gain.is_floating_point():
+            raise ValueError(f"gain must be one floating-point number, got {gain.dtype} of shape {tuple(gain.shape)}")
+        return gain.reshape(())
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)):
+        raise TypeError(f"gain must be a number or a tensor, got {type(gain).__name__}")
+    if not 0 < gain < math.inf:
+        raise ValueError(f"gain must be a positive number, got {gain}: a leaky ReLU is applied after it")
+    return float(gain)
+
+
+def times(values: Tensor, gain: Gain | None) -> Tensor:
+    """values * gain, in the dtype of the values."""
+    if gain is None:
+        return values
+    return values * (gain.to(values.dtype) if isinstance(gain, Tensor) else gain)
 
 
 class Weights(NamedTuple):
@@ -151,13 +179,13 @@ def spade(
     weights: Weights,
     *,
     slope: float = 1.0,
-    gain: Tensor | None = None,
+    gain: Gain | None = None,
     upsample: int = 1,
     kept: KeptWeights | None = None,
 ) -> Tensor:
     """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
 
-        y = leaky_relu(normalize(x) * (1 + gamma) + beta, slope) * gain
+        y = leaky_relu((normalize(x) * (1 + gamma) + beta) * gain, slope)
         gamma, beta = conv(relu(conv(resize(segmap))))
 
     Args:
@@ -166,7 +194,8 @@ def spade(
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         stats: of x, from `normalization.statistics`.
         slope: leaky ReLU folded in; 1 is none.
-        gain: positive number, for what follows the layer; None is 1.
+        gain: positive number, or a tensor of one (whose value is not checked: that would wait for a GPU), which
+            normalize(x) * (1 + gamma) + beta is multiplied by; None is 1.
         upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
         kept: of the same weights, where no gradient is wanted.
 
@@ -184,11 +213,12 @@ def modulated(
     weights: Weights,
     *,
     slope: float = 1.0,
-    gain: Tensor | None = None,
+    gain: Gain | None = None,
     upsample: int = 1,
     kept: KeptWeights | None = None,
 ) -> ops.Modulated:
     """`spade`, but for the last pass over x."""
+    gain = as_gain(gain)
     check_input(x, weights.gamma[0].shape[0])
     _check_weights(weights)
     if upsample not in (1, 2):
@@ -313,7 +343,7 @@ def _window_table(
     groups: Sequence[Groups],
     dtype: torch.dtype,
     weights: Weights,
-    gain: Tensor | None,
+    gain: Gain | None,
     kept: KeptWeights | None,
 ) -> Tensor:
     """(rows, 2C): scale and shift of every distinct window, times gain."""
@@ -324,9 +354,8 @@ def _window_table(
         taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(wide)
         bias = _joint_bias(weights, wide)
     hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *groups[0], True)
-    if gain is not None:
-        # The table is linear in hidden rows and bias, which are smaller.
-        hidden, bias = hidden * gain.to(dtype), bias * gain.to(wide)
+    # The table is linear in hidden rows and bias, which are smaller.
+    hidden, bias = times(hidden, gain), times(bias, gain)
     panels = kept.panels if kept else None
     # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
     gamma, beta = (w if w.dtype == wide else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
@@ -334,7 +363,7 @@ def _window_table(
 
 
 def _dense_table(
-    segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Tensor | None, kept: KeptWeights | None
+    segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Gain | None, kept: KeptWeights | None
 ) -> Tensor:
     """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
     padding = weights.shared[0].shape[-1] // 2
@@ -349,9 +378,7 @@ def _dense_table(
         table = packed[1](hidden)
     else:
         weight, bias = _joint_weight(weights), _joint_bias(weights, weights.gamma[1].dtype)
-        if gain is not None:
-            weight, bias = weight * gain.to(weight.dtype), bias * gain.to(bias.dtype)
-        table = convolve(hidden, weight, bias, [padding] * 2)
+        table = convolve(hidden, times(weight, gain), times(bias, gain), [padding] * 2)
     return table.permute(0, 2, 3, 1).flatten(0, 2)
 
 

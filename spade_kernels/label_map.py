@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from spade_kernels import backends, checks
 from spade_kernels.packing import Packable, Slot, pack, unpack
@@ -387,6 +388,8 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     if num_labels > _MOST_LABELS:
         raise ValueError(f"num_labels must be at most {_MOST_LABELS}, got {num_labels}")
+    if labels.is_meta:
+        raise ValueError("labels on the meta device have no values to check; give a network planes (N, C, H, W) there")
     # A narrow dtype would wrap num_labels and ignore_index to its own range.
     classes = labels.to(torch.int64)
     ignored = None if ignore_index is None else classes == ignore_index
@@ -411,6 +414,13 @@ def _check_edges(edges: torch.Tensor, labels: torch.Tensor) -> None:
     if edges.device != labels.device:
         raise ValueError(f"edges are on {edges.device}, labels on {labels.device}; move both to one device")
 
+
+def _collate(label_maps: Sequence[LabelMap], *, collate_fn_map: Any = None) -> LabelMap:
+    return LabelMap.cat(label_maps)
+
+
+# So that a DataLoader without a `collate_fn` makes one label map of its samples'.
+default_collate_fn_map[LabelMap] = _collate
 
 _PARTS = ("codes", "labels", "edges", "_pooled_codebook")
 

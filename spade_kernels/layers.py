@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from spade_kernels import functional
-from spade_kernels.convolution import Conv2d
+from spade_kernels.convolution import Conv2d, is_plain
 from spade_kernels.freezing import Freezable
-from spade_kernels.functional import KeptWeights, Segmap, Weights
+from spade_kernels.functional import Gain, KeptWeights, Segmap, Weights
 from spade_kernels.label_map import LabelMap
 from spade_kernels.normalization import (
     Moments,
@@ -38,8 +38,9 @@ class SPADE(Freezable):
         norm_nc: channels C of the normalized tensor.
         label_nc: channels of the condition: classes, plus one for the instance boundary plane when it is used.
 
-    Its modules can be wrapped, hooked or replaced. Others than convolutions with zero padding, a ReLU and a norm
-    without parameters are called as they are, at every pixel.
+    Its modules can be wrapped, hooked or replaced. Others than three convolutions of one size with zero padding, a ReLU
+    and a norm without parameters are called as they are, at every pixel: `mlp_shared` with the condition (N, label_nc,
+    h, w), `mlp_gamma` and `mlp_beta` with its result. What these two return must broadcast to (N, norm_nc, h, w).
 
     Raises:
         ValueError: config_text names no norm or an even kernel size.
@@ -61,7 +62,7 @@ class SPADE(Freezable):
         segmap: Segmap,
         slope: float = 1.0,
         *,
-        gain: torch.Tensor | None = None,
+        gain: Gain | None = None,
         upsample: int = 1,
         moments: Moments | None = None,
     ) -> torch.Tensor:
@@ -69,11 +70,17 @@ class SPADE(Freezable):
 
         Args:
             x: (N, norm_nc, h, w).
-            segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W).
+            segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W). A
+                one-hot tensor is read once, and again when PyTorch counts a change of it. It does not count writes
+                through `.data` or NumPy: pass a new tensor or a LabelMap after those.
             slope: of a leaky ReLU applied to the result; 1 is none.
-            gain: positive number the result is multiplied by.
+            gain: positive number the result is multiplied by: a Python number or a tensor of one, whose value is not
+                checked. A negative one multiplies what the leaky ReLU is applied to.
             upsample: 2 for a result twice as large, as if x had been upsampled (nearest) before.
             moments: `normalization.moments` of x, where another layer has taken them already.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or what `mlp_gamma` or `mlp_beta` returns.
         """
         return self.modulated(x, segmap, slope, gain=gain, upsample=upsample, moments=moments).tensor()
 
@@ -83,13 +90,13 @@ class SPADE(Freezable):
         segmap: Segmap,
         slope: float = 1.0,
         *,
-        gain: torch.Tensor | None = None,
+        gain: Gain | None = None,
         upsample: int = 1,
         moments: Moments | None = None,
     ) -> Modulated:
         """`forward`, but for the last pass over x."""
         # Checked first: what is refused must not have moved the running statistics.
-        as_built = self._is_as_built()
+        as_built, gain = self._is_as_built(), functional.as_gain(gain)
         check_input(x, self.norm_nc)
         condition_channels = self.mlp_shared[0].in_channels if as_built else self.label_nc
         segmap = functional.as_condition(segmap, condition_channels, like=x)  # type: ignore[arg-type]
@@ -103,8 +110,8 @@ class SPADE(Freezable):
             return functional.modulated(
                 x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=self.kept
             )
-        table = self._table_by_modules(segmap, [side * upsample for side in x.shape[2:]])
-        table = table if gain is None else table * gain.to(table.dtype)
+        n, c, h, w = x.shape
+        table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
         return Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_over)
 
     def derive(self) -> KeptWeights | None:
@@ -115,48 +122,105 @@ class SPADE(Freezable):
         shared, gamma, beta = self.mlp_shared, self.mlp_gamma, self.mlp_beta
         if type(shared) is not nn.Sequential or len(shared) != 2 or type(shared[1]) is not nn.ReLU:
             return False
-        return not (has_hooks(shared) or has_hooks(shared[1])) and all(map(_is_plain, (shared[0], gamma, beta)))
+        if has_hooks(shared) or has_hooks(shared[1]):
+            return False
+        sizes = {_kernel_size(module) for module in (shared[0], gamma, beta)}
+        return len(sizes) == 1 and None not in sizes and gamma.out_channels == beta.out_channels == self.norm_nc
 
-    def _table_by_modules(self, segmap: Segmap, size: Sequence[int]) -> torch.Tensor:
+    def _table_by_modules(self, segmap: Segmap, shape: Sequence[int], default: torch.dtype) -> torch.Tensor:
         """(N*h*w, 2C): every pixel's scale and shift, from whatever stands for the convolutions."""
-        dtype = next(self.mlp_shared.parameters()).dtype
-        planes = segmap.one_hot(dtype) if isinstance(segmap, LabelMap) else segmap.to(dtype)
-        hidden = self.mlp_shared(F.interpolate(planes, tuple(size)))
-        table = torch.cat((1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)), 1)
-        return table.permute(0, 2, 3, 1).flatten(0, 2)
+        modules = self.mlp_shared, self.mlp_gamma, self.mlp_beta
+        planes = as_planes(segmap, parameter_dtype(modules, default))
+        hidden = self.mlp_shared(F.interpolate(planes, tuple(shape[2:])))
+        gamma = _fitted("mlp_gamma", self.mlp_gamma(hidden), hidden, shape)
+        beta = _fitted("mlp_beta", self.mlp_beta(hidden), hidden, shape)
+        return torch.cat((1 + gamma, beta), 1).permute(0, 2, 3, 1).flatten(0, 2)
 
     def _weights(self) -> Weights:
         convolutions = (self.mlp_shared[0], self.mlp_gamma, self.mlp_beta)
         return Weights(*((c.weight, c.bias) for c in convolutions))  # type: ignore[arg-type]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is nothing but a convolution with its weight and bias that keeps the size."""
-    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward or has_hooks(module):
+def as_planes(segmap: Segmap, dtype: torch.dtype) -> torch.Tensor:
+    """The condition (N, channels, H, W) in `dtype`, for modules that take tensors only."""
+    return segmap.one_hot(dtype) if isinstance(segmap, LabelMap) else segmap.to(dtype)
+
+
+def parameter_dtype(modules: Iterable[nn.Module], default: torch.dtype) -> torch.dtype:
+    """Of the modules' first floating-point parameter; `default` where there is none."""
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), default)
+
+
+def keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a call of the module is nothing but a convolution with a square kernel that keeps the size."""
+    if not is_plain(module):
         return False
-    how = module.stride, module.dilation, module.groups, module.padding_mode
-    half = tuple(side // 2 for side in module.kernel_size)
-    return module.bias is not None and module.padding == half and how == ((1, 1), (1, 1), 1, "zeros")
+    side = module.kernel_size[0]
+    return side % 2 == 1 and module.kernel_size == (side, side) and module.padding == (side // 2, side // 2)
+
+
+def _kernel_size(module: nn.Module) -> int | None:
+    """k of a k x k convolution with a bias that keeps the size; None of any other module."""
+    if not keeps_size(module) or module.bias is None:
+        return None
+    return module.kernel_size[0]
+
+
+def _fitted(name: str, value: torch.Tensor, hidden: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    try:
+        return value.broadcast_to(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} gives {tuple(value.shape)} for hidden features {tuple(hidden.shape)}; x needs {tuple(shape)}"
+        ) from error
 
 
 def convolved(
-    conv: Conv2d,
-    norm: SPADE,
+    conv: nn.Module,
+    norm: nn.Module,
     x: torch.Tensor,
     segmap: Segmap,
     slope: float = 1.0,
     add: torch.Tensor | None = None,
-    **how: Any,
+    *,
+    upsample: int = 1,
+    moments: Moments | None = None,
 ) -> torch.Tensor:
-    """conv(norm(x, segmap, slope, **how)) + add, with fewer passes over x and the convolution's weight.
+    """conv(leaky_relu(norm(x, segmap), slope)) + add, with fewer passes over x and the convolution's weight.
 
     In training the convolution's spectral norm is divided out of the norm's small table. Frozen, compiled CPU kernels
-    make the norm's result where the convolution reads it: no tensor of that size exists. The norm's hooks are called.
+    make the norm's result where the convolution reads it: no tensor of that size exists.
+
+    Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
+    and the condition and without the slope. A norm that is no SPADE takes x at its full size, and the condition as a
+    tensor (N, channels, H, W).
     """
-    if conv.kept is not None and not (norm._forward_hooks or norm._forward_pre_hooks):
+    how: dict[str, Any] = {"upsample": upsample, "moments": moments}
+    if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
+        y = conv(_activated(norm, x, segmap, slope, how))
+        return y if add is None else y + add
+    assert isinstance(conv, Conv2d)
+    if conv.kept is not None:
         return conv(norm.modulated(x, segmap, slope, **how), add=add)
     weight, gain = conv.weight_and_gain()
     return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
+
+
+def _activated(norm: nn.Module, x: torch.Tensor, segmap: Segmap, slope: float, how: dict[str, Any]) -> torch.Tensor:
+    """leaky_relu(norm(x, segmap), slope), whatever the norm is."""
+    if _is_plain_spade(norm):
+        return norm(x, segmap, slope, **how)
+    if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
+        y = norm(x, segmap, **how)
+    else:
+        x = F.interpolate(x, scale_factor=how["upsample"]) if how["upsample"] > 1 else x
+        y = norm(x, as_planes(segmap, x.dtype))
+    return y if slope == 1 else F.leaky_relu(y, slope)
+
+
+def _is_plain_spade(norm: nn.Module) -> TypeGuard[SPADE]:
+    return isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and not has_hooks(norm)
 
 
 def _parse(config_text: str) -> tuple[type[nn.Module], int]:

@@ -363,8 +363,7 @@ def _(grad, weight):
 @_fake("conv3x3_weight_grad")
 def _(grad, x):
     acc = _accumulation_dtype(grad)
-    weight = grad.new_empty(grad.shape[1], 3, 3, x.shape[1], dtype=acc).permute(0, 3, 1, 2)
-    return weight, grad.new_empty(grad.shape[1], dtype=acc)
+    return grad.new_empty(grad.shape[1], x.shape[1], 3, 3, dtype=acc), grad.new_empty(grad.shape[1], dtype=acc)
 
 
 @_fake("modulate_conv")

@@ -311,14 +311,14 @@ def conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv3x3_weight_grad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight, channels-last, and bias from that of the convolution; in the accumulation dtype."""
+    """Gradients of weight and bias from that of the convolution; in the accumulation dtype."""
     grad = _accumulator(grad)
     x = x.to(grad.dtype)
     shape = grad.new_empty(grad.shape[1], x.shape[1], 3, 3)
     d_weight = torch.ops.aten.convolution_backward(
         grad, x, shape, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
-    return d_weight.contiguous(memory_format=torch.channels_last), grad.sum((0, 2, 3))
+    return d_weight.contiguous(), grad.sum((0, 2, 3))
 
 
 def _winograd(x: Tensor, points: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spade_kernels import freeze
 from spade_kernels.functional import Segmap
 from spade_model import checkpoint
 from spade_model.config import (
@@ -29,7 +28,7 @@ from spade_model.data import Batch, create_dataset, create_loader, load_conditio
 from spade_model.data.images import IMAGE_SUFFIXES, read_photograph, to_photograph
 from spade_model.data.item import photograph_to_tensor
 from spade_model.errors import UserError
-from spade_model.networks import build_encoder, build_generator
+from spade_model.networks import SPADEGenerator, build_encoder, build_generator
 from spade_model.networks.check import check_generator, check_norms
 from spade_model.original import complete, infer_generator
 from spade_model.pages import PageRow, write_results_page
@@ -185,7 +184,9 @@ def load_model(
         checkpoint.load_into(encoder, complete(states["E"], encoder.state_dict()), f"the encoder of {path}")
         encoder = encoder.eval().to(where)
     generator.to(where)
-    freeze(generator)
+    generator.eval()
+    if isinstance(generator, SPADEGenerator):
+        generator.freeze()
     return LoadedModel(generator, encoder, data, model, where)
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spade_kernels.convolution import Conv2d
@@ -38,8 +39,8 @@ def image(layout: str = "contiguous", dtype: torch.dtype = DOUBLE) -> Tensor:
     return x.requires_grad_()
 
 
-def is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last)
+def is_stored_as_usual(weight: Tensor) -> bool:
+    return weight.is_contiguous()
 
 
 def through_gain(conv: Conv2d, x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def test_training_and_eval_equal_spectral_norm(kernel_size, padding, bias, way, 
         assert_same(step(run, ours, x), step(stock, stock, x))
         for optimizer in optimizers:
             optimizer.step()
-        assert is_channels_last(ours.weight_orig)
+        assert is_stored_as_usual(ours.weight_orig)
     for module in (ours, stock):
         module.eval()
     x = image(layout)
@@ -121,7 +122,7 @@ def test_state_dicts_are_exchanged(kernel_size, padding, bias):
     assert list(ours.state_dict()) == list(stock.state_dict())
     for value, expected in zip(ours.state_dict().values(), stock.state_dict().values(), strict=True):
         assert torch.equal(value, expected)
-    assert is_channels_last(ours.weight_orig)
+    assert is_stored_as_usual(ours.weight_orig)
     x = image()
     step(ours, ours, x)
     stock.load_state_dict(ours.state_dict())
@@ -132,7 +133,7 @@ def test_without_spectral_norm_it_is_a_convolution(kernel_size, padding, bias):
     stock = nn.Conv2d(FIN, FOUT, kernel_size, padding=padding, bias=bias).to(DOUBLE)
     ours = Conv2d(FIN, FOUT, kernel_size, padding=padding, bias=bias).to(DOUBLE)
     ours.load_state_dict(stock.state_dict())
-    assert is_channels_last(ours.weight)
+    assert is_stored_as_usual(ours.weight)
     assert ours.weight_and_gain() == (None, None)
     x = image()
     assert_same(step(lambda x: through_gain(ours, x), ours, x), step(stock, stock, x))
@@ -143,7 +144,7 @@ def test_without_spectral_norm_it_is_a_convolution(kernel_size, padding, bias):
 def test_copies(kernel_size, padding, bias, copied):
     conv, _ = twins(kernel_size, padding, bias)
     twin = copied(conv)
-    assert is_channels_last(twin.weight_orig)
+    assert is_stored_as_usual(twin.weight_orig)
     x = image()
     assert_same(step(twin, twin, x), step(conv, conv, x))
     with torch.no_grad():
@@ -165,3 +166,57 @@ def test_error_in_float32(kernel_size, padding, bias, way, training):
     for name, value in exact.items():
         limit = 2 * relative_error(expected[name], value) + torch.finfo(torch.float32).eps
         assert relative_error(got[name], value) <= limit, name
+
+
+def test_weight_of_spectral_norm(kernel_size, padding, bias):
+    """As `torch.nn.utils.spectral_norm` leaves it after a call: what adapters and quantizers read."""
+    ours, stock = twins(kernel_size, padding, bias)
+    for training in (True, False):
+        ours.train(training)(image())
+        stock.train(training)(image())
+        assert relative_error(ours.weight, stock.weight) < 1e-12
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+def test_stored_as_stock_modules_are(kernel_size, padding, bias, spectral, tmp_path):
+    """For what flattens parameters, files that take contiguous tensors only, and buckets of gradients."""
+    conv = Conv2d(8, 40, kernel_size, padding=padding, bias=bias, spectral=spectral)
+    # Pixels for each kind of convolution: in training, few and many of them; a small input beside a large weight.
+    for size in (2, 32):
+        conv.zero_grad()
+        through_gain(conv, torch.randn(1, 8, size, size)).square().sum().backward()
+        for parameter in conv.parameters():
+            assert parameter.is_contiguous()
+            assert parameter.grad.is_contiguous()
+            parameter.view(parameter.shape[0], -1)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(conv.parameters()) * 2, conv.parameters())
+    save_file(conv.state_dict(), tmp_path / "conv.safetensors")
+    for name, value in load_file(tmp_path / "conv.safetensors").items():
+        assert torch.equal(value, conv.state_dict()[name])
+
+
+def test_moved_to_channels_last(kernel_size, padding, bias):
+    ours, stock = twins(kernel_size, padding, bias)
+    ours.to(memory_format=torch.channels_last)
+    x = image()
+    assert_same(step(lambda x: through_gain(ours, x), ours, x), step(stock, stock, x))
+
+
+def test_optimizer_states_in_channels_last(kernel_size, padding, bias):
+    """As runs of earlier versions have them."""
+    x, results = image(), []
+    for layout in LAYOUTS.values():
+        torch.manual_seed(0)
+        conv, _ = twins(kernel_size, padding, bias)
+        optimizer = torch.optim.Adam(conv.parameters(), lr=0.1)
+        for _ in range(3):
+            step(conv, conv, x)
+            optimizer.step()
+            state = optimizer.state_dict()
+            for values in state["state"].values():
+                for name, value in values.items():
+                    values[name] = value.contiguous(memory_format=layout) if value.dim() == 4 else value
+            optimizer.load_state_dict(state)
+        results.append(conv.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -84,7 +85,60 @@ def wider(layer: sk.SPADE) -> None:
     layer.mlp_gamma, layer.mlp_beta = (nn.Conv2d(20, CHANNELS, 3, padding=1).double() for _ in range(2))
 
 
+def with_small_kernels(layer: sk.SPADE) -> None:
+    layer.mlp_gamma, layer.mlp_beta = (nn.Conv2d(128, CHANNELS, 1).double() for _ in range(2))
+
+
+def with_kernels_of_two_sizes(layer: sk.SPADE) -> None:
+    layer.mlp_gamma = nn.Conv2d(128, CHANNELS, 5, padding=2).double()
+
+
+def with_sequences(layer: sk.SPADE) -> None:
+    layer.mlp_gamma = nn.Sequential(nn.Conv2d(128, 7, 1), nn.Tanh(), nn.Conv2d(7, CHANNELS, 3, padding=1)).double()
+    layer.mlp_beta = nn.Sequential(nn.Identity(), layer.mlp_beta)
+
+
+class OverChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, CHANNELS).double()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden.movedim(1, -1)).movedim(-1, 1)
+
+
+def with_linear_layers(layer: sk.SPADE) -> None:
+    layer.mlp_gamma, layer.mlp_beta = OverChannels(), OverChannels()
+
+
+def with_one_value_per_channel(layer: sk.SPADE) -> None:
+    layer.mlp_gamma = nn.Sequential(nn.AdaptiveAvgPool2d(1), layer.mlp_gamma)
+
+
+class Constant(nn.Module):
+    """8-bit weights: no floating-point parameter."""
+
+    def __init__(self, fin: int, fout: int):
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-9, 9, (fout, fin, 1, 1), dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype) / 10)
+
+
+def without_parameters_before(layer: sk.SPADE) -> None:
+    layer.mlp_shared = nn.Identity()
+    layer.mlp_gamma, layer.mlp_beta = (nn.Conv2d(CLASSES, CHANNELS, 3, padding=1).double() for _ in range(2))
+
+
+def without_parameters(layer: sk.SPADE) -> None:
+    layer.mlp_shared = Constant(CLASSES, 6)
+    layer.mlp_gamma, layer.mlp_beta = Constant(6, CHANNELS), Constant(6, CHANNELS)
+
+
 CHANGES = [
+    *(with_small_kernels, with_kernels_of_two_sizes, with_sequences, with_linear_layers, with_one_value_per_channel),
+    *(without_parameters_before, without_parameters),
     *(with_spectral_norm, with_parametrization, pruned, hooked, with_hooked_norm, with_silu, with_more_layers),
     *(reflecting, dilated, without_bias, with_affine_norm, with_tracking_instance_norm, with_group_norm, wider),
 ]
@@ -107,7 +161,8 @@ def test_customized(change: Callable[[sk.SPADE], None], dense: bool):
         got, expected = layer(x, planes if dense else mask), stock(twin, x, planes)
         assert relative_error(got, expected) < 1e-12
         for result in (got, expected):
-            result.square().sum().backward()
+            if result.requires_grad:
+                result.square().sum().backward()
         for (name, mine), theirs in zip(layer.named_parameters(), twin.parameters(), strict=True):
             assert relative_error(mine.grad, theirs.grad) < 1e-11, name
     for (name, mine), theirs in zip(layer.state_dict().items(), twin.state_dict().values(), strict=True):
@@ -125,6 +180,48 @@ def test_customized_layers_take_all_arguments(change):
     got = layer(x, mask, 0.2, gain=torch.tensor(3.0), upsample=2)
     expected = 3 * F.leaky_relu(stock(layer, F.interpolate(x, scale_factor=2), mask.one_hot(torch.float64)), 0.2)
     assert relative_error(got, expected) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("replacement", "given"),
+    [
+        (nn.Conv2d(128, CHANNELS + 1, 1), "(2, 5, 9, 10)"),
+        (nn.Conv2d(128, CHANNELS + 1, 3, padding=1), "(2, 5, 9, 10)"),
+        (nn.Conv2d(128, CHANNELS, 3), "(2, 4, 7, 8)"),
+        (nn.Conv2d(128, CHANNELS, 4, padding=2), "(2, 4, 10, 11)"),
+        (nn.Identity(), "(2, 128, 9, 10)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mlp_gamma", "mlp_beta"])
+def test_modules_that_do_not_fit(name, replacement, given):
+    layer = random_spade("spadebatch3x3", CHANNELS, CLASSES)
+    setattr(layer, name, replacement)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name} gives {given} for hidden features (2, 128, 9, 10); x needs")
+    ):
+        layer(torch.randn(2, CHANNELS, *SIZE), random_label_map("blobs", (2, *SIZE), CLASSES))
+
+
+@pytest.mark.parametrize("change", [with_linear_layers, None])
+@pytest.mark.parametrize("condition", ["label map", "dense"])
+def test_gains(change, condition):
+    layer = random_spade("spadebatch3x3", CHANNELS, CLASSES).double()
+    if change is not None:
+        change(layer)
+    mask, x = random_label_map("blobs", (2, *SIZE), CLASSES), torch.randn(2, CHANNELS, *SIZE, dtype=torch.float64)
+    condition = mask if condition == "label map" else 0.3 * mask.one_hot(torch.float64)
+    plain = layer(x, condition)
+    for gain in (2, 0.1, torch.tensor(0.1, dtype=torch.float64), torch.full((1, 1, 1, 1), 0.1, dtype=torch.float64)):
+        assert relative_error(layer(x, condition, 0.2, gain=gain), float(gain) * F.leaky_relu(plain, 0.2)) < 1e-12
+    assert relative_error(layer(x, condition, gain=torch.tensor(-1.0)), -plain) < 1e-12
+    for gain in (0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="gain must be a positive number, got"):
+            layer(x, condition, gain=gain)
+    for gain in (torch.ones(2), torch.tensor(1)):
+        with pytest.raises(ValueError, match="gain must be one floating-point number, got"):
+            layer(x, condition, gain=gain)
+    with pytest.raises(TypeError, match="gain must be a number or a tensor, got str"):
+        layer(x, condition, gain="2")
 
 
 def test_converted_batch_norm():

@@ -330,3 +330,23 @@ def test_compiled_code_reads_what_is_kept(kind):
     change_weights(block)
     sk.freeze(block)
     assert relative_error(compiled(x, condition), copy.deepcopy(block)(x, condition)) < 1e-12
+
+
+def test_nothing_to_freeze():
+    with pytest.raises(ValueError, match="Linear holds no SPADE layer and no Conv2d of spade_kernels"):
+        sk.freeze(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"freeze takes an nn\.Module, got dict"):
+        sk.freeze({})
+
+
+@torch.no_grad()
+def test_a_copy_of_a_frozen_module_with_parametrized_weights():
+    """PyTorch copies those in its own way."""
+    conv = Conv2d(8, 12, 3, padding=1)
+    nn.utils.parametrizations.weight_norm(conv)
+    sk.freeze(conv)
+    x = torch.randn(1, 8, 16, 16)
+    expected = conv(x)
+    twin = copy.deepcopy(conv)
+    assert twin.kept is None
+    assert relative_error(twin(x), expected) < LIMITS[torch.float32]

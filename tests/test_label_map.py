@@ -284,6 +284,11 @@ def test_prepare_builds_all_that_a_layer_needs():
     assert {where for where in kept if "uses_by_tap" in where or "row_pixels" in where} == kept - set(tensors(without))
 
 
+def test_labels_without_values():
+    with pytest.raises(ValueError, match="labels on the meta device have no values to check"):
+        LabelMap(LABELS.to("meta"), 5)
+
+
 def test_to_another_device():
     label_map = prepared_label_map()
     moved = label_map.to("meta")
@@ -343,6 +348,11 @@ def test_loader_workers_send_label_maps_with_their_indexes():
     loader = DataLoader(_Maps(), batch_size=None, num_workers=1)
     for number, received in enumerate(loader):
         assert_same(received, prepared_label_map(number))
+
+
+def test_a_loader_makes_one_label_map_of_several():
+    (whole,) = DataLoader(_Maps(), batch_size=2)
+    assert torch.equal(whole.codes, LabelMap.cat([prepared_label_map(0), prepared_label_map(1)]).codes)
 
 
 class _TensorCounter(pickle.Pickler):

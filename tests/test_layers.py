@@ -367,3 +367,18 @@ def test_forward_mode_is_refused():
     for condition in (random_label_map("blobs", (1, 8, 8), CLASSES), torch.randn(1, CLASSES, 8, 8)):
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
             torch.func.jvp(lambda x: layer(x, condition), (x,), (x,))  # noqa: B023
+
+
+def test_meta_device():
+    """Planes go through without their values, so that shapes and memory can be planned; then weights are loaded."""
+    made = SPADE("spadesyncbatch3x3", CHANNELS, CLASSES)
+    with torch.device("meta"):
+        layer = SPADE("spadesyncbatch3x3", CHANNELS, CLASSES)
+        y = layer(torch.empty(2, CHANNELS, 4, 5), torch.empty(2, CLASSES, 8, 10), upsample=2)
+    assert y.is_meta
+    assert y.shape == (2, CHANNELS, 8, 10)
+    y.sum().backward()
+    device = torch.get_default_device()
+    layer.to_empty(device=device).load_state_dict(made.state_dict())
+    x, label_map = torch.randn(2, CHANNELS, 9, 9), random_label_map("blobs", (2, 9, 9), CLASSES)
+    assert torch.equal(layer(x, label_map), made(x, label_map))

@@ -89,12 +89,12 @@ SPADE_INLINE void transform(const ConvWeightGradParams& p, int64_t begin, int64_
   }
 }
 
-// G^T u G of channels [in, in + kSide) and [out, out + kSide), u (points, rows, row), into d_weight (out, 9, in).
+// G^T u G of channels [in, in + kSide) and [out, out + kSide), u (points, rows, row), into d_weight (out, in, 9).
 template <class A>
 SPADE_INLINE void transform_back(const ConvWeightGradParams& p, const A* u, int64_t rows, int64_t row, int64_t in,
                                  int64_t out) {
   const int64_t ins = std::min(kSide, p.in - in), outs = std::min(kSide, p.out - out);
-  A weights[9][kSide][kSide];  // of output channel, input channel
+  A weights[kSide][kSide][9];  // of output channel, input channel, tap
   for (int64_t i = 0; i < ins; ++i) {
     A half[3][4][kSide], values[9][kSide];
     for (int j = 0; j < 4; ++j) {
@@ -117,11 +117,10 @@ SPADE_INLINE void transform_back(const ConvWeightGradParams& p, const A* u, int6
         values[3 * k + 2][o] = half[k][3][o] + sum;
       }
     for (int t = 0; t < 9; ++t)
-      for (int64_t o = 0; o < kSide; ++o) weights[t][o][i] = values[t][o];
+      for (int64_t o = 0; o < kSide; ++o) weights[o][i][t] = values[t][o];
   }
   for (int64_t o = 0; o < outs; ++o)
-    for (int t = 0; t < 9; ++t)
-      std::copy_n(weights[t][o], ins, static_cast<A*>(p.d_weight) + ((out + o) * 9 + t) * p.in + in);
+    std::copy_n(weights[o][0], 9 * ins, static_cast<A*>(p.d_weight) + ((out + o) * p.in + in) * 9);
 }
 
 #define SPADE_FOR_TYPE(A)                                                                                         \

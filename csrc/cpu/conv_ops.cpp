@@ -135,8 +135,7 @@ std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const T
   const ScalarType acc = accumulator(grad_in);
   const Tensor grad = channels_last(as(grad_in, acc)), x = channels_last(as(x_in, acc));
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);
-  const Tensor d_weight = torch::stable::empty({out, in, 3, 3}, acc, std::nullopt, std::nullopt, std::nullopt,
-                                               torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor d_weight = torch::stable::new_empty(x, {out, in, 3, 3});
   conv3x3_weight_grad(dtype_of(grad), {x.const_data_ptr(), grad.const_data_ptr(), d_weight.mutable_data_ptr(), images,
                                        height, width, in, out});
   return {d_weight, column_sum(grad, images * height * width, out)};

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from spade_kernels import LabelMap
+from spade_kernels.convolution import runs_as
 from spade_kernels.functional import Segmap, as_condition, conv2d
+from spade_kernels.layers import as_planes
+from spade_kernels.normalization import has_hooks
 from spade_kernels.windows import build_segments
 from spade_model.networks.encoder import require_images
 from spade_model.networks.normalization import normalized
@@ -41,15 +44,32 @@ class NLayerDiscriminator(nn.Module):
 
     def forward(self, segmap: Segmap, image: torch.Tensor) -> Features:
         """Every layer's output, the per-patch score (N, 1, h, w) last."""
-        first = self.model0[0]
-        on_segmap, on_image = first.weight.split((self.semantic_nc, image.shape[1]), 1)  # type: ignore[operator]
-        of_segmap = conv2d(segmap, on_segmap, first.bias, *_FIRST[1:])  # type: ignore[arg-type]
-        of_image = F.conv2d(image, on_image, None, *_FIRST[1:])
-        x = (of_image.unflatten(0, (-1, len(of_segmap))) + of_segmap).flatten(0, 1)
-        features = [self.model0[1](x)]
+        features = [self._first(segmap, image)]
         for n in range(1, self.depth):
             features.append(self.get_submodule(f"model{n}")(features[-1]))
         return features
+
+    def _first(self, segmap: Segmap, image: torch.Tensor) -> torch.Tensor:
+        """model0 of both, whose convolution reads a label map without one-hot planes unless it was replaced."""
+        first = _first_as_built(self.model0)
+        if first is None:
+            planes = as_planes(segmap, image.dtype)
+            return self.model0(torch.cat((planes.repeat(len(image) // len(planes), 1, 1, 1), image), 1))
+        on_segmap, on_image = first.weight.split((self.semantic_nc, image.shape[1]), 1)
+        of_segmap = conv2d(segmap, on_segmap, first.bias, *_FIRST[1:])
+        of_image = F.conv2d(image, on_image, None, *_FIRST[1:])
+        return self.model0[1]((of_image.unflatten(0, (-1, len(of_segmap))) + of_segmap).flatten(0, 1))
+
+
+def _first_as_built(model0: nn.Module) -> nn.Conv2d | None:
+    """The convolution of model0; None where there is more to a call of it than its weight and the activation."""
+    if type(model0) is not nn.Sequential or len(model0) != 2 or has_hooks(model0):
+        return None
+    first = model0[0]
+    if not runs_as(first, nn.Conv2d):
+        return None
+    how = first.kernel_size, first.stride, first.padding, first.dilation, first.groups, first.padding_mode
+    return first if how == (*((side, side) for side in _FIRST), (1, 1), 1, "zeros") else None
 
 
 class MultiscaleDiscriminator(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from spade_kernels import SPADE, LabelMap, freeze
 from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
-from spade_kernels.layers import convolved
+from spade_kernels.layers import as_planes, convolved, keeps_size, parameter_dtype
 from spade_kernels.normalization import moments
 from spade_model.errors import UserError
 
@@ -22,6 +22,8 @@ DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
 
 class SPADEResnetBlock(nn.Module):
     """Residual block of two SPADE layers, with a third in the shortcut where the width changes.
+
+    Its modules can be wrapped, hooked or replaced: others than its own are called as they are; see `convolved`.
 
     Args:
         fin, fout: channels in and out. norm_G: [spectral]spade<norm><k>x<k>. semantic_nc: condition channels.
@@ -43,7 +45,8 @@ class SPADEResnetBlock(nn.Module):
     def forward(self, x: torch.Tensor, segmap: Segmap, upsample: int = 1) -> torch.Tensor:
         """(N, fin, h, w) -> (N, fout, upsample * h, upsample * w); upsample 2 as if x had been upsampled (nearest)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        common: dict[str, Any] = {"upsample": upsample, "moments": moments(self.norm_0.param_free_norm, x)}
+        taken = moments(self.norm_0.param_free_norm, x) if isinstance(self.norm_0, SPADE) else None
+        common: dict[str, Any] = {"upsample": upsample, "moments": taken}
         if self.learned_shortcut:
             shortcut = convolved(self.conv_s, self.norm_s, x, segmap, **common)
         else:
@@ -106,6 +109,8 @@ class SPADEGenerator(nn.Module):
             self.up_4 = block(ngf, ngf // 2)
             last = ngf // 2
         self.conv_img = Conv2d(last, output_nc, 3, padding=1)
+        self.kernel_size: int = self.head_0.norm_0.mlp_gamma.kernel_size[0]
+        """Of the SPADE layers' convolutions, as built."""
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
         """The image, (N, output_nc, H, W) in [-1, 1].
@@ -135,7 +140,7 @@ class SPADEGenerator(nn.Module):
 
     def _start(self, segmap: Segmap, z: torch.Tensor | None) -> torch.Tensor:
         if not self.use_vae:
-            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=1, size=self.start_size)  # type: ignore[arg-type]
+            return self._downsampled(segmap)
         count = len(segmap)
         if z is None:
             z = torch.randn(count, self.z_dim, device=segmap.device)
@@ -145,10 +150,12 @@ class SPADEGenerator(nn.Module):
             )
         return self.fc(z).view(count, -1, *self.start_size)
 
-    @property
-    def kernel_size(self) -> int:
-        """Of the SPADE layers' convolutions."""
-        return self.head_0.norm_0.mlp_gamma.kernel_size[0]
+    def _downsampled(self, segmap: Segmap) -> torch.Tensor:
+        if keeps_size(self.fc):
+            padding = self.fc.kernel_size[0] // 2
+            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=padding, size=self.start_size)
+        planes = as_planes(segmap, parameter_dtype([self.fc], torch.float32))
+        return self.fc(F.interpolate(planes, self.start_size))
 
     def resolutions(self) -> list[tuple[int, int]]:
         """(height, width) of every feature map that SPADE layers modulate, from the smallest."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spade_kernels import LabelMap
 from spade_kernels.functional import Segmap, as_condition
+from spade_kernels.layers import as_planes, parameter_dtype
 from spade_model.errors import UserError
 from spade_model.networks.normalization import normalized
 
@@ -86,5 +86,4 @@ class Pix2PixHDGenerator(nn.Module):
                 f"the mask is {width}x{height} pixels, but this generator needs at least {self.least_side} on each "
                 "side; use larger images or --preprocess_mode fixed"
             )
-        dtype = next(self.parameters()).dtype
-        return self.model(segmap.one_hot(dtype) if isinstance(segmap, LabelMap) else segmap)
+        return self.model(as_planes(segmap, parameter_dtype([self], torch.float32)))
