@@ -340,3 +340,13 @@ def test_meta_device():
     assert image.is_meta
     assert image.shape == (2, 3, 32, 32)
     image.sum().backward()
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    block = SPADEResnetBlock(FIN, FOUT, "spectralspadebatch3x3", CLASSES).to(DOUBLE).eval()
+    low_rank(block, "conv_0")
+    replaced_norm(block, "norm_1")
+    mask, x = random_label_map("blobs", (2, 8, 10), CLASSES), torch.randn(2, FIN, 4, 5, dtype=DOUBLE)
+    expected = block(x, mask, 2)
+    assert relative_error(torch.compile(block, backend="aot_eager", fullgraph=True)(x, mask, 2), expected) < 1e-9
