@@ -1,18 +1,22 @@
 """Builds the package; metadata is in pyproject.toml.
 
 SPADE_KERNELS_BUILD chooses what is compiled: `cpu`, `cuda` (both), `none`, or `auto` (the default): what this machine
-has the compilers for, and an install without it where they fail. Needs --no-build-isolation, so that the torch that is
-installed is the torch that is built against.
+has the compilers for, and an install without it where they fail. What is compiled against one PyTorch runs with every
+later one (LibTorch's stable ABI), so an isolated build takes the PyTorch of the environment that it installs into.
 """
 
+import importlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 CPU_SOURCES = [
     "module.cpp",
@@ -45,23 +49,33 @@ ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8),
 CHOICES = ("auto", "cpu", "none", "cuda")
 
 
+# Where an install keeps the reason for being without compiled kernels; spade_kernels/backends.py reads it.
+REASON = Path("spade_kernels", "not_built.txt")
+
+
 def compiled():
     """(ext_modules, cmdclass) for what SPADE_KERNELS_BUILD asks for."""
     choice = os.environ.get("SPADE_KERNELS_BUILD", "auto")
     if choice not in CHOICES:
         sys.exit(f"SPADE_KERNELS_BUILD={choice!r} is not one of {', '.join(CHOICES)}")
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    if choice == "none" or (choice == "auto" and not (has_compiler and sys.platform == "linux")):
-        return [], {}
-    find_toolkit()
-    try:
-        from torch.utils.cpp_extension import BuildExtension
-    except ImportError:
-        if choice == "auto":
-            return [], {}
-        sys.exit(
-            f"SPADE_KERNELS_BUILD={choice} needs torch: install it first and build with pip's --no-build-isolation"
-        )
+    reason = why_no_cpu(choice)
+    if reason is not None and choice not in ("none", "auto"):
+        sys.exit(f"SPADE_KERNELS_BUILD={choice} cannot build: {reason}")
+    reasons = [reason] if reason else []
+
+    class Python(build_py):
+        """Beside the modules, the reason why there are no compiled kernels, or none."""
+
+        def run(self):
+            super().run()
+            path = REASON if self.editable_mode else Path(self.build_lib, REASON)
+            path.unlink(missing_ok=True)
+            if reasons:
+                path.write_text(reasons[0], encoding="utf-8")
+
+    if reasons:
+        return [], {"build_py": Python}
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         """One extension after another, so that an optional one that fails leaves the others."""
@@ -74,8 +88,10 @@ def compiled():
                     super().build_extensions()
                 except Exception as error:
                     if not extension.optional:
-                        raise
+                        sys.exit(f"{extension.name} was not built; the compiler's messages are above this line")
                     print(f"warning: {extension.name} was not built: {error}", file=sys.stderr)
+                    if extension.name == "spade_kernels._C":
+                        reasons.append("compiling them failed when this was installed")
             self.extensions = every
 
     extensions = [cpu_extension()]
@@ -87,7 +103,37 @@ def compiled():
             sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
     for extension in extensions:
         extension.optional = choice == "auto"
-    return extensions, {"build_ext": Build}
+    return extensions, {"build_ext": Build, "build_py": Python}
+
+
+def why_no_cpu(choice):
+    """None, or what is missing to build the CPU kernels, or that they are not wanted."""
+    if choice == "none":
+        return "SPADE_KERNELS_BUILD=none was set when this was installed"
+    if choice == "auto" and sys.platform != "linux":
+        return "they are built on Linux only"
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        found = f"no compiler {compiler!r}, which CXX names" if compiler else "no C++ compiler"
+        return f"there was {found}; install one, such as g++"
+    probe = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run(probe, input="#include <bit>\n#include <span>\n", capture_output=True, text=True).returncode:
+        return f"the compiler {compiler} cannot compile C++20; install a newer one, such as g++ 11"
+    find_toolkit()
+    try:
+        import_torch()
+    except ImportError as error:
+        return f"there was no PyTorch to build against ({error}); install torch first"
+    return None
+
+
+def import_torch():
+    """Imports torch, in an isolated build the one of the environment that the package is installed into."""
+    try:
+        importlib.import_module("torch")
+    except ModuleNotFoundError:
+        sys.path.append(sysconfig.get_path("purelib"))
+        importlib.import_module("torch")
 
 
 def cpu_extension():

@@ -13,6 +13,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy
@@ -42,12 +43,24 @@ _TRITON_STEMS = {
 }
 
 
+_AGAIN = "with torch and a C++ compiler installed, install the package again (pip install --force-reinstall --no-deps)"
+
+
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    """A compiled module, and why it is not there."""
+    """A compiled module, and why it cannot be used."""
+    found = importlib.util.find_spec(f"spade_kernels.{name}")
+    if found is None:
+        return None, f"the compiled module is not there: {_why_not_built()}; {_AGAIN}"
     try:
         return importlib.import_module(f"spade_kernels.{name}"), ""
     except ImportError as error:
-        return None, f"the compiled module is not there ({error}); install with a compiler and --no-build-isolation"
+        return None, f"the compiled module {found.origin} does not load ({error}); {_AGAIN}"
+
+
+def _why_not_built() -> str:
+    """The reason that setup.py gives."""
+    reason = Path(__file__).with_name("not_built.txt")
+    return reason.read_text(encoding="utf-8") if reason.is_file() else "it was not built"
 
 
 _cpu, _why_no_cpu = _load("_C")
@@ -59,6 +72,7 @@ for _name, _reason in (("cpu", _why_no_cpu), ("cuda", _why_no_cuda)):
 
 _chosen = "auto"
 _operators: list[str] = []
+_has_warned = False
 _overriding: torch.library.Library | None = None
 
 
@@ -79,12 +93,27 @@ def _python_kernel(name: str, backend: str) -> Callable:
 
     def run(*args):
         checks.check(name, *args)
+        if backend == "reference" and _chosen == "auto" and _cpu is None and args[0].is_cpu:
+            _warn_of_missing_kernels()
         # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
         # current device.
         with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return kernel()(*args)
 
     return run
+
+
+def _warn_of_missing_kernels() -> None:
+    """Says once a process that CPU tensors go through plain PyTorch, which nobody has chosen."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"SPADE layers run in plain PyTorch on this CPU, several times slower than compiled: {_why_no_cpu}. "
+            "spade_kernels.use_backend('reference') chooses plain PyTorch, without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _override() -> None:
