@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_kernels import backends, ops
+from spade_kernels import backends, ops, plain
 from spade_kernels.freezing import Freezable
 from spade_kernels.ops import Modulated
 
@@ -49,11 +49,11 @@ class Conv2d(Freezable, nn.Conv2d):
         """What `forward(x * gain, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
 
         In training with spectral norm, after one power iteration: the parameter, and one over its norm, a positive
-        number. Both have derivatives.
+        number. Both have derivatives of every order.
         """
         if not (self.spectral and self.training):
             return None, None
-        return _WithGain.apply(self.weight_orig, *self._iterate())
+        return _with_gain(self.weight_orig, *self._iterate())
 
     def forward(self, x: Tensor | Modulated, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
@@ -78,7 +78,7 @@ class Conv2d(Freezable, nn.Conv2d):
         if not self.spectral:
             return self.weight
         if self.training:
-            weight, gain = _WithGain.apply(self.weight_orig, *self._iterate())
+            weight, gain = _with_gain(self.weight_orig, *self._iterate())
             return weight * gain
         # In float32: one rounding of sigma would scale the whole result.
         wide = torch.promote_types(self.weight_orig.dtype, torch.float32)
@@ -107,7 +107,7 @@ _PIXELS = 32 * 32
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one; first derivatives for all tensors."""
+    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one. All tensors have derivatives."""
     if _suits_winograd(x, weight, padding):
         return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
     return F.conv2d(x, weight, bias, padding=padding)
@@ -227,6 +227,13 @@ class _OneDNN:
         return self._weight.to_dense()
 
 
+def _with_gain(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    if not plain.is_asked_for():
+        return _WithGain.apply(weight, u, v, gain)
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight, torch.dot(u, torch.mv(_as_matrix(weight), v)).reciprocal()
+
+
 class _WithGain(torch.autograd.Function):
     """(weight, 1 / sigma) of a weight (out, in, k, k), u, v and 1 / sigma, where sigma = u . (W v).
 
@@ -235,8 +242,10 @@ class _WithGain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        gain = gain.clone()
+        # The result, not the argument: it depends on the weight, which second derivatives need.
         ctx.save_for_backward(u, v, gain)
-        return weight.view_as(weight), gain.clone()
+        return weight.view_as(weight), gain
 
     @staticmethod
     def backward(ctx, d_weight: Tensor, d_gain: Tensor):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spade_kernels import plain
+
 
 class Freezable(nn.Module):
     """Base of modules with something to derive from their weights: `derive()` says what.
@@ -26,11 +28,12 @@ class Freezable(nn.Module):
 
     @property
     def kept(self) -> Any:
-        """What the weights come to, or None where they have to be read: not frozen, recording gradients, or exported.
+        """What the weights come to, or None where they have to be read: not frozen, recording gradients, in a
+        transform of torch.func, or exported.
 
         Compiled code reads it as long as it `is_traceable`.
         """
-        if self._kept is None or torch.is_grad_enabled():
+        if self._kept is None or torch.is_grad_enabled() or plain.is_asked_for():
             return None
         if not torch.compiler.is_compiling() and not self._is_current():
             self.freeze()

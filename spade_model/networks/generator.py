@@ -13,6 +13,7 @@ from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import convolved
 from spade_kernels.normalization import moments
+from spade_kernels.plain import channels_last
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
@@ -42,7 +43,7 @@ class SPADEResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, segmap: Segmap, upsample: int = 1) -> torch.Tensor:
         """(N, fin, h, w) -> (N, fout, upsample * h, upsample * w); upsample 2 as if x had been upsampled (nearest)."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         common: dict[str, Any] = {"upsample": upsample, "moments": moments(self.norm_0.param_free_norm, x)}
         if self.learned_shortcut:
             shortcut = convolved(self.conv_s, self.norm_s, x, segmap, **common)
