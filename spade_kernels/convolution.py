@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_kernels import backends, ops, plain
+from spade_kernels import backends, ops, transforms
 from spade_kernels.freezing import Freezable
 from spade_kernels.ops import Modulated
 
@@ -228,7 +228,7 @@ class _OneDNN:
 
 
 def _with_gain(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    if not plain.is_asked_for():
+    if not transforms.are_active():
         return _WithGain.apply(weight, u, v, gain)
     with torch.autocast(weight.device.type, enabled=False):
         return weight, torch.dot(u, torch.mv(_as_matrix(weight), v)).reciprocal()

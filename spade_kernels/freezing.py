@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spade_kernels import plain
+from spade_kernels import transforms
 
 
 class Freezable(nn.Module):
@@ -33,7 +33,7 @@ class Freezable(nn.Module):
 
         Compiled code reads it as long as it `is_traceable`.
         """
-        if self._kept is None or torch.is_grad_enabled() or plain.is_asked_for():
+        if self._kept is None or torch.is_grad_enabled() or transforms.are_active():
             return None
         if not torch.compiler.is_compiling() and not self._is_current():
             self.freeze()

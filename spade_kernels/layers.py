@@ -25,7 +25,7 @@ from spade_kernels.normalization import (
     statistics,
 )
 from spade_kernels.ops import Modulated
-from spade_kernels.plain import channels_last
+from spade_kernels.transforms import channels_last
 
 _HIDDEN = 128
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spade_kernels import backends, plain
+from spade_kernels import backends, plain, transforms
 
 _library = torch.library.Library("spade_kernels", "DEF")
 
@@ -71,7 +71,7 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 
 def _call(op: Any, *arguments: Any) -> Any:
     """The operator's default overload, past its Python autograd layer where no gradient can be asked for."""
-    if plain.is_asked_for() and op is not _ops.window_index:
+    if transforms.are_active() and op is not _ops.window_index:
         return _by_plain_torch(op.__name__, arguments)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op.default(*arguments)
@@ -397,7 +397,7 @@ for _name in (
 
 def _is_differentiated() -> bool:
     """Whether the backward that calls is to be differentiated itself, or is run by a transform of torch.func."""
-    return torch.is_grad_enabled() or plain.is_asked_for()
+    return torch.is_grad_enabled() or transforms.are_active()
 
 
 def _plain_gradients(

@@ -10,23 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from spade_kernels import reference
 from spade_kernels.reference import accumulator, channel_stats, joint_weight
 
-__all__ = ["channel_stats", "conv3x3", "hidden_rows", "is_asked_for", "modulate", "modulation_table"]
-
-
-def is_asked_for() -> bool:
-    """Whether forward-mode derivatives or a transform of torch.func are under way, of which kernels know nothing."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x in the layout that kernels read."""
-    # torch.func.vmap knows one layout.
-    return x if is_asked_for() else x.contiguous(memory_format=torch.channels_last)
+__all__ = ["channel_stats", "conv3x3", "hidden_rows", "modulate", "modulation_table"]
 
 
 def hidden_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from spade_kernels import LabelMap, freeze
 from spade_kernels.convolution import Conv2d
+from spade_kernels.recognize import recognize
 from spade_kernels.testing import random_label_map, random_spade, stock_spade
 from spade_model.benchmark.stock import stock_generator
 from spade_model.networks import SPADEGenerator
@@ -136,19 +138,39 @@ def test_transforms(form, norm, transform):
     assert torch.equal(layer(x, segmap), before), "the transform left something of its own behind"
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_label_maps_and_layers_met_first_in_a_transform(form):
-    """What they keep from then on is for calls outside, too."""
-    layer = random_spade("spadeinstance3x3", C, CLASSES).eval()
-    segmap, planes = condition(form)
-    x, planes = torch.randn(N, C, H, W), planes.float()
-    segmap = planes if form == "dense" else segmap
-    for _ in range(2):
-        torch.func.grad(lambda x: layer(x, segmap).sum())(x)
-        torch.func.vmap(torch.func.grad(lambda x: layer(x, segmap).sum()))(x.unsqueeze(0))
-    y = layer(x.requires_grad_(), segmap)
-    y.sum().backward()
-    torch.testing.assert_close(y, stock_spade(layer, x, planes))
+CONDITIONS: dict[str, Callable[[LabelMap], LabelMap | Tensor]] = {
+    "label map": lambda label_map: label_map,
+    "label map made inside": lambda label_map: LabelMap(label_map.labels + 0, CLASSES)[:],
+    "labels": lambda label_map: label_map.labels,
+    "one-hot": lambda label_map: label_map.one_hot(),
+}
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_what_a_transform_meets_first_is_kept_for_all(kind):
+    layer = random_spade("spadeinstance3x3", C, CLASSES)
+    label_map = random_label_map("blobs", (N, H, W), CLASSES)
+    x, given, seen = torch.randn(N, C, H, W), CONDITIONS[kind](label_map), []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(CONDITIONS[kind](label_map) if "inside" in kind else given)
+        return layer(x, seen[-1]).sum()
+
+    gradient = torch.func.grad(run)(x)
+    for segmap in [*seen, given]:
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(run))(x.unsqueeze(0))[0], gradient)
+        known = recognize(segmap) if kind == "one-hot" else segmap
+        if isinstance(known, LabelMap):
+            pickle.dumps(known)
+            tensors = [*known.window_index((H, W), 3).groups(), (known.codes,)]
+            assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for ts in tensors for t in ts)
+
+
+def test_mapping_over_label_maps_says_what_to_do():
+    layer = random_spade("spadeinstance3x3", C, CLASSES)
+    x, labels = torch.randn(N, C, H, W), torch.zeros(3, N, H, W, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"cannot map over label maps: .* one batch"):
+        torch.func.vmap(lambda labels: layer(x, labels))(labels)
 
 
 def test_functional_call_and_its_gradient():

@@ -13,7 +13,7 @@ from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import convolved
 from spade_kernels.normalization import moments
-from spade_kernels.plain import channels_last
+from spade_kernels.transforms import channels_last
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
