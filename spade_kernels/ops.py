@@ -3,8 +3,9 @@
 Loading this module defines `torch.ops.spade_kernels.*` with the reference as the kernel of every device. The
 functions here are the operators' Python names; their arguments and results are documented in `reference.py`.
 Kernels give first derivatives in reverse mode, for every float argument but the statistics. All others (second
-derivatives, forward mode, the transforms of torch.func) are those of `plain.py`, at plain PyTorch's cost. What stands
-still (`weight_panels`, `conv_panels`, `conv`, `modulate_conv`) has no derivatives.
+derivatives, forward mode, the transforms of torch.func) are those of `plain.py`, at plain PyTorch's cost; a raw
+`torch.ops.spade_kernels` call has none in forward mode and torch.func. What stands still (`weight_panels`,
+`conv_panels`, `conv`, `modulate_conv`) has no derivatives.
 """
 
 from __future__ import annotations
@@ -395,23 +396,26 @@ for _name in (
     _refuse(_name)
 
 
-def _is_differentiated() -> bool:
-    """Whether the backward that calls is to be differentiated itself, or is run by a transform of torch.func."""
-    return torch.is_grad_enabled() or transforms.are_active()
-
-
 def _plain_gradients(
     name: str, arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of an operator's arguments, where needed, by plain PyTorch, which can differentiate them again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # By other names: one argument may have been made from another, which is none of this operator's gradient.
-        inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
-        wanted = [a.requires_grad_() for a, needs in zip(inputs, needed, strict=True) if needs]
-        results = _by_plain_torch(name, inputs)
-    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=create_graph))
+    """The gradients of an operator's arguments, where needed, by plain PyTorch, which can differentiate them again.
+
+    For a backward that runs with gradients enabled: it is to be differentiated itself.
+    """
+    # By other names: one argument may have been made from another, which is none of this operator's gradient.
+    inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
+    wanted = [a for a, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(_by_plain_torch(name, inputs), wanted, grads, create_graph=True))
     return tuple(next(found) if needs else None for needs in needed)
+
+
+def _stand_in(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> Tensor | None:
+    """For an argument on whose values no gradient depends, and which was therefore not saved; None for none."""
+    if dtype is None:
+        return None
+    with transforms.outside():
+        return torch.zeros(shape, dtype=dtype, device=like.device, requires_grad=True)
 
 
 def _hidden_rows_setup(ctx, inputs, output):
@@ -422,12 +426,11 @@ def _hidden_rows_setup(ctx, inputs, output):
 
 def _hidden_rows_backward(ctx, grad):
     rows, windows, order, starts = ctx.saved_tensors
-    if _is_differentiated():
+    if torch.is_grad_enabled():
         grad = grad * (rows > 0) if ctx.relu else grad
-        # Linear without its ReLU: its gradients do not depend on the values of taps and bias.
-        taps = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
-        bias = None if ctx.bias_dtype is None else grad.new_zeros(ctx.shape[2], dtype=ctx.bias_dtype)
-        arguments = (taps, bias, windows, order, starts, False)
+        # Without its ReLU the operator is linear.
+        floats = _stand_in(ctx.shape, ctx.dtype, rows), _stand_in(ctx.shape[2:], ctx.bias_dtype, rows)
+        arguments = (*floats, windows, order, starts, False)
         return _plain_gradients("hidden_rows", arguments, ctx.needs_input_grad, (grad,))
     _require_groups("hidden_rows", order, starts)
     taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.shape[1], ctx.relu)
@@ -445,8 +448,8 @@ def _modulation_table_setup(ctx, inputs, output):
 
 def _modulation_table_backward(ctx, grad):
     hidden, gamma, beta, windows, order, starts = ctx.saved_tensors
-    if _is_differentiated():
-        bias = grad.new_zeros(grad.shape[1], dtype=ctx.bias_dtype)
+    if torch.is_grad_enabled():
+        bias = _stand_in(grad.shape[1:], ctx.bias_dtype, hidden)
         arguments = (hidden, gamma, beta, bias, windows, None, order, starts)
         return _plain_gradients("modulation_table", arguments, ctx.needs_input_grad, (grad,))
     _require_groups("modulation_table", order, starts)
@@ -463,7 +466,7 @@ def _channel_stats_setup(ctx, inputs, output):
 
 
 def _channel_stats_backward(ctx, grad_mean, grad_m2):
-    if _is_differentiated():
+    if torch.is_grad_enabled():
         (d_x,) = _plain_gradients("channel_stats", ctx.saved_tensors[:1], (True,), (grad_mean, grad_m2))
         return d_x
     return _ops.channel_stats_grad(*ctx.saved_tensors, grad_mean, grad_m2)
@@ -480,10 +483,12 @@ def _modulate_setup(ctx, inputs, output):
 def _modulate_backward(ctx, grad):
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
-    x, mean, rstd, table, pixel_row, image_rows, order, starts = ctx.saved_tensors
+    # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
+    tensors = ctx.saved_tensors
+    x, mean, rstd, table, pixel_row, image_rows, order, starts = tensors
     how = (ctx.slope, ctx.upsample)
-    if _is_differentiated():
-        arguments = (*ctx.saved_tensors, *how, ctx.stats_over)
+    if torch.is_grad_enabled():
+        arguments = (*tensors, *how, ctx.stats_over)
         return _plain_gradients("modulate", arguments, ctx.needs_input_grad, (grad,))
     if pixel_row is not None:
         _require_groups("modulate", order, starts)
@@ -505,8 +510,8 @@ def _conv3x3_setup(ctx, inputs, output):
 
 def _conv3x3_backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    if _is_differentiated():
-        arguments = (x, weight, weight.new_zeros(len(weight), dtype=ctx.bias_dtype))
+    if torch.is_grad_enabled():
+        arguments = (x, weight, _stand_in(weight.shape[:1], ctx.bias_dtype, weight))
         return _plain_gradients("conv3x3", arguments, ctx.needs_input_grad, (grad,))
     d_x, d_weight, d_bias = None, None, None
     if ctx.needs_input_grad[0]:

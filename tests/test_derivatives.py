@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from spade_kernels import LabelMap, freeze
 from spade_kernels.convolution import Conv2d
@@ -101,6 +103,15 @@ def test_second_derivatives_of_the_generator(generator, training):
         torch.testing.assert_close(got[name] / largest, value / largest, rtol=1e-8, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_of_a_checkpointed_layer(form):
+    layer = random_spade("spadeinstance3x3", C, CLASSES).double()
+    segmap, _ = condition(form)
+    x, weights = torch.randn(N, C, H, W, **DOUBLE).requires_grad_(), list(layer.parameters())
+    got = penalty_gradients(lambda x: checkpoint(layer, x, segmap, use_reentrant=False), [x], weights)
+    close(got, penalty_gradients(lambda x: layer(x, segmap), [x], weights))
+
+
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
     "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](x),
@@ -116,6 +127,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = 
     "autograd hessian at once": lambda f, x: torch.autograd.functional.hessian(
         lambda x: f(x).square().sum(), x, vectorize=True
     ),
+    "several gradients at once": lambda f, x: torch.func.vmap(
+        partial(torch.autograd.grad, f(x.requires_grad_()), x, retain_graph=True)
+    )(torch.stack((x, 2 * x)).detach()),
     "jacobian at once": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
 }
 
