@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_kernels import backends, ops
+from spade_kernels import backends, ops, transforms
 from spade_kernels.freezing import Freezable
 from spade_kernels.normalization import has_hooks
 from spade_kernels.ops import Modulated
@@ -54,12 +54,12 @@ class Conv2d(Freezable, nn.Conv2d):
         """What `forward(x * gain, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
 
         In training with spectral norm, after one power iteration: the parameter, and one over its norm, a positive
-        number. Both have derivatives.
+        number. Both have derivatives of every order.
         """
         if not (self.spectral and self.training):
             return None, None
         weight = self.weight_orig
-        return _WithGain.apply(weight, *self._iterate(weight))
+        return _with_gain(weight, *self._iterate(weight))
 
     def forward(self, x: Tensor | Modulated, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
@@ -142,7 +142,7 @@ _PIXELS = 32 * 32
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one; first derivatives for all tensors."""
+    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one. All tensors have derivatives."""
     if _suits_winograd(x, weight, padding):
         return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
     return F.conv2d(x, weight, bias, padding=padding)
@@ -273,6 +273,13 @@ class _OneDNN:
         return self._weight.to_dense()
 
 
+def _with_gain(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    if not transforms.are_active():
+        return _WithGain.apply(weight, u, v, gain)
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight, torch.dot(u, torch.mv(weight.flatten(1), v)).reciprocal()
+
+
 class _WithGain(torch.autograd.Function):
     """(weight, 1 / sigma) of a weight (out, in, k, k), u, v and 1 / sigma, where sigma = u . (W v).
 
@@ -281,8 +288,10 @@ class _WithGain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        gain = gain.clone()
+        # The result, not the argument: it depends on the weight, which second derivatives need.
         ctx.save_for_backward(u, v, gain)
-        return weight.view_as(weight), gain.clone()
+        return weight.view_as(weight), gain
 
     @staticmethod
     def backward(ctx, d_weight: Tensor, d_gain: Tensor):

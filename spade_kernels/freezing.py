@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from spade_kernels import transforms
+
 
 class _Kept(NamedTuple):
     """What a module keeps, and the parts and weights it was derived from: where they are, and their versions."""
@@ -39,11 +41,12 @@ class Freezable(nn.Module):
 
     @property
     def kept(self) -> Any:
-        """What the weights come to, or None where they have to be read: not frozen, recording gradients, or exported.
+        """What the weights come to, or None where they have to be read: not frozen, recording gradients, in a
+        transform of torch.func, or exported.
 
         Compiled code reads it as long as it `is_traceable`.
         """
-        if self._kept is None or torch.is_grad_enabled():
+        if self._kept is None or torch.is_grad_enabled() or transforms.are_active():
             return None
         if not torch.compiler.is_compiling():
             if not all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept.of):

@@ -200,8 +200,7 @@ def spade(
         kept: of the same weights, where no gradient is wanted.
 
     Returns:
-        (N, C, upsample * h, upsample * w). First derivatives exist for x, all weights and biases, gain, and a float
-        segmap.
+        (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
     """
     return modulated(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, kept=kept).tensor()
 
@@ -254,7 +253,7 @@ def conv2d(
         weight: (out, channels, k, k); bias (out,) or None.
 
     Returns:
-        (N, out, h', w'), channels-last for a label map. First derivatives exist for weight, bias and a float segmap.
+        (N, out, h', w'), channels-last for a label map. Derivatives exist for weight, bias and a float segmap.
     """
     if isinstance(segmap, Tensor):
         planes = segmap if size is None else _resized(segmap, size)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from spade_kernels import backends, checks
+from spade_kernels import backends, checks, transforms
 from spade_kernels.packing import Packable, Slot, pack, unpack
 from spade_kernels.windows import WindowIndex, Windows, build_segments
 
@@ -33,8 +33,8 @@ class LabelMap(Packable):
 
     Raises:
         TypeError: labels, num_labels or ignore_index are not integers, edges not boolean.
-        ValueError: wrong rank or shape, an empty batch, or a label outside 0 .. num_labels - 1 (the message names
-            the value and the pixel).
+        ValueError: wrong rank or shape, an empty batch, labels that torch.func.vmap maps over, or a label outside
+            0 .. num_labels - 1 (the message names the value and the pixel).
     """
 
     def __init__(
@@ -46,13 +46,15 @@ class LabelMap(Packable):
     ):
         num_labels = _integer("num_labels", num_labels)
         ignore_index = None if ignore_index is None else _integer("ignore_index", ignore_index)
-        classes = _checked_classes(labels, num_labels, ignore_index)
-        if edges is not None:
-            _check_edges(edges, labels)
-        states = 1 if edges is None else 2
-        codes = classes * states + 1
-        if edges is not None:
-            codes = codes + edges
+        labels, edges = transforms.constant(labels), None if edges is None else transforms.constant(edges)
+        with transforms.outside():
+            classes = _checked_classes(labels, num_labels, ignore_index)
+            if edges is not None:
+                _check_edges(edges, labels)
+            states = 1 if edges is None else 2
+            codes = classes * states + 1
+            if edges is not None:
+                codes = codes + edges
         self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
         self.codes = codes
         self._pooled_codebook: torch.Tensor | None = None
@@ -140,7 +142,7 @@ class LabelMap(Packable):
         self._check_windows(size, kernel_size, stride, padding, levels=1)
         key = ("codes", height, width, kernel_size, stride, padding)
         if key not in self._kept:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), transforms.outside():
                 self._kept[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
         return self._kept[key]
 
@@ -180,7 +182,7 @@ class LabelMap(Packable):
             self._check_windows(size, kernel_size, 1, kernel_size // 2, levels=2)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), transforms.outside():
             found = WindowIndex.of(self.codes, self.num_codes, missing, kernel_size)
         for size, index in zip(missing, found, strict=True):
             for key, windows in zip(_index_keys(size, kernel_size), index, strict=True):
@@ -203,7 +205,7 @@ class LabelMap(Packable):
         """
         if "pooled" not in self._kept:
             seen = self.windows(self.shape[1:], 3, 2, 1)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), transforms.outside():
                 inside = (seen.windows > 0).sum(1, keepdim=True)
                 codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
                 pooled = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
@@ -277,7 +279,8 @@ class LabelMap(Packable):
         other = object.__new__(LabelMap)
         # One by one: torch.compile of torch 2.11 traces no update of __dict__.
         other.labels, other.num_labels, other.edges = self.labels, self.num_labels, self.edges
-        other.ignore_index, other.codes, other._pooled_codebook, other._kept = self.ignore_index, codes, codebook, {}
+        other.codes, other._pooled_codebook = transforms.constant(codes), codebook
+        other.ignore_index, other._kept = self.ignore_index, {}
         return other
 
 
@@ -340,7 +343,7 @@ def _kept_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
     kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
     if kind in _codebooks:
         return _codebooks[kind]
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), transforms.outside():
         codebook = label_map.codebook(dtype)
     if backends.may_keep(codebook):
         _codebooks[kind] = codebook

@@ -25,6 +25,7 @@ from spade_kernels.normalization import (
     statistics,
 )
 from spade_kernels.ops import Modulated
+from spade_kernels.transforms import channels_last
 
 _HIDDEN = 128
 
@@ -104,7 +105,7 @@ class SPADE(Freezable):
         if not parameter_free:
             x, upsample = self.param_free_norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x), 1
         # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
         if as_built:
             return functional.modulated(

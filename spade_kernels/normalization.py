@@ -29,7 +29,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.SyncBatchNorm` on any device: batch norm whose training statistics are over all processes.
 
     With one process it is plain batch norm. Same parameters, buffers and state_dict keys as `nn.BatchNorm2d`.
-    First derivatives exist for the input, weight and bias.
+    Derivatives exist for the input, weight and bias.
     """
 
     def forward(self, input: Tensor) -> Tensor:

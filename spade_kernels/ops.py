@@ -2,7 +2,10 @@
 
 Loading this module defines `torch.ops.spade_kernels.*` with the reference as the kernel of every device. The
 functions here are the operators' Python names; their arguments and results are documented in `reference.py`.
-First derivatives exist for every float argument but the statistics; asking for second derivatives raises.
+Kernels give first derivatives in reverse mode, for every float argument but the statistics. All others (second
+derivatives, forward mode, the transforms of torch.func) are those of `plain.py`, at plain PyTorch's cost; a raw
+`torch.ops.spade_kernels` call has none in forward mode and torch.func. What stands still (`weight_panels`,
+`conv_panels`, `conv`, `modulate_conv`) has no derivatives.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from spade_kernels import backends, checks
+from spade_kernels import backends, checks, plain, transforms
 
 _library = torch.library.Library("spade_kernels", "DEF")
 
@@ -71,15 +73,25 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 
 def _call(op: Any, *arguments: Any) -> Any:
     """The operator's default overload, past its Python autograd layer where no gradient can be asked for."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "SPADE kernels have no forward-mode derivatives (torch.func.jvp, forward_ad); use reverse mode: backward, "
-            "torch.autograd.grad"
-        )
+    if transforms.are_active() and op is not _ops.window_index:
+        return _by_plain_torch(op.__name__, arguments)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op.default(*arguments)
     with _below_autograd():
         return op.default(*arguments)
+
+
+def _by_plain_torch(name: str, arguments: Sequence[Any]) -> Any:
+    if name not in plain.__all__:
+        raise _without_derivatives(name)
+    # As in kernels: autocast would round the factors of float32 products.
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return getattr(plain, name)(*arguments)
+
+
+def _without_derivatives(name: str) -> NotImplementedError:
+    why = "differentiate the operator it belongs to" if name.endswith("_grad") else "it is for weights that stand still"
+    return NotImplementedError(f"{name} has no derivatives and no torch.func transforms: {why}")
 
 
 backends.register(_library, list(_SCHEMAS))
@@ -380,39 +392,58 @@ def _autograd(name: str, setup_context, backward) -> None:
     torch.library.register_autograd(f"spade_kernels::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def _second_derivative(ctx: Any, *grads: Any):
-    raise NotImplementedError(
-        "spade_kernels ops have no second derivatives, and what comes from weights that stand still has no first; for "
-        "gradient penalties compute the layer with torch.nn.functional on the one-hot condition (LabelMap.one_hot)"
-    )
+def _refuse(name: str) -> None:
+    def backward(ctx: Any, *grads: Any):
+        raise _without_derivatives(name)
+
+    _autograd(name, lambda ctx, inputs, output: None, backward)
 
 
 for _name in (
-    "hidden_rows_grad",
-    "modulation_table_grad",
-    "channel_stats_grad",
-    "modulate_table_grad",
-    "modulate_input_grad",
-    "conv3x3_input_grad",
-    "conv3x3_weight_grad",
+    *("weight_panels", "conv_panels", "conv", "modulate_conv"),
+    *(name for name in _SCHEMAS if name.endswith("_grad")),
 ):
-    _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
+    _refuse(_name)
 
 
-for _name in ("weight_panels", "conv_panels", "conv", "modulate_conv"):
-    _autograd(_name, lambda ctx, inputs, output: None, _second_derivative)
+def _plain_gradients(
+    name: str, arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's arguments, where needed, by plain PyTorch, which can differentiate them again.
+
+    For a backward that runs with gradients enabled: it is to be differentiated itself.
+    """
+    # By other names: one argument may have been made from another, which is none of this operator's gradient.
+    inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
+    wanted = [a for a, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(_by_plain_torch(name, inputs), wanted, grads, create_graph=True))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
+def _stand_in(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> Tensor | None:
+    """For an argument on whose values no gradient depends, and which was therefore not saved; None for none."""
+    if dtype is None:
+        return None
+    with transforms.outside():
+        return torch.zeros(shape, dtype=dtype, device=like.device, requires_grad=True)
 
 
 def _hidden_rows_setup(ctx, inputs, output):
-    taps, bias, _, order, starts, ctx.relu = inputs
-    ctx.num_taps, ctx.dtype, ctx.bias_dtype = taps.shape[1], taps.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(output, order, starts)
+    taps, bias, windows, order, starts, ctx.relu = inputs
+    ctx.shape, ctx.dtype, ctx.bias_dtype = taps.shape, taps.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(output, windows, order, starts)
 
 
 def _hidden_rows_backward(ctx, grad):
-    rows, order, starts = ctx.saved_tensors
+    rows, windows, order, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grad = grad * (rows > 0) if ctx.relu else grad
+        # Without its ReLU the operator is linear.
+        floats = _stand_in(ctx.shape, ctx.dtype, rows), _stand_in(ctx.shape[2:], ctx.bias_dtype, rows)
+        arguments = (*floats, windows, order, starts, False)
+        return _plain_gradients("hidden_rows", arguments, ctx.needs_input_grad, (grad,))
     _require_groups("hidden_rows", order, starts)
-    taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.num_taps, ctx.relu)
+    taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.shape[1], ctx.relu)
     return taps.to(ctx.dtype), None if ctx.bias_dtype is None else bias.to(ctx.bias_dtype), None, None, None, None
 
 
@@ -420,13 +451,17 @@ _autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
-    hidden, gamma, beta, bias, _, _, order, starts = inputs
+    hidden, gamma, beta, bias, windows, _, order, starts = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(hidden, gamma, beta, order, starts)
+    ctx.save_for_backward(hidden, gamma, beta, windows, order, starts)
 
 
 def _modulation_table_backward(ctx, grad):
-    hidden, gamma, beta, order, starts = ctx.saved_tensors
+    hidden, gamma, beta, windows, order, starts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        bias = _stand_in(grad.shape[1:], ctx.bias_dtype, hidden)
+        arguments = (hidden, gamma, beta, bias, windows, None, order, starts)
+        return _plain_gradients("modulation_table", arguments, ctx.needs_input_grad, (grad,))
     _require_groups("modulation_table", order, starts)
     d_hidden, d_gamma, d_beta, d_bias = _ops.modulation_table_grad(grad, hidden, gamma, beta, order, starts)
     d_weights = d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), d_bias.to(ctx.bias_dtype)
@@ -441,6 +476,9 @@ def _channel_stats_setup(ctx, inputs, output):
 
 
 def _channel_stats_backward(ctx, grad_mean, grad_m2):
+    if torch.is_grad_enabled():
+        (d_x,) = _plain_gradients("channel_stats", ctx.saved_tensors[:1], (True,), (grad_mean, grad_m2))
+        return d_x
     return _ops.channel_stats_grad(*ctx.saved_tensors, grad_mean, grad_m2)
 
 
@@ -455,10 +493,15 @@ def _modulate_setup(ctx, inputs, output):
 def _modulate_backward(ctx, grad):
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
-    x, mean, rstd, table, pixel_row, image_rows, order, starts = ctx.saved_tensors
+    # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
+    tensors = ctx.saved_tensors
+    x, mean, rstd, table, pixel_row, image_rows, order, starts = tensors
+    how = (ctx.slope, ctx.upsample)
+    if torch.is_grad_enabled():
+        arguments = (*tensors, *how, ctx.stats_over)
+        return _plain_gradients("modulate", arguments, ctx.needs_input_grad, (grad,))
     if pixel_row is not None:
         _require_groups("modulate", order, starts)
-    how = (ctx.slope, ctx.upsample)
     d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, *how)
     d_x = None
     if ctx.needs_input_grad[0]:
@@ -477,6 +520,9 @@ def _conv3x3_setup(ctx, inputs, output):
 
 def _conv3x3_backward(ctx, grad):
     x, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        arguments = (x, weight, _stand_in(weight.shape[:1], ctx.bias_dtype, weight))
+        return _plain_gradients("conv3x3", arguments, ctx.needs_input_grad, (grad,))
     d_x, d_weight, d_bias = None, None, None
     if ctx.needs_input_grad[0]:
         d_x = _ops.conv3x3_input_grad(grad, weight).to(x.dtype)
@@ -500,7 +546,7 @@ def _normalization_means(
         return None, None
     images, channels, pixels = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
     # In few and plain operations: on a GPU most of them take the time of their launch.
-    products = (d_table.unflatten(1, (2, channels)) * table[:, :channels].unsqueeze(1)).flatten(1)
+    products = (d_table.view(-1, 2, channels) * table[:, :channels].unsqueeze(1)).view(-1, 2 * channels)
     if stats_over == "batch":
         means = products.sum(0, keepdim=True) / (images * pixels)
     elif stats_over == "world":
@@ -512,7 +558,7 @@ def _normalization_means(
         means = products.view(images, pixels, -1).sum(1) / pixels
     else:
         every = torch.arange(len(products), device=products.device)
-        means = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].flatten(1) / pixels
+        means = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].view(images, -1) / pixels
     of_scale, of_shift = means.split(channels, 1)
     return of_shift, of_scale
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from spade_kernels import transforms
 from spade_kernels.label_map import LabelMap, is_one_hot_of, read_one_hot
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +45,8 @@ def recognize(planes: Tensor) -> LabelMap | None:
     answer, stamp = _answers.get(planes), _stamp(planes)
     if answer is not None and _still_holds(answer, planes, stamp):
         return answer.label_map
-    label_map = read_one_hot(planes, edges=planes.shape[1] > 1) if _looks_one_hot(planes) else None
+    with transforms.outside():
+        label_map = read_one_hot(planes, edges=planes.shape[1] > 1) if _looks_one_hot(planes) else None
     _answers[planes] = _Answer(label_map, stamp)
     return label_map
 

@@ -68,7 +68,7 @@ def hidden_rows(
         windows: (rows, T) int64 codes.
         order, starts: uses of each (code, tap) by the windows; needed by the backward only.
     """
-    rows = _sum_of_taps(_accumulator(taps), windows)
+    rows = _sum_of_taps(accumulator(taps), windows)
     if bias is not None:
         rows = rows + bias
     return (rows.relu() if relu else rows).to(taps.dtype)
@@ -78,7 +78,7 @@ def hidden_rows_grad(
     grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `taps` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
-    grad = _accumulator(grad)
+    grad = accumulator(grad)
     if relu:
         grad = grad * (rows > 0)
     taps = segment_sum(grad, order // num_taps, starts)
@@ -107,8 +107,8 @@ def modulation_table(
         panels: what `weight_panels` made of gamma and beta, if they stand still; the reference does without.
         order, starts: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
-    acc = F.pad(_accumulator(hidden), (0, 0, 1, 0))
-    weight = _joint_weight(gamma, beta).to(acc.dtype)
+    acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
+    weight = joint_weight(gamma, beta).to(acc.dtype)
     taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
     return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
 
@@ -117,9 +117,9 @@ def modulation_table_grad(
     grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `hidden`, `gamma`, `beta` and `bias` from the gradient of the table."""
-    grad = _accumulator(grad)
+    grad = accumulator(grad)
     hidden = hidden.to(grad.dtype)
-    weight = _joint_weight(gamma, beta).to(grad.dtype)
+    weight = joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
     taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
     # In runs: one long sum would lose more than a convolution's weight gradient does.
@@ -139,24 +139,24 @@ def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
     columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32)).unflatten(0, (-1, 32))
     if gamma.is_cuda:
         return columns.transpose(2, 3).contiguous().permute(0, 2, 3, 1)
-    return _accumulator(columns).permute(0, 3, 2, 1).contiguous()
+    return accumulator(columns).permute(0, 3, 2, 1).contiguous()
 
 
-def _joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
+def joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     """(D, T, 2C)."""
     return torch.cat((gamma, beta)).flatten(2).permute(1, 2, 0)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) mean and sum of squared deviations of each image's channels, in two passes over x (N, C, h, w)."""
-    acc = _accumulator(x)
+    acc = accumulator(x)
     mean = acc.mean((2, 3))
     return mean, (acc - mean[:, :, None, None]).square().sum((2, 3))
 
 
 def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> Tensor:
     """Gradient of x from those of its statistics."""
-    acc = _accumulator(x)
+    acc = accumulator(x)
     pixels = x.shape[2] * x.shape[3]
     centred = acc - mean[:, :, None, None]
     return (grad_mean[:, :, None, None] / pixels + 2 * grad_m2[:, :, None, None] * centred).to(x.dtype)
@@ -254,7 +254,7 @@ def conv_panels(weight: Tensor) -> Tensor:
         transform = g.new_tensor(_FROM_WEIGHT)
         g = torch.einsum("ik, ockl, jl -> ocij", transform, g, transform)
     panels = g.flatten(2).unflatten(0, (-1, 32)).permute(3, 0, 2, 1)
-    return panels.to(_accumulator(weight).dtype).contiguous()
+    return panels.to(accumulator(weight).dtype).contiguous()
 
 
 def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
@@ -268,7 +268,7 @@ def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None, relu: bool
         x: (N, C, h, w). panels: what `conv_panels` made of (out, C, k, k). bias: (out,).
         add: (N, out, h, w). relu: applied to the result.
     """
-    acc = _accumulator(x)
+    acc = accumulator(x)
     weight = panels.to(acc.dtype).transpose(1, 2).flatten(2)[..., : len(bias)]
     if len(weight) == 1:
         y = torch.einsum("nchw, co -> nohw", acc, weight[0])
@@ -298,21 +298,21 @@ def modulate_conv(
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, out, h, w), channels-last: F.conv2d of x (N, C, h, w), weight (out, C, 3, 3), bias (out,), with padding 1."""
-    acc = _accumulator(x)
+    acc = accumulator(x)
     y = F.conv2d(acc, weight.to(acc.dtype), bias.to(acc.dtype), padding=1)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """Gradient of x, channels-last, from that of the convolution."""
-    acc = _accumulator(grad)
+    acc = accumulator(grad)
     d_x = F.conv_transpose2d(acc, weight.to(acc.dtype), padding=1)
     return d_x.to(grad.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_weight_grad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias from that of the convolution; in the accumulation dtype."""
-    grad = _accumulator(grad)
+    grad = accumulator(grad)
     x = x.to(grad.dtype)
     shape = grad.new_empty(grad.shape[1], x.shape[1], 3, 3)
     d_weight = torch.ops.aten.convolution_backward(
@@ -346,7 +346,7 @@ def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(index, values, starts, mode="sum", include_last_offset=True)
 
 
-def _accumulator(t: Tensor) -> Tensor:
+def accumulator(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -396,7 +396,7 @@ def _affine(
     x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None, upsample: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y before the activation, normalized x and scale, all (N, h, w, C)."""
-    pixels = _accumulator(x).permute(0, 2, 3, 1).contiguous()
+    pixels = accumulator(x).permute(0, 2, 3, 1).contiguous()
     if upsample != 1:
         pixels = pixels.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2)
     xhat = (pixels - mean[:, None, None]) * rstd[:, None, None]

@@ -90,9 +90,7 @@ def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, slope: float = 1.0) -> 
         normalized = F.instance_norm(x, eps=norm.eps)
     else:
         assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        kept = (norm.running_mean.clone(), norm.running_var.clone())
+        kept = (None, None) if norm.training else (norm.running_mean, norm.running_var)
         normalized = F.batch_norm(x, *kept, training=norm.training, eps=norm.eps)
     hidden = layer.mlp_shared(F.interpolate(planes, size=x.shape[2:], mode="nearest"))
     y = normalized * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from spade_kernels import backends, ops
+from spade_kernels import backends, ops, transforms
 from spade_kernels.packing import Packable
 
 Segments = tuple[torch.Tensor, torch.Tensor]
 
-# What is kept is made outside inference mode even when asked for inside: training may need the same windows later.
-# It is kept in plain attributes: torch.compile cannot trace the lock of a functools.cached_property.
+# What is kept is made outside inference mode and torch.func's transforms even when asked for inside: training may need
+# the same windows later. It is kept in plain attributes: torch.compile cannot trace the lock of a
+# functools.cached_property.
 
 
 @dataclass(eq=False)
@@ -56,7 +57,7 @@ class Windows(Packable):
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
         if self._uses_by_tap is not None:
             return self._uses_by_tap
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), transforms.outside():
             uses = ops.group_by_tap(self.windows, self.num_ids)
         if not backends.is_captured(self.windows):
             self._uses_by_tap = uses
@@ -67,7 +68,7 @@ class Windows(Packable):
         """Pixels of each row. Built once, and kept."""
         if self._row_pixels is not None:
             return self._row_pixels
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), transforms.outside():
             pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
         if not backends.is_captured(self.windows):
             self._row_pixels = pixels
@@ -86,7 +87,7 @@ def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> No
         return
     values = [ops.tap_uses(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
     counts = [windows.windows.shape[1] * windows.num_ids for windows in by_tap] + [len(w) for w in by_pixel]
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), transforms.outside():
         segments = ops.group_each_by_value(values, counts)
     for windows, found in zip(by_tap, segments[: len(by_tap)], strict=True):
         windows._uses_by_tap = found

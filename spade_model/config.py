@@ -180,7 +180,9 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose gradients are added up before an optimizer step."""
     gan_mode: Literal["hinge", "ls", "original", "w"] = "hinge"
-    """Adversarial loss."""
+    """Adversarial loss. `w` (Wasserstein) does not bound the discriminator's slope by itself: add --r1_gamma."""
+    r1_gamma: float = 0.0
+    """Weight of the R1 gradient penalty on photographs, which holds the discriminator's slope down; 0: none."""
     lambda_feat: float = 10.0
     """Weight of the discriminator feature matching loss."""
     no_ganFeat_loss: _No = False
@@ -265,7 +267,7 @@ def check_train_config(config: TrainConfig) -> None:
         check_choices(part)
     least = {"niter": 0, "niter_decay": 0, "max_steps": 0, "D_steps_per_G": 1, "accumulate": 1, "ema_bn_batches": 0}
     least |= {"print_freq": 1, "display_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1}
-    _check_least(config, least | {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0})
+    _check_least(config, least | {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0, "r1_gamma": 0})
     _check_least(config.model, {"ngf": 1, "ndf": 1, "z_dim": 1, "num_D": 1, "n_layers_D": 1, "init_variance": 0})
     if not 0 < config.lr < math.inf:
         raise UserError(f"--lr {config.lr} must be a finite number greater than 0")

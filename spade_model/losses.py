@@ -40,6 +40,19 @@ def _score_loss(score: Tensor, gan_mode: str, is_real: bool, for_discriminator: 
     raise ValueError(f"gan_mode {gan_mode!r} is not one of hinge, ls, original, w")
 
 
+def r1_penalty(results: Sequence[Features], image: Tensor) -> Tensor:
+    """Half the squared gradient of an image's score, averaged over the images (R1, Mescheder et al. 2018).
+
+    An image's score is the mean over its patches and the discriminator's scales, as `gan_loss` averages them.
+
+    Args:
+        results: `MultiscaleDiscriminator`'s output for `image`, which requires gradients.
+    """
+    scores = torch.stack([features[-1].mean((1, 2, 3)) for features in results]).mean(0)
+    (gradient,) = torch.autograd.grad(scores.sum(), image, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean() / 2
+
+
 def feature_matching_loss(fake: Sequence[Features], real: Sequence[Features]) -> Tensor:
     """L1 distance between the discriminator's inner features of fake and real images (pix2pixHD eq. 4)."""
     distances = [

@@ -177,6 +177,8 @@ class Trainer:
                         "D_Fake": losses.gan_loss(on_fake, mode, is_real=False, for_discriminator=True),
                         "D_real": losses.gan_loss(on_real, mode, is_real=True, for_discriminator=True),
                     }
+                if self.config.r1_gamma:
+                    terms["D_R1"] = self._r1_penalty(batch) * self.config.r1_gamma
                 self.scaler_D.scale(sum(terms.values()) / len(batches)).backward()  # type: ignore[arg-type]
             report.append(terms)
         self.scaler_D.step(self.optimizer_D)
@@ -200,6 +202,15 @@ class Trainer:
                 real = self.vgg(batch.image)
             terms["VGG"] = losses.vgg_loss(self.vgg(fake), real) * config.lambda_vgg
         return terms
+
+    def _r1_penalty(self, batch: Batch) -> Tensor:
+        """Of the photographs, in float32 whatever the precision."""
+        assert batch.image is not None
+        image = batch.image.detach().requires_grad_()
+        # The network itself: compiled code cannot be differentiated twice, and DistributedDataParallel, whose hooks are
+        # the parameters', averages the gradients of this pass with those of its own.
+        with torch.autocast(self.device.type, enabled=False):
+            return losses.r1_penalty(self.discriminator(batch.segmap, image), image)
 
     def _judge(self, discriminator: nn.Module, fake: Tensor, batch: Batch):
         real = batch.image

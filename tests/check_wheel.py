@@ -34,7 +34,8 @@ def gradients(backend):
 pairs = zip(gradients("cpu"), gradients("reference"))
 difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 assert difference < 1e-4, difference
-print("|", sys.version.split()[0], "|", torch.__version__, "| kernels run, differ from plain PyTorch by", f"{difference:.0e} |")
+result = f"kernels run, differ from plain PyTorch by {difference:.0e}"
+print(f"| {sys.version.split()[0]} | {torch.__version__} | {result} |")
 """
 
 
@@ -42,6 +43,7 @@ def main(folder: str, *pythons: str) -> int:
     failed = False
     print("| Python | torch | result |\n|---|---|---|")
     for python in pythons:
+        python = str(Path(python).absolute())
         tag = subprocess.run([python, "-c", _TAG], capture_output=True, text=True, check=True).stdout.strip()
         wheel = next(Path(folder).glob(f"*-{tag}-{tag}-*.whl"), None)
         if wheel is None:

@@ -27,7 +27,7 @@ def step(out: Path, accumulate: int, device: str) -> None:
     if world_size > 1:
         dist.init_process_group("gloo")
     norms = {"norm_G": "spectralspadesyncbatch3x3", "norm_D": "spectralsyncbatch", "use_vae": True}
-    config = small_config(out.parent, accumulate=accumulate, model=norms)
+    config = small_config(out.parent, accumulate=accumulate, r1_gamma=10.0, model=norms)
     data = replace(config.data, batch_size=GLOBAL_BATCH // world_size // accumulate)
     config = replace(config, data=data)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def recorded(path: Path) -> dict:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, device):
-    """Gradients of all three networks, synchronized batch norm included, and the running statistics."""
+    """Gradients of all three networks, of R1 and synchronized batch norm too, and the running statistics."""
     run([sys.executable, str(SCRIPT), str(tmp_path / "one.pt"), "1", device])
     output = run([*TORCHRUN, str(SCRIPT), str(tmp_path / "two.pt"), "1", device])
     assert "bucket view strides" not in output, "gradients and parameters differ in layout"
@@ -54,7 +54,7 @@ def test_torchrun_trains_and_resumes(tmp_path):
         "--no_vgg_loss",
         "--no_html",
     ]
-    command += ["--print_freq", "1", "--use_vae", "--z_dim", "4", "--ema_decay", "0.9"]
+    command += ["--print_freq", "1", "--use_vae", "--z_dim", "4", "--ema_decay", "0.9", "--r1_gamma", "1"]
     whole = run([*command, "--checkpoints_dir", str(tmp_path / "whole"), "--name", "run", "--max_steps", "6"])
     assert whole.count("saved in") == 1, "one process speaks"
     part = [*command, "--checkpoints_dir", str(tmp_path / "part"), "--name", "run"]

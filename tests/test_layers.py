@@ -362,13 +362,6 @@ def test_no_one_hot_tensor_is_built_from_a_label_map():
         assert (largest.elements < one_hot_elements) is is_smaller
 
 
-def test_forward_mode_is_refused():
-    layer, x = random_spade("spadeinstance3x3", 4, CLASSES), torch.randn(1, 4, 8, 8)
-    for condition in (random_label_map("blobs", (1, 8, 8), CLASSES), torch.randn(1, CLASSES, 8, 8)):
-        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
-            torch.func.jvp(lambda x: layer(x, condition), (x,), (x,))  # noqa: B023
-
-
 def test_meta_device():
     """Planes go through without their values, so that shapes and memory can be planned; then weights are loaded."""
     made = SPADE("spadesyncbatch3x3", CHANNELS, CLASSES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,18 @@ def compute(case: str, share: slice) -> dict[str, Tensor]:
     for _ in range(2):
         x, grad = (torch.randn(4, CHANNELS, 7, 5, dtype=torch.float64) + 2 for _ in range(2))
         found = forward_backward(run, module, x[share], grad[share])
-    return found | dict(module.named_buffers())
+    return found | second_derivatives(run, module, x[share], grad[share]) | dict(module.named_buffers())
+
+
+def second_derivatives(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of the squared gradient of x."""
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(run(x), x, grad, create_graph=True)
+    inputs = {"x": x} | {name: p for name, p in module.named_parameters() if "bias" not in name and "beta" not in name}
+    found = torch.autograd.grad(first.square().sum(), list(inputs.values()), allow_unused=True)
+    return {f"gradient of {name}, second": g for name, g in zip(inputs, found, strict=True) if g is not None}
 
 
 def worker(rank: int, folder: str) -> None:
@@ -65,7 +77,7 @@ def test_two_processes_equal_one(both, case):
     first, second = (process[case] for process in both)
     assert whole.keys() == first.keys() == second.keys()
     for name, expected in whole.items():
-        if name in ("y", "gradient of x"):
+        if name in ("y", "gradient of x", "gradient of x, second"):
             got = torch.cat((first[name], second[name]))
         elif name.startswith("gradient of"):
             got = first[name] + second[name]

@@ -61,6 +61,7 @@ VARIANTS = {
     "workers 2": {"data": {"num_workers": 2}},
     "vae, average, accumulate": {"model": {"use_vae": True}, "ema_decay": 0.9, "accumulate": 2, "niter": 6},
     "bf16, instance edges off": {"precision": "bf16", "data": {"no_instance": True}},
+    "bf16, r1": {"precision": "bf16", "r1_gamma": 10.0, "gan_mode": "w"},
 }
 
 
@@ -112,6 +113,13 @@ def test_every_gan_mode_trains(tmp_path, mode):
     assert "GAN" not in second, "D_steps_per_G 2: the generator steps every other time"
 
 
+@pytest.mark.parametrize("norm", ["none", "spectralinstance", "batch", "spectralsyncbatch"])
+def test_gradient_penalty_with_every_norm(tmp_path, norm):
+    variant = {"max_steps": 2, "r1_gamma": 10.0, "gan_mode": "w", "model": {"norm_D": norm, "use_vae": True}}
+    run = train(small_config(tmp_path, accumulate=2, **variant))
+    assert [line["D_R1"] > 0 for line in losses(run)] == [True, True]
+
+
 def test_page_and_tensorboard(tmp_path):
     run = train(small_config(tmp_path, max_steps=4, display_freq=2, no_html=False, tensorboard=True))
     page = (run / "web" / "index.html").read_text()
@@ -124,8 +132,8 @@ def test_compiled_networks_train(tmp_path, monkeypatch):
     """--compile changes speed, not results; the eager backend keeps the test short."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compile_(network, backend="eager"))
-    plain = train(small_config(tmp_path / "plain", max_steps=2))
-    compiled = train(small_config(tmp_path / "compiled", max_steps=2, compile=True))
+    plain = train(small_config(tmp_path / "plain", max_steps=2, r1_gamma=10.0))
+    compiled = train(small_config(tmp_path / "compiled", max_steps=2, r1_gamma=10.0, compile=True))
     for one, other in zip(losses(plain), losses(compiled), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
@@ -188,7 +196,7 @@ def test_pix2pixhd_in_grey(tmp_path):
 
 
 def test_fp16_scales_its_gradients(tmp_path):
-    run = train(small_config(tmp_path, max_steps=2, precision="fp16"))
+    run = train(small_config(tmp_path, max_steps=2, precision="fp16", r1_gamma=10.0))
     state = checkpoint.load(run / "latest.safetensors")
     assert state["scaler_G"]["scale"] > 1
     assert all(np.isfinite(list(line.values())).all() for line in losses(run))

@@ -13,6 +13,7 @@ from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import as_planes, convolved, keeps_size, parameter_dtype
 from spade_kernels.normalization import moments
+from spade_kernels.transforms import channels_last
 from spade_model.errors import UserError
 
 _SLOPE = 0.2
@@ -44,7 +45,7 @@ class SPADEResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, segmap: Segmap, upsample: int = 1) -> torch.Tensor:
         """(N, fin, h, w) -> (N, fout, upsample * h, upsample * w); upsample 2 as if x had been upsampled (nearest)."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         taken = moments(self.norm_0.param_free_norm, x) if isinstance(self.norm_0, SPADE) else None
         common: dict[str, Any] = {"upsample": upsample, "moments": taken}
         if self.learned_shortcut:

@@ -1,0 +1,93 @@
+"""Differentiable operators in plain PyTorch, for every kind of derivative: any order, both modes, torch.func.
+
+Kernels have first derivatives in reverse mode only. The functions equal their namesakes in `reference.py`, which sum
+taps in one pass that PyTorch differentiates once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from spade_kernels import reference
+from spade_kernels.reference import accumulator, channel_stats, joint_weight
+
+__all__ = ["channel_stats", "conv3x3", "hidden_rows", "modulate", "modulation_table"]
+
+
+def hidden_rows(
+    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+) -> Tensor:
+    rows = _sum_of_taps(accumulator(taps), windows)
+    rows = rows if bias is None else rows + bias
+    return (rows.relu() if relu else rows).to(taps.dtype)
+
+
+def modulation_table(
+    hidden: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    windows: Tensor,
+    panels: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+) -> Tensor:
+    acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
+    weight = joint_weight(gamma, beta).to(acc.dtype)
+    taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
+    return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
+
+
+def modulate(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    pixel_row: Tensor | None,
+    image_rows: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    slope: float,
+    upsample: int,
+    stats_over: str,
+) -> Tensor:
+    if stats_over != "none":
+        mean, rstd = _following(accumulator(x), mean, rstd, stats_over)
+    return reference.modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    acc = accumulator(x)
+    return F.conv2d(acc, weight.to(acc.dtype), bias.to(acc.dtype), padding=1).to(x.dtype)
+
+
+def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of taps[windows[:, t], t]."""
+    first, *others = map(F.embedding, windows.unbind(1), taps.unbind(1))
+    return sum(others, first)
+
+
+def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_over: str) -> tuple[Tensor, Tensor]:
+    """mean and rstd, whose values were taken from x without derivatives, with all of those that they have."""
+    if stats_over == "image":
+        variance, centre = torch.var_mean(x, (2, 3), correction=0)
+    elif stats_over == "batch":
+        variance, centre = (t.unsqueeze(0) for t in torch.var_mean(x, (0, 2, 3), correction=0))
+    else:
+        variance, centre = _moments_of_world(x)
+    variance = variance - variance.detach()
+    return mean + (centre - centre.detach()), (rstd.pow(-2) + variance).rsqrt()
+
+
+def _moments_of_world(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(1, C) variance and mean of all processes' x. Derivatives are of the sum of all processes' results."""
+    from torch.distributed.nn.functional import all_reduce
+
+    count = x.new_tensor(x.numel() // x.shape[1])
+    dist.all_reduce(count)
+    mean = all_reduce(x.sum((0, 2, 3))) / count
+    variance = all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / count
+    return variance.unsqueeze(0), mean.unsqueeze(0)
