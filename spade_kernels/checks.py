@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from spade_kernels import transforms
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _READS_ON_GPU = os.environ.get("SPADE_KERNELS_CHECK_INDICES") == "1"
 _STATS_SCOPES = ("none", "image", "batch", "world")
@@ -77,8 +79,10 @@ def why_no_windows(
 
 def require_storage(name: str, t: Tensor) -> None:
     """Raises ValueError for a tensor whose storage was freed, which PyTorch's own operators would read."""
-    # Compiled code has no storages to ask; the operators in it ask for themselves.
-    if type(t) is Tensor and not torch.compiler.is_compiling() and not has_storage(t):
+    # Traced and transformed tensors have no storage to ask; the operators they end in ask for themselves.
+    if type(t) is not Tensor or torch.compiler.is_compiling() or transforms.are_active():
+        return
+    if not has_storage(t):
         raise ValueError(f"{name} has no memory: its storage was freed or resized")
 
 
