@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, device):
     """Gradients of all three networks, of R1 and synchronized batch norm too, and the running statistics."""
     run([sys.executable, str(SCRIPT), str(tmp_path / "one.pt"), "1", device])
     output = run([*TORCHRUN, str(SCRIPT), str(tmp_path / "two.pt"), "1", device])
-    assert "bucket view strides" not in output, "gradients and parameters differ in layout"
+    # PyTorch's own second derivative of a convolution with one output channel has another stride in that dimension.
+    sizes = re.findall(r"bucket view strides.*?grad.sizes\(\) = \[(.*?)\]", output, re.DOTALL)
+    assert all(size.startswith("1, ") for size in sizes), f"gradients and parameters differ in layout: {sizes}"
     one, two = recorded(tmp_path / "one.pt"), recorded(tmp_path / "two.pt")
     assert one["gradients"].keys() == two["gradients"].keys()
     for kind in ("gradients", "buffers"):
