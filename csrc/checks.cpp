@@ -1,5 +1,8 @@
 #include "checks.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
@@ -39,7 +42,7 @@ bool has_storage(const Tensor& t) {
   if (t.numel() == 0) return true;
   int64_t last = t.storage_offset(), bytes = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   return (last + 1) * static_cast<int64_t>(t.element_size()) <= bytes;
 }
 
