@@ -2,6 +2,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
+#ifdef USE_CUDA
+#include <cuda_runtime.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -46,9 +49,23 @@ bool has_storage(const Tensor& t) {
   return (last + 1) * static_cast<int64_t>(t.element_size()) <= bytes;
 }
 
+#ifdef USE_CUDA
+bool is_captured(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+#else
+bool is_captured(const Tensor&) {
+  return false;
+}
+#endif
+
 bool reads_values(const Tensor& t) {
   static const char* asked = std::getenv("SPADE_KERNELS_CHECK_INDICES");
-  return t.is_cpu() || (asked && std::string(asked) == "1");
+  return t.is_cpu() || (asked && std::string(asked) == "1" && !is_captured(t));
 }
 
 // The arguments of one call of an operator; all tensors must be on the device of the first.

@@ -5,7 +5,8 @@ number outside its range; the message names the operator, the argument and what 
 
 Index tensors must hold valid indices. On a CPU their values are always compared with what they index, because that is
 free beside the reads through them. On a GPU the host would have to wait for the values: there it happens only if the
-environment variable SPADE_KERNELS_CHECK_INDICES is set to 1 before Python starts, in the compiled kernels too.
+environment variable SPADE_KERNELS_CHECK_INDICES is set to 1 before the package is imported, and not while a CUDA graph
+is captured. The compiled kernels follow it, too.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ class _Arguments:
             self.fail(f"{name} must be {least} to {most}, got {value}")
 
     def _reads_values(self, t: Tensor) -> bool:
-        return (t.is_cpu or _READS_ON_GPU) and not self._fake
+        if self._fake or t.is_cpu:
+            return not self._fake
+        return _READS_ON_GPU and not torch.cuda.is_current_stream_capturing()
 
     def _tensor(self, name: str, t: Tensor, shape: Shape) -> None:
         if t.device != self._device:

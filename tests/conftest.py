@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before the package is imported: on a GPU, too, the tests compare the values of indices with what they index.
+os.environ.setdefault("SPADE_KERNELS_CHECK_INDICES", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 
