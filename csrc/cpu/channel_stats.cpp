@@ -23,16 +23,16 @@ SPADE_INLINE void piece_stats(const T* x, int64_t pixels, int64_t channels, acc_
     }
 }
 
-SPADE_EVERY_CPU void piece_stats_f32(const float* x, int64_t n, int64_t c, float* mean, float* m2) {
+SPADE_TARGET_CLONES void piece_stats_f32(const float* x, int64_t n, int64_t c, float* mean, float* m2) {
   piece_stats(x, n, c, mean, m2);
 }
-SPADE_EVERY_CPU void piece_stats_f64(const double* x, int64_t n, int64_t c, double* mean, double* m2) {
+SPADE_TARGET_CLONES void piece_stats_f64(const double* x, int64_t n, int64_t c, double* mean, double* m2) {
   piece_stats(x, n, c, mean, m2);
 }
-SPADE_EVERY_CPU void piece_stats_bf16(const c10::BFloat16* x, int64_t n, int64_t c, float* mean, float* m2) {
+SPADE_TARGET_CLONES void piece_stats_bf16(const c10::BFloat16* x, int64_t n, int64_t c, float* mean, float* m2) {
   piece_stats(x, n, c, mean, m2);
 }
-SPADE_EVERY_CPU void piece_stats_f16(const c10::Half* x, int64_t n, int64_t c, float* mean, float* m2) {
+SPADE_TARGET_CLONES void piece_stats_f16(const c10::Half* x, int64_t n, int64_t c, float* mean, float* m2) {
   piece_stats(x, n, c, mean, m2);
 }
 
@@ -59,7 +59,7 @@ void run(const ChannelStatsParams& p, const Piece& piece_of) {
   using A = acc_t<T>;
   const int64_t pieces = (p.pixels + kPiece - 1) / kPiece;
   std::vector<A> parts(p.images * pieces * 2 * p.channels);
-  in_pieces(p.images * pieces, 1, [&](int64_t begin, int64_t) {
+  parallel_for_chunks(p.images * pieces, 1, [&](int64_t begin, int64_t) {
     const int64_t image = begin / pieces, first = begin % pieces * kPiece;
     const T* x = static_cast<const T*>(p.x) + (image * p.pixels + first) * p.channels;
     A* part = parts.data() + begin * 2 * p.channels;

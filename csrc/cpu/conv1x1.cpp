@@ -39,10 +39,10 @@ SPADE_INLINE void finish(const ConvParams& p, const A* products, int64_t first, 
   else
     finish_columns(p, products, first, last, column, p.out - column);
 }
-SPADE_EVERY_CPU void finish_any(const ConvParams& p, const float* m, int64_t first, int64_t last, int64_t column) {
+SPADE_TARGET_CLONES void finish_any(const ConvParams& p, const float* m, int64_t first, int64_t last, int64_t column) {
   finish(p, m, first, last, column);
 }
-SPADE_EVERY_CPU void finish_any(const ConvParams& p, const double* m, int64_t first, int64_t last, int64_t column) {
+SPADE_TARGET_CLONES void finish_any(const ConvParams& p, const double* m, int64_t first, int64_t last, int64_t column) {
   finish(p, m, first, last, column);
 }
 
@@ -50,7 +50,7 @@ SPADE_EVERY_CPU void finish_any(const ConvParams& p, const double* m, int64_t fi
 template <class A>
 void run(Dtype dtype, const ConvParams& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   const Microkernel<A>& kernel = microkernel<A>();
-  const int64_t count = last - first, rows = divide_up(count, kernel.rows) * kernel.rows, row = p.in + kGap;
+  const int64_t count = last - first, rows = ceil_div(count, kernel.rows) * kernel.rows, row = p.in + kGap;
   const Scratch<A> pixels(rows * row), products(rows * kColumns);
   if (p.modulated)
     modulate_pixels(dtype, *p.modulated, first, last, pixels.data(), row);
@@ -71,13 +71,13 @@ void run(Dtype dtype, const ConvParams& p, int64_t first, int64_t last, int64_t 
 
 template <class A>
 void convolve(Dtype dtype, const ConvParams& p) {
-  const int64_t threads = torch::stable::get_num_threads(), panels = divide_up(p.out, kColumns);
+  const int64_t threads = torch::stable::get_num_threads(), panels = ceil_div(p.out, kColumns);
   const int64_t pixels = p.images * p.height * p.width;
-  const int64_t parts = std::max(divide_up(pixels, kMostPixels), std::min(threads, divide_up(pixels, kFewestPixels)));
-  const int64_t size = divide_up(pixels, parts), blocks = divide_up(pixels, size);
-  const int64_t panels_each = divide_up(panels, std::min(panels, divide_up(threads, blocks)));
-  const int64_t groups = divide_up(panels, panels_each);
-  in_pieces(blocks * groups, 1, [&](int64_t i, int64_t) {
+  const int64_t parts = std::max(ceil_div(pixels, kMostPixels), std::min(threads, ceil_div(pixels, kFewestPixels)));
+  const int64_t size = ceil_div(pixels, parts), blocks = ceil_div(pixels, size);
+  const int64_t panels_each = ceil_div(panels, std::min(panels, ceil_div(threads, blocks)));
+  const int64_t groups = ceil_div(panels, panels_each);
+  parallel_for_chunks(blocks * groups, 1, [&](int64_t i, int64_t) {
     const int64_t first = i / groups * size, first_panel = i % groups * panels_each;
     run<A>(dtype, p, first, std::min(first + size, pixels), first_panel, std::min(first_panel + panels_each, panels));
   });

@@ -29,7 +29,7 @@ struct Block {
   }
   // The transformed inputs of one point: (depths, rows, kDepth).
   int64_t input_size(int64_t channels) const {
-    return divide_up(channels, kDepth) * rows * kDepth + kGap;
+    return ceil_div(channels, kDepth) * rows * kDepth + kGap;
   }
   // The products of one point: (panels, rows, kColumns).
   int64_t product_size() const {
@@ -133,12 +133,12 @@ SPADE_INLINE void transform_outputs(const ConvParams& p, const Block& block, con
   }
 }
 
-#define SPADE_FOR_TYPE(A)                                                                                 \
-  SPADE_EVERY_CPU void inputs_any(const ConvParams& p, const Block& block, Source<A> source, A* inputs) { \
-    transform_inputs(p, block, source, inputs);                                                           \
-  }                                                                                                       \
-  SPADE_EVERY_CPU void outputs_any(const ConvParams& p, const Block& block, const A* products) {          \
-    transform_outputs(p, block, products);                                                                \
+#define SPADE_FOR_TYPE(A)                                                                                     \
+  SPADE_TARGET_CLONES void inputs_any(const ConvParams& p, const Block& block, Source<A> source, A* inputs) { \
+    transform_inputs(p, block, source, inputs);                                                               \
+  }                                                                                                           \
+  SPADE_TARGET_CLONES void outputs_any(const ConvParams& p, const Block& block, const A* products) {          \
+    transform_outputs(p, block, products);                                                                    \
   }
 SPADE_FOR_TYPE(float)
 SPADE_FOR_TYPE(double)
@@ -158,7 +158,7 @@ Source<A> modulated(Dtype dtype, const ConvParams& p, const Block& block, A* mem
 
 template <class A>
 void run(Dtype dtype, const ConvParams& p, const Block& block) {
-  const int64_t panels = divide_up(p.out, kColumns), input_size = block.input_size(p.in);
+  const int64_t panels = ceil_div(p.out, kColumns), input_size = block.input_size(p.in);
   const Scratch<A> inputs(kPoints * input_size), products(kPoints * block.product_size());
   if (p.modulated) {
     const Scratch<A> pixels(2 * (block.bottom - block.top + 1) * 2 * (block.across() + 1) * p.in);
@@ -179,16 +179,16 @@ void run(Dtype dtype, const ConvParams& p, const Block& block) {
 // How the work is cut depends on the number of threads; the order in which an element is summed does not.
 template <class A>
 void convolve(Dtype dtype, const ConvParams& p) {
-  const int64_t threads = torch::stable::get_num_threads(), panels = divide_up(p.out, kColumns);
-  const int64_t down = divide_up(p.height, 2), across = divide_up(p.width, 2);
-  const int64_t width = divide_up(across, divide_up(across, kMostTiles)), columns = divide_up(across, width);
-  const int64_t wanted = std::min(divide_up(threads, p.images * columns), divide_up(down * width, kFewestTiles));
+  const int64_t threads = torch::stable::get_num_threads(), panels = ceil_div(p.out, kColumns);
+  const int64_t down = ceil_div(p.height, 2), across = ceil_div(p.width, 2);
+  const int64_t width = ceil_div(across, ceil_div(across, kMostTiles)), columns = ceil_div(across, width);
+  const int64_t wanted = std::min(ceil_div(threads, p.images * columns), ceil_div(down * width, kFewestTiles));
   const int64_t height =
-      divide_up(down, std::clamp(wanted, divide_up(down, std::max(kMostTiles / width, int64_t{1})), down));
-  const int64_t lines = divide_up(down, height), blocks = p.images * lines * columns;
-  const int64_t panels_each = divide_up(panels, std::min(panels, divide_up(threads, blocks)));
-  const int64_t groups = divide_up(panels, panels_each);
-  in_pieces(blocks * groups, 1, [&](int64_t i, int64_t) {
+      ceil_div(down, std::clamp(wanted, ceil_div(down, std::max(kMostTiles / width, int64_t{1})), down));
+  const int64_t lines = ceil_div(down, height), blocks = p.images * lines * columns;
+  const int64_t panels_each = ceil_div(panels, std::min(panels, ceil_div(threads, blocks)));
+  const int64_t groups = ceil_div(panels, panels_each);
+  parallel_for_chunks(blocks * groups, 1, [&](int64_t i, int64_t) {
     const int64_t at = i / groups, top = at / columns % lines * height, left = at % columns * width;
     const int64_t first_panel = i % groups * panels_each, step = microkernel<A>().rows;
     Block block{at / columns / lines,
@@ -199,7 +199,7 @@ void convolve(Dtype dtype, const ConvParams& p) {
                 first_panel,
                 std::min(first_panel + panels_each, panels),
                 0};
-    block.rows = divide_up(block.tiles(), step) * step;
+    block.rows = ceil_div(block.tiles(), step) * step;
     run<A>(dtype, p, block);
   });
 }

@@ -63,7 +63,7 @@ template <class A>
 SPADE_INLINE void transform(const ConvWeightGradParams& p, int64_t begin, int64_t end, const Transformed<A>& to) {
   const Scratch<A> outside(std::max(p.in, p.out));
   std::fill_n(outside.data(), std::max(p.in, p.out), A(0));
-  const int64_t down = divide_up(p.height, 2), across = divide_up(p.width, 2);
+  const int64_t down = ceil_div(p.height, 2), across = ceil_div(p.width, 2);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t tile = to.first + t, image = tile / (down * across);
     const int64_t top = 2 * (tile / across % down), left = 2 * (tile % across);
@@ -123,14 +123,14 @@ SPADE_INLINE void transform_back(const ConvWeightGradParams& p, const A* u, int6
     std::copy_n(weights[o][0], 9 * ins, static_cast<A*>(p.d_weight) + ((out + o) * p.in + in) * 9);
 }
 
-#define SPADE_FOR_TYPE(A)                                                                                         \
-  SPADE_EVERY_CPU void transform_any(const ConvWeightGradParams& p, int64_t begin, int64_t end,                   \
-                                     const Transformed<A>& to) {                                                  \
-    transform(p, begin, end, to);                                                                                 \
-  }                                                                                                               \
-  SPADE_EVERY_CPU void back_any(const ConvWeightGradParams& p, const A* u, int64_t rows, int64_t row, int64_t in, \
-                                int64_t out) {                                                                    \
-    transform_back(p, u, rows, row, in, out);                                                                     \
+#define SPADE_FOR_TYPE(A)                                                                                             \
+  SPADE_TARGET_CLONES void transform_any(const ConvWeightGradParams& p, int64_t begin, int64_t end,                   \
+                                         const Transformed<A>& to) {                                                  \
+    transform(p, begin, end, to);                                                                                     \
+  }                                                                                                                   \
+  SPADE_TARGET_CLONES void back_any(const ConvWeightGradParams& p, const A* u, int64_t rows, int64_t row, int64_t in, \
+                                    int64_t out) {                                                                    \
+    transform_back(p, u, rows, row, in, out);                                                                         \
   }
 SPADE_FOR_TYPE(float)
 SPADE_FOR_TYPE(double)
@@ -151,9 +151,9 @@ void multiply(int64_t count, int64_t panels, const A* inputs, const A* grads, A*
 
 template <class A>
 void weight_grad(const ConvWeightGradParams& p) {
-  const int64_t blocks = divide_up(p.in, kChannels), panels = divide_up(p.out, kColumns);
+  const int64_t blocks = ceil_div(p.in, kChannels), panels = ceil_div(p.out, kColumns);
   const int64_t rows = blocks * kChannels, row = panels * kColumns;
-  const int64_t tiles = p.images * divide_up(p.height, 2) * divide_up(p.width, 2);
+  const int64_t tiles = p.images * ceil_div(p.height, 2) * ceil_div(p.width, 2);
   const int64_t at_once = std::min(tiles, std::max(kValuesAtOnce / (kPoints * (rows + row)), kDepth));
   Transformed<A> some{nullptr, nullptr, 0, at_once, blocks, panels};
   const Scratch<A> inputs(kPoints * some.input_size()), grads(kPoints * some.grad_size()), sums(kPoints * rows * row);
@@ -162,15 +162,16 @@ void weight_grad(const ConvWeightGradParams& p) {
   if (tiles == 0) std::fill_n(sums.data(), kPoints * rows * row, A(0));
   for (; some.first < tiles; some.first += at_once) {
     some.count = std::min(at_once, tiles - some.first);
-    in_pieces(some.count, kTilesPerTask, [&](int64_t begin, int64_t end) { transform_any(p, begin, end, some); });
-    in_pieces(kPoints * blocks, 1, [&](int64_t task, int64_t) {
+    parallel_for_chunks(some.count, kTilesPerTask,
+                        [&](int64_t begin, int64_t end) { transform_any(p, begin, end, some); });
+    parallel_for_chunks(kPoints * blocks, 1, [&](int64_t task, int64_t) {
       const int64_t point = task / blocks, block = task % blocks;
       multiply(some.count, panels, some.inputs + point * some.input_size() + block * some.count * kChannels,
                some.grads + point * some.grad_size(), sums.data() + task * kChannels * row, some.first > 0);
     });
   }
-  const int64_t across = divide_up(p.in, kSide);
-  in_pieces(across * divide_up(p.out, kSide), 1, [&](int64_t task, int64_t) {
+  const int64_t across = ceil_div(p.in, kSide);
+  parallel_for_chunks(across * ceil_div(p.out, kSide), 1, [&](int64_t task, int64_t) {
     back_any(p, sums.data(), rows, row, task % across * kSide, task / across * kSide);
   });
 }

@@ -37,7 +37,7 @@ struct ConvWeightCall {
     return params.num_taps == 1 ? 1 : kPoints;
   }
   int64_t num_panels() const {
-    return divide_up(params.out, kPanelColumns);
+    return ceil_div(params.out, kPanelColumns);
   }
   int64_t value_size() const {
     return dtype_of(weight) == Dtype::f64 ? 8 : 4;

@@ -41,7 +41,7 @@ SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, 
       for (int64_t t = 0; t < w.num_taps; ++t)
         for (int64_t c = 0; c < valid; ++c) copy(t, d, c);
   }
-  const int64_t apart = divide_up(w.out, kColumns) * w.in * kColumns;
+  const int64_t apart = ceil_div(w.out, kColumns) * w.in * kColumns;
   for (int64_t d = first; d < last; ++d) {
     A* to = panels + (panel * w.in + d) * kColumns;
     if (w.num_taps == 1) {
@@ -54,17 +54,17 @@ SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, 
     for (int64_t j = 0; j < 4; ++j) transform(half[0][j], half[1][j], half[2][j], to + j * apart, 4 * apart);
   }
 }
-SPADE_EVERY_CPU void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, float* panels) {
+SPADE_TARGET_CLONES void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, float* panels) {
   fill_rows(w, panel, first, last, panels);
 }
-SPADE_EVERY_CPU void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, double* panels) {
+SPADE_TARGET_CLONES void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, double* panels) {
   fill_rows(w, panel, first, last, panels);
 }
 
 template <class A>
 void panels_of(const ConvWeights& w, A* panels) {
-  const int64_t blocks = divide_up(w.in, kDepth);
-  in_pieces(divide_up(w.out, kColumns) * blocks, 1, [&](int64_t task, int64_t) {
+  const int64_t blocks = ceil_div(w.in, kDepth);
+  parallel_for_chunks(ceil_div(w.out, kColumns) * blocks, 1, [&](int64_t task, int64_t) {
     const int64_t first = task % blocks * kDepth;
     fill_any(w, task / blocks, first, std::min(first + kDepth, w.in), panels);
   });

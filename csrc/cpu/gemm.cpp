@@ -70,7 +70,7 @@ Microkernel<A> choose() {
 }
 
 int64_t round_up(int64_t value, int64_t step) {
-  return divide_up(value, step) * step;
+  return ceil_div(value, step) * step;
 }
 
 // to (rows, to_row) = from (rows, columns), zero past the last column.
@@ -129,8 +129,9 @@ void multiply_rows(int64_t top, int64_t bottom, int64_t n, int64_t k, Matrix<A> 
 template <class A>
 void multiply(int64_t m, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
   if (k == 0 && !add) std::fill_n(out, m * n, A(0));
-  const int64_t task_rows = std::clamp(round_up(divide_up(m, kTasks), microkernel<A>().rows), kFewestRows, kMostRows);
-  in_pieces(m, task_rows, [&](int64_t top, int64_t bottom) { multiply_rows(top, bottom, n, k, a, b, out, add); });
+  const int64_t task_rows = std::clamp(round_up(ceil_div(m, kTasks), microkernel<A>().rows), kFewestRows, kMostRows);
+  parallel_for_chunks(m, task_rows,
+                      [&](int64_t top, int64_t bottom) { multiply_rows(top, bottom, n, k, a, b, out, add); });
 }
 
 }  // namespace

@@ -119,15 +119,15 @@ SPADE_INLINE void input_grad(const ModulateParams& p, int64_t begin, int64_t end
   p.upsample == 2 ? input_grad_of<T, 4>(p, begin, end) : input_grad_of<T, 1>(p, begin, end);
 }
 
-#define SPADE_FOR_DTYPE(name, T)                                                                                \
-  SPADE_EVERY_CPU void forward_##name(const ModulateParams& p, int64_t begin, int64_t end, T* y, int64_t row) { \
-    forward(p, begin, end, y, row);                                                                             \
-  }                                                                                                             \
-  SPADE_EVERY_CPU void entries_##name(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) {     \
-    table_grad_of_entries<T>(p, begin, end, sum);                                                               \
-  }                                                                                                             \
-  SPADE_EVERY_CPU void input_##name(const ModulateParams& p, int64_t begin, int64_t end) {                      \
-    input_grad<T>(p, begin, end);                                                                               \
+#define SPADE_FOR_DTYPE(name, T)                                                                                    \
+  SPADE_TARGET_CLONES void forward_##name(const ModulateParams& p, int64_t begin, int64_t end, T* y, int64_t row) { \
+    forward(p, begin, end, y, row);                                                                                 \
+  }                                                                                                                 \
+  SPADE_TARGET_CLONES void entries_##name(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) {     \
+    table_grad_of_entries<T>(p, begin, end, sum);                                                                   \
+  }                                                                                                                 \
+  SPADE_TARGET_CLONES void input_##name(const ModulateParams& p, int64_t begin, int64_t end) {                      \
+    input_grad<T>(p, begin, end);                                                                                   \
   }
 SPADE_FOR_DTYPE(f32, float)
 SPADE_FOR_DTYPE(f64, double)
@@ -147,7 +147,7 @@ void over_rows(const ModulateParams& p, Entries entries) {
     sum_segments(p.num_rows, p.starts, kSegmentPiece, width, out,
                  [&](int64_t begin, int64_t end, A* sum) { entries(p, begin, end, sum); });
   else
-    in_pieces(p.num_rows, kPixelPiece, [&](int64_t begin, int64_t end) {
+    parallel_for_chunks(p.num_rows, kPixelPiece, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) entries(p, i, i + 1, out + i * width);
     });
 }
@@ -165,7 +165,7 @@ void modulate_pixels(Dtype dtype, const ModulateParams& p, int64_t begin, int64_
 
 void modulate(Dtype dtype, const ModulateParams& p) {
   const int64_t size = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-  in_pieces(pixels_of_y(p), kPixelPiece, [&](int64_t begin, int64_t end) {
+  parallel_for_chunks(pixels_of_y(p), kPixelPiece, [&](int64_t begin, int64_t end) {
     modulate_pixels(dtype, p, begin, end, static_cast<char*>(p.out) + begin * p.channels * size, p.channels);
   });
 }
@@ -173,8 +173,8 @@ void modulate(Dtype dtype, const ModulateParams& p) {
 void modulate_input_grad(Dtype dtype, const ModulateParams& p) {
   using Pass = void (*)(const ModulateParams&, int64_t, int64_t);
   const Pass passes[] = {input_f32, input_f64, input_bf16, input_f16};
-  in_pieces(p.images * p.height * p.width, kPixelPiece,
-            [&](int64_t begin, int64_t end) { passes[static_cast<int>(dtype)](p, begin, end); });
+  parallel_for_chunks(p.images * p.height * p.width, kPixelPiece,
+                      [&](int64_t begin, int64_t end) { passes[static_cast<int>(dtype)](p, begin, end); });
 }
 
 void modulate_table_grad(Dtype dtype, const ModulateParams& p) {

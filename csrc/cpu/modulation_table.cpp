@@ -14,7 +14,7 @@ constexpr int64_t kWindowsPerTask = 256;
 constexpr int64_t kDepthBlock = 8;
 
 int64_t num_panels(const ModulationWeights& w) {
-  return divide_up(2 * w.channels, kColumns);
+  return ceil_div(2 * w.channels, kColumns);
 }
 
 int64_t panel_size(const ModulationWeights& w) {
@@ -54,7 +54,8 @@ class Panels {
   const A* get(int64_t first, int64_t count) const {
     const int64_t size = panel_size(weights_);
     if (kept_) return kept_ + first * size;
-    in_pieces(count, 1, [&](int64_t i, int64_t) { fill_panel(weights_, first + i, made_.data() + i * size); });
+    parallel_for_chunks(count, 1,
+                        [&](int64_t i, int64_t) { fill_panel(weights_, first + i, made_.data() + i * size); });
     return made_.data();
   }
 
@@ -97,12 +98,12 @@ SPADE_INLINE void gather(const Gather& g, const A* products, const A* bias, int6
   }
 }
 
-SPADE_EVERY_CPU void gather_any(const Gather& g, const float* products, const float* bias, int64_t begin, int64_t end,
-                                int64_t valid, float* out, int64_t out_row) {
+SPADE_TARGET_CLONES void gather_any(const Gather& g, const float* products, const float* bias, int64_t begin,
+                                    int64_t end, int64_t valid, float* out, int64_t out_row) {
   gather(g, products, bias, begin, end, valid, out, out_row);
 }
-SPADE_EVERY_CPU void gather_any(const Gather& g, const double* products, const double* bias, int64_t begin, int64_t end,
-                                int64_t valid, double* out, int64_t out_row) {
+SPADE_TARGET_CLONES void gather_any(const Gather& g, const double* products, const double* bias, int64_t begin,
+                                    int64_t end, int64_t valid, double* out, int64_t out_row) {
   gather(g, products, bias, begin, end, valid, out, out_row);
 }
 
@@ -110,7 +111,7 @@ SPADE_EVERY_CPU void gather_any(const Gather& g, const double* products, const d
 template <class A>
 void by_tap_products(const ModulationTableParams& p) {
   const ModulationWeights& w = p.weights;
-  const int64_t tile_rows = microkernel<A>().rows, tiles = divide_up(p.num_hidden, tile_rows);
+  const int64_t tile_rows = microkernel<A>().rows, tiles = ceil_div(p.num_hidden, tile_rows);
   const int64_t panels = num_panels(w), products_size = tiles * tile_rows * w.num_taps * kColumns;
   const int64_t group = std::clamp(kInCache / (products_size * static_cast<int64_t>(sizeof(A))), int64_t{1}, panels);
   const Scratch<A> products(group * products_size);
@@ -122,11 +123,11 @@ void by_tap_products(const ModulationTableParams& p) {
   std::copy_n(hidden + whole * w.depth, (p.num_hidden - whole) * w.depth, rest.data());
 
   const Panels<A> weights(p, group);
-  const int64_t tile_tasks = divide_up(tiles, kTilesPerTask), window_tasks = divide_up(p.num_rows, kWindowsPerTask);
+  const int64_t tile_tasks = ceil_div(tiles, kTilesPerTask), window_tasks = ceil_div(p.num_rows, kWindowsPerTask);
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t count = std::min(group, panels - first);
     const A* panel = weights.get(first, count);
-    in_pieces(count * w.num_taps * tile_tasks, 1, [&](int64_t task, int64_t) {
+    parallel_for_chunks(count * w.num_taps * tile_tasks, 1, [&](int64_t task, int64_t) {
       const int64_t begin = task % tile_tasks * kTilesPerTask, end = std::min(begin + kTilesPerTask, tiles);
       const int64_t t = task / tile_tasks % w.num_taps, j = task / tile_tasks / w.num_taps;
       const A* tap = panel + (j * w.num_taps + t) * w.depth * kColumns;
@@ -135,7 +136,7 @@ void by_tap_products(const ModulationTableParams& p) {
                       products.data() + j * products_size + (i * tile_rows * w.num_taps + t) * kColumns,
                       w.num_taps * kColumns, false);
     });
-    in_pieces(count * window_tasks, 1, [&](int64_t task, int64_t) {
+    parallel_for_chunks(count * window_tasks, 1, [&](int64_t task, int64_t) {
       const int64_t begin = task % window_tasks * kWindowsPerTask, j = task / window_tasks;
       const int64_t column = (first + j) * kColumns;
       gather_any({p.windows, w.num_taps}, products.data() + j * products_size, static_cast<const A*>(p.bias) + column,
@@ -167,12 +168,12 @@ void by_windows(const ModulationTableParams& p) {
   const A* panel = weights.get(0, panels);
   const Scratch<A> tiles(kTilesPerTask * tile_size);
   for (int64_t top = 0; top < p.num_rows; top += kTilesPerTask * tile_rows) {
-    const int64_t count = std::min(kTilesPerTask, divide_up(p.num_rows - top, tile_rows));
-    in_pieces(count, 1, [&](int64_t i, int64_t) {
+    const int64_t count = std::min(kTilesPerTask, ceil_div(p.num_rows - top, tile_rows));
+    parallel_for_chunks(count, 1, [&](int64_t i, int64_t) {
       const int64_t first = top + i * tile_rows;
       gather_windows(p, first, std::min(tile_rows, p.num_rows - first), tile_rows, tiles.data() + i * tile_size);
     });
-    in_pieces(panels, 1, [&](int64_t j, int64_t) {
+    parallel_for_chunks(panels, 1, [&](int64_t j, int64_t) {
       const int64_t column = j * kColumns, valid = std::min(kColumns, 2 * w.channels - column);
       const A* bias = static_cast<const A*>(p.bias) + column;
       A sums[kMostTileRows * kColumns];
@@ -200,7 +201,7 @@ void table_of(const ModulationTableParams& p) {
 // (taps, columns, depth) weights of `columns` output columns from `first` on.
 template <class A>
 void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A* to) {
-  in_pieces(columns, 1, [&](int64_t i, int64_t) {
+  parallel_for_chunks(columns, 1, [&](int64_t i, int64_t) {
     const A* from = column_of<A>(w, first + i);
     for (int64_t t = 0; t < w.num_taps; ++t)
       for (int64_t d = 0; d < w.depth; ++d) to[(t * columns + i) * w.depth + d] = from[d * w.depth_step + t * w.tap];
@@ -211,7 +212,7 @@ void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A
 template <class A>
 void scatter_columns(const ModulationTableGradParams& p, int64_t first, int64_t columns, const A* from) {
   const ModulationWeights& w = p.weights;
-  in_pieces(columns, 1, [&](int64_t i, int64_t) {
+  parallel_for_chunks(columns, 1, [&](int64_t i, int64_t) {
     const int64_t column = first + i;
     A* to = column < w.channels ? static_cast<A*>(p.d_gamma) + column * w.depth * w.num_taps
                                 : static_cast<A*>(p.d_beta) + (column - w.channels) * w.depth * w.num_taps;
@@ -243,7 +244,7 @@ void grad_of(Dtype dtype, const ModulationTableGradParams& p) {
 
 template <class A>
 void panels_of(const ModulationWeights& w, A* panels) {
-  in_pieces(num_panels(w), 1, [&](int64_t i, int64_t) { fill_panel(w, i, panels + i * panel_size(w)); });
+  parallel_for_chunks(num_panels(w), 1, [&](int64_t i, int64_t) { fill_panel(w, i, panels + i * panel_size(w)); });
 }
 
 }  // namespace

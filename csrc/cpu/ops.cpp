@@ -68,7 +68,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
   std::vector<std::vector<ImageWindows>> found(num_sizes * images);
   // Not by size: the largest takes three quarters of the time, and other threads' memory is new to each call.
-  in_pieces(images, 1, [&](int64_t n, int64_t) {
+  parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
     for (int64_t s = 0; s < num_sizes; ++s)
       found[s * images + n] = windows_of_image(
           map, n, {nullptr, sizes[2 * s], sizes[2 * s + 1], kernel_size, stride, padding, 0, 0}, levels);
@@ -90,7 +90,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
         first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / taps;
       const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
       const Tensor pixel_row = torch::stable::new_empty(map, {images, height, width});
-      in_pieces(images, 1, [&](int64_t n, int64_t) {
+      parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
         int64_t* to = mutable_ids(windows) + first_row[n] * taps;
         for (int64_t id : of(n).windows) *to++ = id == 0 ? 0 : id + first_id[n];
         to = mutable_ids(pixel_row) + n * height * width;
@@ -190,7 +190,7 @@ Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
   check_weight_panels(gamma, beta);
   const WeightsCall weights(gamma, beta, accumulator(gamma));
   const ModulationWeights& w = weights.params;
-  const int64_t count = divide_up(2 * w.channels, kPanelColumns);
+  const int64_t count = ceil_div(2 * w.channels, kPanelColumns);
   const Tensor panels = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
   weight_panels(dtype_of(panels), w, panels.mutable_data_ptr());
   return panels;

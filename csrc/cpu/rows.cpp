@@ -36,10 +36,10 @@ SPADE_INLINE void add_taps(const SumOfTapsParams& p, int64_t begin, int64_t end)
   }
 }
 
-SPADE_EVERY_CPU void add_taps_f32(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+SPADE_TARGET_CLONES void add_taps_f32(const SumOfTapsParams& p, int64_t begin, int64_t end) {
   add_taps<float>(p, begin, end);
 }
-SPADE_EVERY_CPU void add_taps_f64(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+SPADE_TARGET_CLONES void add_taps_f64(const SumOfTapsParams& p, int64_t begin, int64_t end) {
   add_taps<double>(p, begin, end);
 }
 
@@ -51,10 +51,10 @@ SPADE_INLINE void add_entries(const SegmentSumParams& p, int64_t begin, int64_t 
   });
 }
 
-SPADE_EVERY_CPU void add_entries_f32(const SegmentSumParams& p, int64_t begin, int64_t end, float* sum) {
+SPADE_TARGET_CLONES void add_entries_f32(const SegmentSumParams& p, int64_t begin, int64_t end, float* sum) {
   add_entries<float>(p, begin, end, sum);
 }
-SPADE_EVERY_CPU void add_entries_f64(const SegmentSumParams& p, int64_t begin, int64_t end, double* sum) {
+SPADE_TARGET_CLONES void add_entries_f64(const SegmentSumParams& p, int64_t begin, int64_t end, double* sum) {
   add_entries<double>(p, begin, end, sum);
 }
 
@@ -64,16 +64,16 @@ SPADE_INLINE void keep_positive(const A* condition, const A* values, int64_t cou
   for (int64_t i = 0; i < count; ++i) out[i] = condition[i] > 0 ? values[i] : A(0);
 }
 
-SPADE_EVERY_CPU void keep_positive_any(const float* condition, const float* values, int64_t count, float* out) {
+SPADE_TARGET_CLONES void keep_positive_any(const float* condition, const float* values, int64_t count, float* out) {
   keep_positive(condition, values, count, out);
 }
-SPADE_EVERY_CPU void keep_positive_any(const double* condition, const double* values, int64_t count, double* out) {
+SPADE_TARGET_CLONES void keep_positive_any(const double* condition, const double* values, int64_t count, double* out) {
   keep_positive(condition, values, count, out);
 }
 
 template <class A>
 void where_positive(const void* condition, const void* values, int64_t count, void* out) {
-  in_pieces(count, kValuePiece, [&](int64_t begin, int64_t end) {
+  parallel_for_chunks(count, kValuePiece, [&](int64_t begin, int64_t end) {
     keep_positive_any(static_cast<const A*>(condition) + begin, static_cast<const A*>(values) + begin, end - begin,
                       static_cast<A*>(out) + begin);
   });
@@ -87,7 +87,7 @@ void where_positive(Dtype dtype, const void* condition, const void* values, int6
 }
 
 void sum_of_taps(Dtype dtype, const SumOfTapsParams& p) {
-  in_pieces(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {
+  parallel_for_chunks(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {
     dtype == Dtype::f64 ? add_taps_f64(p, begin, end) : add_taps_f32(p, begin, end);
   });
 }

@@ -57,10 +57,10 @@ void sum_segments(int64_t num_segments, const int64_t* starts, int64_t piece, in
       pieces.push_back({begin, std::min(begin + piece, starts[s + 1]), partial.data() + (cut.first + i) * width});
     }
   }
-  in_pieces(pieces.size(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for_chunks(pieces.size(), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) add(pieces[i].begin, pieces[i].end, pieces[i].sum);
   });
-  in_pieces(longs.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for_chunks(longs.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const A* first = partial.data() + longs[i].first * width;
       sum_in_blocks(0, longs[i].count, width, sums + longs[i].segment * width, [&](int64_t j, A* to) {

@@ -13,9 +13,9 @@
 
 // One function per instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SPADE_ONE_TARGET)
-#define SPADE_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SPADE_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define SPADE_EVERY_CPU
+#define SPADE_TARGET_CLONES
 #endif
 #define SPADE_INLINE inline __attribute__((always_inline))
 
@@ -32,15 +32,15 @@ struct Accumulator<double> {
 template <class T>
 using acc_t = typename Accumulator<T>::type;
 
-inline int64_t divide_up(int64_t a, int64_t b) {
+inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
 // Runs body(begin, end) over [0, count) in pieces of `piece`. A piece is never split between threads, so whatever is
 // summed within one has the same value on any number of threads.
 template <class Body>
-void in_pieces(int64_t count, int64_t piece, const Body& body) {
-  const int64_t pieces = divide_up(count, piece);
+void parallel_for_chunks(int64_t count, int64_t piece, const Body& body) {
+  const int64_t pieces = ceil_div(count, piece);
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) body(p * piece, std::min((p + 1) * piece, count));
   });
