@@ -288,11 +288,11 @@ void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor&
 }
 
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                    const MaybeTensor& pixel_row, const MaybeTensor& image_rows, const MaybeTensor& order,
+                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
                     const MaybeTensor& starts, int64_t upsample, const std::string& stats_over) {
   const Arguments a("modulate", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
-  if (image_rows) a.bounds("image_rows", *image_rows, x.size(0), table.size(0), false);
+  if (image_offsets) a.bounds("image_offsets", *image_offsets, x.size(0), table.size(0), false);
   if (order || starts) a.require(pixel_row.has_value(), "order and starts are of pixel_row, which is not given");
   a.segments(order, starts, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})

@@ -241,10 +241,10 @@ def _channel_stats_grad(a, x, mean, grad_mean, grad_m2):
         a.floats(name, stats, x.shape[:2])
 
 
-def _modulate(a, x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over):
+def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
-    if image_rows is not None:
-        a.bounds("image_rows", image_rows, x.shape[0], table.shape[0], exactly=False)
+    if image_offsets is not None:
+        a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
     if order is not None or starts is not None:
         a.require(pixel_row is not None, "order and starts are of pixel_row, which is not given")
     a.segments(order, starts, table.shape[0], 0 if pixel_row is None else pixel_row.numel())

@@ -235,7 +235,7 @@ def modulated(
     groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
     table = _window_table(segmap, index, groups, dtype, weights, gain, kept)
     rows = index.modulation
-    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_rows, *groups[2], *how)
+    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *groups[2], *how)
 
 
 def conv2d(
@@ -270,7 +270,7 @@ def conv2d(
     uses: Groups = (None, None)
     pixels: Groups = (None, None)
     if torch.is_grad_enabled():
-        uses, pixels = seen.uses_by_tap, seen.row_pixels
+        uses, pixels = seen.tap_segments, seen.row_segments
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     taps, bias = _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide)

@@ -42,7 +42,7 @@ _SCHEMAS = {
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
-        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_rows, Tensor? order,"
+        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_offsets, Tensor? order,"
         " Tensor? starts, float slope, int upsample, str stats_over) -> Tensor"
     ),
     "modulate_table_grad": (
@@ -129,7 +129,7 @@ def group_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> list[t
     return list(zip(orders, torch._foreach_sub(bounds, first_entry[:-1]), strict=True))
 
 
-def tap_uses(windows: Tensor) -> Tensor:
+def tap_keys(windows: Tensor) -> Tensor:
     """id * T + tap of every use of an id by windows (rows, T): what `group_by_tap` groups."""
     taps = windows.shape[1]
     return torch.add(torch.arange(taps, device=windows.device), windows, alpha=taps)
@@ -137,7 +137,7 @@ def tap_uses(windows: Tensor) -> Tensor:
 
 def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
     """(order, starts): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
-    return group_by_value(tap_uses(windows), windows.shape[1] * num_ids)
+    return group_by_value(tap_keys(windows), windows.shape[1] * num_ids)
 
 
 def window_index(
@@ -189,7 +189,7 @@ def modulate(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None = None,
-    image_rows: Tensor | None = None,
+    image_offsets: Tensor | None = None,
     order: Tensor | None = None,
     starts: Tensor | None = None,
     slope: float = 1.0,
@@ -199,12 +199,14 @@ def modulate(
     """Normalize, modulate and activate x: `reference.modulate`.
 
     Args:
-        image_rows, order, starts: of the window index; needed by the backward only.
+        image_offsets, order, starts: of the window index; needed by the backward only.
         stats_over: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
             "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
             a gradient for mean and rstd themselves raises.
     """
-    return _call(_ops.modulate, x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over)
+    return _call(
+        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over
+    )
 
 
 class Modulated(NamedTuple):
@@ -215,7 +217,7 @@ class Modulated(NamedTuple):
     rstd: Tensor
     table: Tensor
     pixel_row: Tensor | None
-    image_rows: Tensor | None
+    image_offsets: Tensor | None
     order: Tensor | None
     starts: Tensor | None
     slope: float
@@ -336,7 +338,7 @@ def _(x, mean, grad_mean, grad_m2):
 
 
 @_fake("modulate")
-def _(x, mean, rstd, table, pixel_row, image_rows, order, starts, slope, upsample, stats_over):
+def _(x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over):
     return _channels_last_like(x, upsample)
 
 
@@ -486,8 +488,8 @@ _autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
 
 
 def _modulate_setup(ctx, inputs, output):
-    x, mean, rstd, table, pixel_row, image_rows, order, starts, ctx.slope, ctx.upsample, ctx.stats_over = inputs
-    ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_rows, order, starts)
+    x, mean, rstd, table, pixel_row, image_offsets, order, starts, ctx.slope, ctx.upsample, ctx.stats_over = inputs
+    ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_offsets, order, starts)
 
 
 def _modulate_backward(ctx, grad):
@@ -495,7 +497,7 @@ def _modulate_backward(ctx, grad):
         raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
     # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
     tensors = ctx.saved_tensors
-    x, mean, rstd, table, pixel_row, image_rows, order, starts = tensors
+    x, mean, rstd, table, pixel_row, image_offsets, order, starts = tensors
     how = (ctx.slope, ctx.upsample)
     if torch.is_grad_enabled():
         arguments = (*tensors, *how, ctx.stats_over)
@@ -505,7 +507,7 @@ def _modulate_backward(ctx, grad):
     d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, *how)
     d_x = None
     if ctx.needs_input_grad[0]:
-        means = _normalization_means(ctx.stats_over, grad, table, d_table, image_rows)
+        means = _normalization_means(ctx.stats_over, grad, table, d_table, image_offsets)
         d_x = _ops.modulate_input_grad(grad, x, mean, rstd, table, pixel_row, *means, *how)
     return d_x, None, None, d_table.to(table.dtype), None, None, None, None, None, None, None
 
@@ -536,7 +538,7 @@ _autograd("conv3x3", _conv3x3_setup, _conv3x3_backward)
 
 
 def _normalization_means(
-    stats_over: str, grad: Tensor, table: Tensor, d_table: Tensor, image_rows: Tensor | None
+    stats_over: str, grad: Tensor, table: Tensor, d_table: Tensor, image_offsets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Means of d(xhat) and d(xhat) * xhat over the pixels of y that the statistics cover, from the table alone.
 
@@ -554,11 +556,11 @@ def _normalization_means(
         sums = torch.cat((products.sum(0, keepdim=True), count), 1)
         dist.all_reduce(sums)
         means = sums[:, :-1] / sums[:, -1:]
-    elif image_rows is None:
+    elif image_offsets is None:
         means = products.view(images, pixels, -1).sum(1) / pixels
     else:
         every = torch.arange(len(products), device=products.device)
-        means = _ops.hidden_rows_grad(products, products, every, image_rows, 1, False)[0].view(images, -1) / pixels
+        means = _ops.hidden_rows_grad(products, products, every, image_offsets, 1, False)[0].view(images, -1) / pixels
     of_scale, of_shift = means.split(channels, 1)
     return of_shift, of_scale
 

@@ -47,7 +47,7 @@ def modulate(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    image_rows: Tensor | None,
+    image_offsets: Tensor | None,
     order: Tensor | None,
     starts: Tensor | None,
     slope: float,

@@ -31,7 +31,7 @@ def window_index(
 
     Returns:
         For each size, and each level of it: windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64,
-        image_rows (N + 1,) int64. Rows belong to one image each and are numbered by first occurrence.
+        image_offsets (N + 1,) int64. Rows belong to one image each and are numbered by first occurrence.
     """
     found: list[Tensor] = []
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
@@ -54,8 +54,8 @@ def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[
     offset = torch.arange(kernel_size, device=ids.device)
     n, y, x = (t.view(-1, 1, 1) for t in torch.unravel_index(first, (ids.shape[0], height, width)))
     windows = padded[n, y * stride + offset.view(1, -1, 1), x * stride + offset.view(1, 1, -1)].flatten(1)
-    image_rows = F.pad(torch.bincount(n.flatten(), minlength=ids.shape[0]).cumsum(0), (1, 0))
-    return windows, row.view(-1, height, width), image_rows
+    image_offsets = F.pad(torch.bincount(n.flatten(), minlength=ids.shape[0]).cumsum(0), (1, 0))
+    return windows, row.view(-1, height, width), image_offsets
 
 
 def hidden_rows(
@@ -168,7 +168,7 @@ def modulate(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    image_rows: Tensor | None,
+    image_offsets: Tensor | None,
     order: Tensor | None,
     starts: Tensor | None,
     slope: float,
@@ -182,7 +182,7 @@ def modulate(
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
         slope: of the leaky ReLU; 1 is none.
         upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
-        image_rows, order, starts, stats_over: needed by the backward only; see `ops.modulate`.
+        image_offsets, order, starts, stats_over: needed by the backward only; see `ops.modulate`.
 
     Returns:
         (N, C, h, w) in x's dtype, channels-last.

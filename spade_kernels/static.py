@@ -58,9 +58,9 @@ class StaticLabelMap:
         for place, windows in zip(places, found, strict=True):
             # Nothing may stay in the rows to spare: no pixel sees them, but where sums are cut depends on them.
             pairs.append((place.windows, windows.padded(len(place), 0).windows))
-            pairs += [(place.pixel_row, windows.pixel_row), (place.image_rows, windows.image_rows)]
+            pairs += [(place.pixel_row, windows.pixel_row), (place.image_offsets, windows.image_offsets)]
         _copy_each(pairs)
-        again = [Windows(place.windows, place.pixel_row, place.image_rows, place.num_ids) for place in places]
+        again = [Windows(place.windows, place.pixel_row, place.image_offsets, place.num_ids) for place in places]
         _build_segments_like(places, again)
         segments = [(place.segments(), new.segments()) for place, new in zip(places, again, strict=True)]
         _copy_each([pair for of_place, new in segments for pair in zip(of_place, new, strict=True)])
@@ -77,7 +77,7 @@ def _copy_each(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def _held(label_map: LabelMap) -> dict:
     """Which window indexes it holds, and which segments of them."""
     return {
-        key: isinstance(kept, Windows) and (kept._uses_by_tap is None, kept._row_pixels is None)
+        key: isinstance(kept, Windows) and (kept._tap_segments is None, kept._row_segments is None)
         for key, kept in label_map._kept.items()
     }
 
@@ -90,8 +90,8 @@ def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> 
     """Builds those segments of each of `made` that its model has."""
     pairs = list(zip(models, made, strict=True))
     build_segments(
-        [windows for model, windows in pairs if model._uses_by_tap is not None],
-        [windows for model, windows in pairs if model._row_pixels is not None],
+        [windows for model, windows in pairs if model._tap_segments is not None],
+        [windows for model, windows in pairs if model._row_segments is not None],
     )
 
 

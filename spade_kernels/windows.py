@@ -25,16 +25,16 @@ class Windows(Packable):
     Attributes:
         windows: (rows, k*k) int64, the ids under each distinct window; 0 = outside the image.
         pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
-        image_rows: (N + 1,) int64, image n owns rows image_rows[n] .. image_rows[n + 1] - 1.
+        image_offsets: (N + 1,) int64, image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1.
         num_ids: ids in use, 0 included.
     """
 
     windows: torch.Tensor
     pixel_row: torch.Tensor
-    image_rows: torch.Tensor
+    image_offsets: torch.Tensor
     num_ids: int
-    _uses_by_tap: Segments | None = None
-    _row_pixels: Segments | None = None
+    _tap_segments: Segments | None = None
+    _row_segments: Segments | None = None
 
     @classmethod
     def of(
@@ -50,49 +50,49 @@ class Windows(Packable):
     def padded(self, rows: int, num_ids: int) -> Windows:
         """The same with `rows` rows, those added seen by no pixel, and room for ids below `num_ids`."""
         windows = torch.nn.functional.pad(self.windows, (0, 0, 0, rows - len(self)))
-        return Windows(windows, self.pixel_row, self.image_rows, num_ids)
+        return Windows(windows, self.pixel_row, self.image_offsets, num_ids)
 
     @property
-    def uses_by_tap(self) -> Segments:
+    def tap_segments(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
-        if self._uses_by_tap is not None:
-            return self._uses_by_tap
+        if self._tap_segments is not None:
+            return self._tap_segments
         with torch.inference_mode(False), transforms.outside():
             uses = ops.group_by_tap(self.windows, self.num_ids)
         if not backends.is_captured(self.windows):
-            self._uses_by_tap = uses
+            self._tap_segments = uses
         return uses
 
     @property
-    def row_pixels(self) -> Segments:
+    def row_segments(self) -> Segments:
         """Pixels of each row. Built once, and kept."""
-        if self._row_pixels is not None:
-            return self._row_pixels
+        if self._row_segments is not None:
+            return self._row_segments
         with torch.inference_mode(False), transforms.outside():
             pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
         if not backends.is_captured(self.windows):
-            self._row_pixels = pixels
+            self._row_segments = pixels
         return pixels
 
     def segments(self) -> list[torch.Tensor]:
         """The tensors of those segments that are there."""
-        return [*(self._uses_by_tap or ()), *(self._row_pixels or ())]
+        return [*(self._tap_segments or ()), *(self._row_segments or ())]
 
 
 def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> None:
-    """Builds `uses_by_tap` of some windows and `row_pixels` of others, as far as they are not there, all at once."""
-    by_tap = [windows for windows in by_tap if windows._uses_by_tap is None]
-    by_pixel = [windows for windows in by_pixel if windows._row_pixels is None]
+    """Builds `tap_segments` of some windows and `row_segments` of others, as far as they are not there, all at once."""
+    by_tap = [windows for windows in by_tap if windows._tap_segments is None]
+    by_pixel = [windows for windows in by_pixel if windows._row_segments is None]
     if any(backends.is_captured(windows.windows) for windows in [*by_tap, *by_pixel]):
         return
-    values = [ops.tap_uses(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
+    values = [ops.tap_keys(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
     counts = [windows.windows.shape[1] * windows.num_ids for windows in by_tap] + [len(w) for w in by_pixel]
     with torch.inference_mode(False), transforms.outside():
         segments = ops.group_each_by_value(values, counts)
     for windows, found in zip(by_tap, segments[: len(by_tap)], strict=True):
-        windows._uses_by_tap = found
+        windows._tap_segments = found
     for windows, found in zip(by_pixel, segments[len(by_tap) :], strict=True):
-        windows._row_pixels = found
+        windows._row_segments = found
 
 
 class WindowIndex(NamedTuple):
@@ -117,4 +117,4 @@ class WindowIndex(NamedTuple):
 
     def groups(self) -> tuple[Segments, Segments, Segments]:
         """What the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""
-        return self.hidden.uses_by_tap, self.modulation.uses_by_tap, self.modulation.row_pixels
+        return self.hidden.tap_segments, self.modulation.tap_segments, self.modulation.row_segments

@@ -32,7 +32,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NO_FLOATS = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 _NO_INDICES = (torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32, torch.float64)
 _INDEX_NAMES = ("ids", "windows", "pixel_row", "order")
-_BOUNDS_NAMES = ("starts", "image_rows")
+_BOUNDS_NAMES = ("starts", "image_offsets")
 
 # By operator and argument, the sizes that no other argument fixes: of which dimensions, from which to which.
 _SOME, _ANY = range(1, 2**62), range(2**62)
@@ -56,7 +56,7 @@ _FREE = {
 # The calls that are valid without one of their arguments. Where all windows differ, as here, the table without
 # pixel_row is that of a dense condition.
 _OPTIONAL = {
-    *(("hidden_rows", "bias"), ("conv", "add"), ("modulate_conv", "add"), ("modulate", "image_rows")),
+    *(("hidden_rows", "bias"), ("conv", "add"), ("modulate_conv", "add"), ("modulate", "image_offsets")),
     *(("modulate_conv", "pixel_row"), ("modulate_input_grad", "pixel_row")),
 }
 _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones

@@ -121,8 +121,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "normalization.moments": (lambda x: normalization.moments(nn.BatchNorm2d(16), x), {"x": X}),
     "ops.modulate": (ops.modulate, {"x": X, "mean": STATS.mean, "rstd": STATS.rstd, "table": torch.randn(128, 32)}),
     "Windows": (
-        lambda **arguments: [Windows(**arguments).uses_by_tap, Windows(**arguments).row_pixels],
-        {name: getattr(INDEX.hidden, name) for name in ("windows", "pixel_row", "image_rows", "num_ids")},
+        lambda **arguments: [Windows(**arguments).tap_segments, Windows(**arguments).row_segments],
+        {name: getattr(INDEX.hidden, name) for name in ("windows", "pixel_row", "image_offsets", "num_ids")},
     ),
     "Windows.padded": (INDEX.hidden.padded, {"rows": 1000, "num_ids": 7}),
     "use_backend": (sk.use_backend, {"name": "auto"}),
@@ -140,7 +140,11 @@ ATTRIBUTES = {
     ),
     "Conv2d": (CONV, lambda conv: conv(X), ["weight_orig", "weight_u", "weight_v", "bias", "padding"]),
     "LabelMap": (MAP, lambda label_map: LAYER(X, label_map), ["codes", "labels", "num_labels", "edges"]),
-    "Windows": (INDEX.hidden, lambda windows: windows.uses_by_tap, ["windows", "pixel_row", "image_rows", "num_ids"]),
+    "Windows": (
+        INDEX.hidden,
+        lambda windows: windows.tap_segments,
+        ["windows", "pixel_row", "image_offsets", "num_ids"],
+    ),
 }
 
 

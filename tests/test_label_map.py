@@ -216,7 +216,7 @@ def test_everything_is_built_once():
     index = label_map.window_index((6, 6), 3)
     assert label_map.window_index(torch.Size((6, 6)), 3) == index
     assert index.hidden is label_map.windows((6, 6), 3, 1, 1)
-    assert index.modulation.row_pixels is index.modulation.row_pixels
+    assert index.modulation.row_segments is index.modulation.row_segments
     assert label_map.avg_pool() is label_map.avg_pool()
     assert label_map.window_index((6, 6), 5) != index
     assert label_map[:].window_index((6, 6), 3) != index
@@ -251,7 +251,7 @@ SIZES = [(6, 5), (13, 10)]
 def prepared_label_map(seed: int = 0) -> LabelMap:
     """With everything built that a label map can keep."""
     label_map = random_label_map("blobs", SHAPE, CLASSES, edges=True, seed=seed).prepare(SIZES)
-    assert label_map.avg_pool().prepare(SIZES).windows((6, 5), 4, 2, 2).uses_by_tap
+    assert label_map.avg_pool().prepare(SIZES).windows((6, 5), 4, 2, 2).tap_segments
     return label_map
 
 
@@ -281,7 +281,9 @@ def test_prepare_builds_all_that_a_layer_needs():
     forward_backward(lambda x: layer(x, label_map), layer, x, x)
     assert set(tensors(label_map)) == kept
     without = random_label_map("blobs", SHAPE, CLASSES, edges=True).prepare([(6, 5)], gradients=False)
-    assert {where for where in kept if "uses_by_tap" in where or "row_pixels" in where} == kept - set(tensors(without))
+    assert {where for where in kept if "tap_segments" in where or "row_segments" in where} == kept - set(
+        tensors(without)
+    )
 
 
 def test_labels_without_values():

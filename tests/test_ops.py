@@ -52,10 +52,10 @@ class Problem:
         weights = (self.gamma, self.beta)
         return {
             "window_index": (self.label_map.codes, [H + 1, W, H, W], K, 1, K // 2, 2),
-            "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.uses_by_tap, True),
-            "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.uses_by_tap, K * K, True),
-            "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.uses_by_tap),
-            "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.uses_by_tap),
+            "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.tap_segments, True),
+            "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.tap_segments, K * K, True),
+            "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.tap_segments),
+            "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.tap_segments),
             "weight_panels": (self.gamma.detach(), self.beta.detach()),
             "conv_panels": (self.kernel,),
             "conv": (self.x.detach(), *self.conv, self.sum, True),
@@ -72,8 +72,8 @@ class Problem:
             "modulate_conv": (*(a.detach() for a in modulate), 0.2, 1, *self.conv, self.sum),
             "channel_stats": (self.x,),
             "channel_stats_grad": (self.x, self.mean, self.mean, self.rstd),
-            "modulate": (*modulate, rows.image_rows, *rows.row_pixels, 0.2, 1, "image"),
-            "modulate_table_grad": (self.grad, *modulate, *rows.row_pixels, 0.2, 1),
+            "modulate": (*modulate, rows.image_offsets, *rows.row_segments, 0.2, 1, "image"),
+            "modulate_table_grad": (self.grad, *modulate, *rows.row_segments, 0.2, 1),
             "modulate_input_grad": (self.grad, *modulate, self.mean, self.rstd, 0.2, 1),
             "modulate dense": (*stats, self.dense_table, None, None, None, None, 1.0, 1, "batch"),
             "modulate_table_grad dense": (self.grad, *stats, self.dense_table, None, None, None, 1.0, 1),
@@ -124,7 +124,7 @@ def check_derivatives(run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: 
 
 def test_gradient_of_hidden_rows():
     p = Problem(requires_grad=True)
-    windows, uses = p.index.hidden.windows, p.index.hidden.uses_by_tap
+    windows, uses = p.index.hidden.windows, p.index.hidden.tap_segments
     outside = torch.ones(p.label_map.num_codes, 1, 1, **DOUBLE)
     outside[0] = 0
     for relu in (False, True):
@@ -136,7 +136,7 @@ def test_gradient_of_hidden_rows():
 
 def test_gradient_of_modulation_table():
     p = Problem(requires_grad=True)
-    windows, uses = p.index.modulation.windows, p.index.modulation.uses_by_tap
+    windows, uses = p.index.modulation.windows, p.index.modulation.tap_segments
     check_derivatives(
         lambda *floats: ops.modulation_table(*floats, windows, None, *uses), p.hidden, p.gamma, p.beta, p.table_bias
     )
@@ -170,7 +170,7 @@ def statistics_of(x: Tensor, stats_over: str) -> Statistics:
 def test_gradient_of_modulate(dense, stats_over, slope, layout):
     p = Problem(LAYOUTS[layout], requires_grad=True)
     rows = p.index.modulation
-    where = (None,) * 4 if dense else (rows.pixel_row, rows.image_rows, *rows.row_pixels)
+    where = (None,) * 4 if dense else (rows.pixel_row, rows.image_offsets, *rows.row_segments)
 
     def run(x: Tensor, table: Tensor) -> Tensor:
         stats = statistics_of(x, stats_over)
@@ -208,7 +208,7 @@ def test_statistics_that_require_grad_raise():
 @pytest.mark.parametrize("op", ["hidden_rows", "modulation_table", "modulate"])
 def test_backward_without_groups_raises(op):
     p = Problem(requires_grad=True)
-    groups = {id(t) for windows in p.index for t in (*windows.uses_by_tap, *windows.row_pixels)}
+    groups = {id(t) for windows in p.index for t in (*windows.tap_segments, *windows.row_segments)}
     arguments = [None if id(a) in groups else a for a in p.arguments(op)]
     y = getattr(torch.ops.spade_kernels, op)(*arguments)
     with pytest.raises(RuntimeError, match=f"{op}: pass `order` and `starts`"):

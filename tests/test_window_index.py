@@ -27,13 +27,13 @@ def padded_windows(ids: torch.Tensor, size, kernel_size: int, stride: int, paddi
 
 
 def check_index(ids: torch.Tensor, size, kernel_size: int, stride: int, padding: int) -> None:
-    ((windows, pixel_row, image_rows),) = ops.window_index(ids, [size], kernel_size, stride, padding)
+    ((windows, pixel_row, image_offsets),) = ops.window_index(ids, [size], kernel_size, stride, padding)
     expected = padded_windows(ids, size, kernel_size, stride, padding)
     assert torch.equal(windows[pixel_row], expected)
-    assert image_rows[0] == 0
-    assert image_rows[-1] == len(windows)
+    assert image_offsets[0] == 0
+    assert image_offsets[-1] == len(windows)
     for image, rows in enumerate(pixel_row.flatten(1).tolist()):
-        first, end = image_rows[image].item(), image_rows[image + 1].item()
+        first, end = image_offsets[image].item(), image_offsets[image + 1].item()
         assert list(dict.fromkeys(rows)) == list(range(first, end))
         assert len(windows[first:end].unique(dim=0)) == end - first
 

@@ -257,7 +257,7 @@ def _case(work: Workload, precision: str, name: str, shape: Shape | None) -> str
 
 
 def _tensors(windows: Any) -> tuple[Tensor, ...]:
-    return windows.windows, windows.pixel_row, windows.image_rows
+    return windows.windows, windows.pixel_row, windows.image_offsets
 
 
 def _detached(arguments: tuple) -> tuple:

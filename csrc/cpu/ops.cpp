@@ -83,8 +83,8 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
       height = (height + 2 * padding - kernel_size) / stride + 1;
       width = (width + 2 * padding - kernel_size) / stride + 1;
       const auto of = [&](int64_t n) -> const ImageWindows& { return found[s * images + n][level]; };
-      const Tensor image_rows = torch::stable::new_empty(map, {images + 1});
-      int64_t* first_row = mutable_ids(image_rows);
+      const Tensor image_offsets = torch::stable::new_empty(map, {images + 1});
+      int64_t* first_row = mutable_ids(image_offsets);
       first_row[0] = 0;
       for (int64_t n = 0; n < images; ++n)
         first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / taps;
@@ -98,7 +98,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
       });
       // The next level's ids are this one's rows.
       first_id.assign(first_row, first_row + images);
-      results.insert(results.end(), {windows, pixel_row, image_rows});
+      results.insert(results.end(), {windows, pixel_row, image_offsets});
     }
   }
   return results;
@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
 }
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor& image_rows, const MaybeTensor& order,
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
                    const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
-  check_modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, upsample, stats_over);
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, order, starts, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();

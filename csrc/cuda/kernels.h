@@ -14,7 +14,7 @@ struct WindowMap {
   const int64_t* ids;                                   // (images, source_height, source_width)
   int64_t first_id;                                     // added to each
   int64_t* pixel_row;                                   // (images, out_height, out_width)
-  int64_t* image_rows;                                  // (images + 1)
+  int64_t* image_offsets;                               // (images + 1)
   int64_t* windows;                                     // (rows, kernel_size^2), for write_windows
   uint32_t source_height, source_width, height, width;  // before and after the resize
   uint32_t out_height, out_width, slot_bits, blocks;    // from plan_window_index
@@ -35,7 +35,7 @@ struct WindowIndexCall {
 
 // Sets what follows from the sizes: out_height, out_width, slot_bits, blocks, scales.
 void plan_window_index(const WindowIndexCall& call, WindowMap& map);
-// Finds pixel_row, image_rows, and how many rows there are; write_windows writes the windows themselves.
+// Finds pixel_row, image_offsets, and how many rows there are; write_windows writes the windows themselves.
 void number_windows(const WindowIndexCall& call, Stream stream);
 void write_windows(const WindowIndexCall& call, Stream stream);
 

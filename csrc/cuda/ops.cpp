@@ -41,12 +41,12 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
                   levels);
   const Tensor scratch = torch::stable::new_empty(ids, {plan.scratch_size()}, ScalarType::Int);
   plan.divide(static_cast<uint32_t*>(scratch.mutable_data_ptr()));
-  std::vector<Tensor> pixel_rows, image_rows;
+  std::vector<Tensor> pixel_rows, image_offsets;
   plan.for_each_map([&](WindowMap& map, const WindowMap* before) {
     pixel_rows.push_back(torch::stable::new_empty(ids, {ids.size(0), map.out_height, map.out_width}));
-    image_rows.push_back(torch::stable::new_empty(ids, {ids.size(0) + 1}));
+    image_offsets.push_back(torch::stable::new_empty(ids, {ids.size(0) + 1}));
     map.pixel_row = pixel_rows.back().mutable_data_ptr<int64_t>();
-    map.image_rows = image_rows.back().mutable_data_ptr<int64_t>();
+    map.image_offsets = image_offsets.back().mutable_data_ptr<int64_t>();
     map.ids = before ? before->pixel_row : ids.const_data_ptr<int64_t>();
     map.first_id = before ? 1 : 0;
   });
@@ -63,7 +63,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
     results.push_back(torch::stable::new_empty(ids, {map.num_rows, kernel_size * kernel_size}));
     map.windows = results.back().mutable_data_ptr<int64_t>();
     const size_t i = results.size() / 3;
-    results.insert(results.end(), {pixel_rows[i], image_rows[i]});
+    results.insert(results.end(), {pixel_rows[i], image_offsets[i]});
   });
   for (const WindowIndexCall& call : plan.calls) write_windows(call, launch.stream());
   launch.check();
@@ -168,9 +168,9 @@ class ModulateCall {
 };
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor& image_rows, const MaybeTensor& order,
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
                    const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
-  check_modulate(x, mean, rstd, table, pixel_row, image_rows, order, starts, upsample, stats_over);
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, order, starts, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();

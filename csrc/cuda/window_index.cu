@@ -186,9 +186,9 @@ struct Number {
     uint32_t number = shared.before;
     block.phase([&](const Thread& t) {
       if (t.lane != 0) return;
-      if (block.x == 0) map.image_rows[block.y] = number;
+      if (block.x == 0) map.image_offsets[block.y] = number;
       if (blocks_before + 1 == map.blocks * p.images)
-        map.image_rows[p.images] = *map.rows = number + map.counts[blocks_before];
+        map.image_offsets[p.images] = *map.rows = number + map.counts[blocks_before];
     });
     uint32_t turn = 0;
     for (uint32_t begin = run.begin; begin < run.end; begin += block.lanes, turn ^= 1) {

@@ -13,9 +13,9 @@ void run_on(bool in_reverse, int threads) {
   host_threads = threads;
 }
 
-// shape: of the ids. convolution: kernel_size, stride, padding. results: windows, pixel_row and image_rows of each size
-// and level; `windows` has room for a row per pixel. Writes how many rows there are of each. False: the scratch was
-// written outside of.
+// shape: of the ids. convolution: kernel_size, stride, padding. results: windows, pixel_row and image_offsets of each
+// size and level; `windows` has room for a row per pixel. Writes how many rows there are of each. False: the scratch
+// was written outside of.
 bool window_index(const int64_t* ids, const int64_t* shape, const int64_t* sizes, int64_t num_sizes,
                   const int64_t* convolution, int64_t levels, int64_t** results, int64_t* num_rows) {
   WindowPlan plan({shape[0], shape[1], shape[2]}, {sizes, sizes + 2 * num_sizes}, convolution[0], convolution[1],
@@ -27,7 +27,7 @@ bool window_index(const int64_t* ids, const int64_t* shape, const int64_t* sizes
   plan.for_each_map([&](WindowMap& map, const WindowMap* before) {
     map.windows = *results++;
     map.pixel_row = *results++;
-    map.image_rows = *results++;
+    map.image_offsets = *results++;
     map.ids = before ? before->pixel_row : ids;
     map.first_id = before ? 1 : 0;
   });

@@ -80,18 +80,18 @@ def test_fakes_have_the_kernels_layouts(device):
     where = (table, rows.pixel_row)
     index = mask.window_index(SIZE, 3)
     taps, gamma = torch.randn(mask.num_codes, 9, 16, device=device), torch.randn(CHANNELS, 16, 3, 3, device=device)
-    hidden = ops.hidden_rows(taps, taps[0, 0], index.hidden.windows, *index.hidden.uses_by_tap, True)
+    hidden = ops.hidden_rows(taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)
     of_table = (hidden, gamma, gamma)
     for operator, arguments in (
-        ("hidden_rows", (taps, taps[0, 0], index.hidden.windows, *index.hidden.uses_by_tap, True)),
-        ("hidden_rows_grad", (hidden, hidden, *index.hidden.uses_by_tap, 9, True)),
-        ("modulation_table", (*of_table, table[0], rows.windows, None, *rows.uses_by_tap)),
-        ("modulation_table_grad", (table, *of_table, *rows.uses_by_tap)),
+        ("hidden_rows", (taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)),
+        ("hidden_rows_grad", (hidden, hidden, *index.hidden.tap_segments, 9, True)),
+        ("modulation_table", (*of_table, table[0], rows.windows, None, *rows.tap_segments)),
+        ("modulation_table_grad", (table, *of_table, *rows.tap_segments)),
         ("channel_stats", (x,)),
         ("channel_stats_grad", (x, mean, mean, m2)),
         ("channel_stats_grad", (x.contiguous(), mean, mean, m2)),
-        ("modulate", (x, mean, m2, *where, rows.image_rows, *rows.row_pixels, 0.2, 1, "none")),
-        ("modulate_table_grad", (x, x, mean, m2, *where, *rows.row_pixels, 0.2, 1)),
+        ("modulate", (x, mean, m2, *where, rows.image_offsets, *rows.row_segments, 0.2, 1, "none")),
+        ("modulate_table_grad", (x, x, mean, m2, *where, *rows.row_segments, 0.2, 1)),
         ("modulate_input_grad", (x, x, mean, m2, *where, mean, mean, 0.2, 1)),
     ):
         torch.library.opcheck(getattr(torch.ops.spade_kernels, operator).default, arguments)
