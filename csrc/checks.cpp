@@ -89,7 +89,7 @@ class Arguments {
   }
 
   // int64 of this shape, with values in [low, high).
-  void indices(const char* name, const Tensor& t, Shape shape, int64_t low, int64_t high) const {
+  void index(const char* name, const Tensor& t, Shape shape, int64_t low, int64_t high) const {
     if (t.scalar_type() != ScalarType::Long) fail(std::string(name) + " must be int64");
     tensor(name, t, shape);
     if (!reads_values(t)) return;
@@ -106,7 +106,7 @@ class Arguments {
 
   // The bounds of `count` segments of at most `entries` entries, or of exactly so many: 0, then in increasing order.
   void bounds(const char* name, const Tensor& t, int64_t count, int64_t entries, bool exactly = true) const {
-    indices(name, t, {count + 1}, 0, entries + 1);
+    index(name, t, {count + 1}, 0, entries + 1);
     if (!reads_values(t)) return;
     const Tensor here = on_host(t);
     const int64_t* values = data_of(here);
@@ -115,11 +115,11 @@ class Arguments {
   }
 
   // Entries in the order of their segments. The forward passes take them for their backward, and do without.
-  void segments(const MaybeTensor& order, const MaybeTensor& starts, int64_t count, int64_t entries) const {
-    require(order.has_value() == starts.has_value(), "order and starts must be given together");
-    if (!order) return;
-    indices("order", *order, {entries}, 0, entries);
-    bounds("starts", *starts, count, entries);
+  void segments(const MaybeTensor& indices, const MaybeTensor& offsets, int64_t count, int64_t entries) const {
+    require(indices.has_value() == offsets.has_value(), "indices and offsets must be given together");
+    if (!indices) return;
+    index("indices", *indices, {entries}, 0, entries);
+    bounds("offsets", *offsets, count, entries);
   }
 
   void integer(const char* name, int64_t value, int64_t least, int64_t most) const {
@@ -181,7 +181,7 @@ void check_modulation(const Arguments& a, const Tensor& x, const Tensor& mean, c
   a.floats("mean", mean, {rows_of_stats, channels});
   a.floats("rstd", rstd, {rows_of_stats, channels});
   a.floats("table", table, {pixel_row ? size_of(table, 0) : images * height * width, 2 * channels});
-  if (pixel_row) a.indices("pixel_row", *pixel_row, {images, height, width}, 0, table.size(0));
+  if (pixel_row) a.index("pixel_row", *pixel_row, {images, height, width}, 0, table.size(0));
 }
 
 void check_grad_of_y(const Arguments& a, const Tensor& grad, const Tensor& x, int64_t upsample) {
@@ -202,7 +202,7 @@ void check_packed(const Arguments& a, const Tensor& panels, const Tensor& bias, 
 void check_window_index(const Tensor& ids, Sizes sizes, int64_t kernel_size, int64_t stride, int64_t padding,
                         int64_t levels) {
   const Arguments a("window_index", ids);
-  a.indices("ids", ids, {kAny, kAny, kAny}, 1, kMostIds);
+  a.index("ids", ids, {kAny, kAny, kAny}, 1, kMostIds);
   a.require(sizes.size() % 2 == 0, "sizes must be pairs (h, w)");
   a.integer("kernel_size", kernel_size, 1, kMostPixels);
   a.integer("stride", stride, 1, kMostPixels);
@@ -226,49 +226,49 @@ void check_window_index(const Tensor& ids, Sizes sizes, int64_t kernel_size, int
   }
 }
 
-void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& order,
-                       const MaybeTensor& starts) {
+void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
+                       const MaybeTensor& offsets) {
   const Arguments a("hidden_rows", taps);
   a.floats("taps", taps, {kAny, kAny, kAny});
   a.floats("bias", bias, {taps.size(2)});
-  a.indices("windows", windows, {size_of(windows, 0), taps.size(1)}, 0, taps.size(0));
-  a.segments(order, starts, taps.size(0) * taps.size(1), windows.numel());
+  a.index("windows", windows, {size_of(windows, 0), taps.size(1)}, 0, taps.size(0));
+  a.segments(indices, offsets, taps.size(0) * taps.size(1), windows.numel());
 }
 
-void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& order, const Tensor& starts,
+void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
                             int64_t num_taps) {
   const Arguments a("hidden_rows_grad", grad);
   a.integer("num_taps", num_taps, 1, kMostEntries);
   a.floats("grad", grad, {size_of(grad, 0), kAny});
   a.floats("rows", rows, {grad.size(0), grad.size(1)});
   a.require(grad.size(0) <= kMostEntries / num_taps, "num_taps is too large for so many rows");
-  const int64_t entries = grad.size(0) * num_taps, segments = size_of(starts, 0) - 1;
-  a.require(segments > 0 && segments % num_taps == 0, "starts must have one value more than a multiple of num_taps");
-  a.indices("order", order, {entries}, 0, entries);
+  const int64_t entries = grad.size(0) * num_taps, segments = size_of(offsets, 0) - 1;
+  a.require(segments > 0 && segments % num_taps == 0, "offsets must have one value more than a multiple of num_taps");
+  a.index("indices", indices, {entries}, 0, entries);
   // A label map with room for more rows has some that belong to no image.
-  a.bounds("starts", starts, segments, entries, false);
+  a.bounds("offsets", offsets, segments, entries, false);
 }
 
 void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Tensor& beta, const Tensor& bias,
-                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& order,
-                            const MaybeTensor& starts) {
+                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& indices,
+                            const MaybeTensor& offsets) {
   const Arguments a("modulation_table", hidden);
   a.floats("hidden", hidden, {size_of(hidden, 0), kAny});
   check_weights(a, gamma, beta, hidden.size(1));
   const int64_t columns = 2 * gamma.size(0), taps = taps_of(gamma);
   a.floats("bias", bias, {columns});
-  a.indices("windows", windows, {size_of(windows, 0), taps}, 0, hidden.size(0) + 1);
+  a.index("windows", windows, {size_of(windows, 0), taps}, 0, hidden.size(0) + 1);
   a.floats("panels", panels, {panels_of(columns), taps, hidden.size(1), kPanelColumns});
-  a.segments(order, starts, (hidden.size(0) + 1) * taps, windows.numel());
+  a.segments(indices, offsets, (hidden.size(0) + 1) * taps, windows.numel());
 }
 
 void check_modulation_table_grad(const Tensor& grad, const Tensor& hidden, const Tensor& gamma, const Tensor& beta,
-                                 const Tensor& order, const Tensor& starts) {
+                                 const Tensor& indices, const Tensor& offsets) {
   const Arguments a("modulation_table_grad", grad);
   a.floats("hidden", hidden, {size_of(hidden, 0), kAny});
   check_weights(a, gamma, beta, hidden.size(1));
   a.floats("grad", grad, {size_of(grad, 0), 2 * gamma.size(0)});
-  a.segments(order, starts, (hidden.size(0) + 1) * taps_of(gamma), grad.size(0) * taps_of(gamma));
+  a.segments(indices, offsets, (hidden.size(0) + 1) * taps_of(gamma), grad.size(0) * taps_of(gamma));
 }
 
 void check_weight_panels(const Tensor& gamma, const Tensor& beta) {
@@ -288,26 +288,27 @@ void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor&
 }
 
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
-                    const MaybeTensor& starts, int64_t upsample, const std::string& stats_over) {
+                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_over) {
   const Arguments a("modulate", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   if (image_offsets) a.bounds("image_offsets", *image_offsets, x.size(0), table.size(0), false);
-  if (order || starts) a.require(pixel_row.has_value(), "order and starts are of pixel_row, which is not given");
-  a.segments(order, starts, table.size(0), pixel_row ? pixel_row->numel() : 0);
+  if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets are of pixel_row, which is not given");
+  a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})
     if (stats_over == known) return;
   a.fail("stats_over must be none, image, batch or world, got " + stats_over);
 }
 
 void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
-                               const MaybeTensor& starts, int64_t upsample) {
+                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                               const MaybeTensor& offsets, int64_t upsample) {
   const Arguments a("modulate_table_grad", grad);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   check_grad_of_y(a, grad, x, upsample);
-  a.require(order.has_value() == pixel_row.has_value(), "order and starts must be given with pixel_row, and only then");
-  a.segments(order, starts, table.size(0), pixel_row ? pixel_row->numel() : 0);
+  a.require(indices.has_value() == pixel_row.has_value(),
+            "indices and offsets must be given with pixel_row, and only then");
+  a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
 }
 
 void check_modulate_input_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,

@@ -15,24 +15,24 @@ namespace spade {
 
 void check_window_index(const Tensor& ids, torch::headeronly::IntHeaderOnlyArrayRef sizes, int64_t kernel_size,
                         int64_t stride, int64_t padding, int64_t levels);
-void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& order,
-                       const MaybeTensor& starts);
-void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& order, const Tensor& starts,
+void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
+                       const MaybeTensor& offsets);
+void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
                             int64_t num_taps);
 void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Tensor& beta, const Tensor& bias,
-                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& order,
-                            const MaybeTensor& starts);
+                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& indices,
+                            const MaybeTensor& offsets);
 void check_modulation_table_grad(const Tensor& grad, const Tensor& hidden, const Tensor& gamma, const Tensor& beta,
-                                 const Tensor& order, const Tensor& starts);
+                                 const Tensor& indices, const Tensor& offsets);
 void check_weight_panels(const Tensor& gamma, const Tensor& beta);
 void check_channel_stats(const Tensor& x);
 void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor& grad_mean, const Tensor& grad_m2);
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
-                    const MaybeTensor& starts, int64_t upsample, const std::string& stats_over);
+                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_over);
 void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
-                               const MaybeTensor& starts, int64_t upsample);
+                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                               const MaybeTensor& offsets, int64_t upsample);
 void check_modulate_input_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                                const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
                                const MaybeTensor& mean_scale, int64_t upsample);

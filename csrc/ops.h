@@ -1,8 +1,8 @@
 // The kernels' parameters: pointers, sizes, and what the operator was asked for. No kernel knows about tensors.
 //
 // Tensors are dense. Pixel tensors are channels-last: element (n, pixel, c) at (n * pixels + pixel) * channels + c.
-// "acc" is the accumulation type: double for double, float for everything else. Segments are `order, starts` pairs:
-// segment s takes the entries order[starts[s]] .. order[starts[s + 1] - 1], in that order.
+// "acc" is the accumulation type: double for double, float for everything else. Segments are `indices, offsets` pairs:
+// segment s takes the entries indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order.
 #pragma once
 
 #include <cstdint>
@@ -34,10 +34,10 @@ struct SumOfTapsParams {
 
 // sums[s] = sum over the entries e of segment s of values[e / divisor], all in acc.
 struct SegmentSumParams {
-  const void* values;     // rows of `width` values, `row` apart
-  const int64_t* order;   // null: entries stand in order
-  const int64_t* starts;  // (num_segments + 1)
-  void* sums;             // (num_segments, width)
+  const void* values;      // rows of `width` values, `row` apart
+  const int64_t* indices;  // null: entries stand in order
+  const int64_t* offsets;  // (num_segments + 1)
+  void* sums;              // (num_segments, width)
   int64_t num_segments, width, row, divisor;
 };
 
@@ -64,10 +64,10 @@ struct ModulationTableGradParams {
   const void* grad;    // (num_rows, 2 * channels), acc
   const void* hidden;  // (num_hidden, depth), acc
   ModulationWeights weights;
-  const int64_t* order;   // uses of each (hidden row, tap), see SegmentSumParams
-  const int64_t* starts;  // (num_hidden * num_taps + 1)
-  void* d_hidden;         // like hidden
-  void* d_gamma;          // (channels, depth, num_taps), dense
+  const int64_t* indices;  // uses of each (hidden row, tap), see SegmentSumParams
+  const int64_t* offsets;  // (num_hidden * num_taps + 1)
+  void* d_hidden;          // like hidden
+  void* d_gamma;           // (channels, depth, num_taps), dense
   void* d_beta;
   int64_t num_hidden;
 };
@@ -90,7 +90,7 @@ struct ChannelStatsGradParams {
 };
 
 // The forward pass reads x; the backward passes read grad too. Every pixel of x stands for upsample x upsample pixels
-// of y and grad, which pixel_row and order count.
+// of y and grad, which pixel_row and indices count.
 struct ModulateParams {
   const void* x;
   const void* grad;          // of y
@@ -98,8 +98,8 @@ struct ModulateParams {
   const void* rstd;          // the same
   const void* table;         // (rows, 2 * channels), acc: scale, shift
   const int64_t* pixel_row;  // (images * pixels of y), or null: every pixel its own row
-  const int64_t* order;      // pixels of each row, for the table's gradient
-  const int64_t* starts;
+  const int64_t* indices;    // pixels of each row, for the table's gradient
+  const int64_t* offsets;
   const void* mean_shift;  // (images or 1, channels), acc, or null: see modulate_input_grad
   const void* mean_scale;
   void* out;                                          // y, the table's gradient (acc), or the gradient of x

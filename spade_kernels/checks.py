@@ -115,7 +115,7 @@ class _Arguments:
             self.fail(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         self._tensor(name, t, shape)
 
-    def indices(self, name: str, t: Tensor, shape: Shape, low: int, high: int) -> None:
+    def index(self, name: str, t: Tensor, shape: Shape, low: int, high: int) -> None:
         """int64 of this shape, with values in low .. high - 1."""
         if t.dtype != torch.int64:
             self.fail(f"{name} must be int64, got {t.dtype}")
@@ -132,19 +132,19 @@ class _Arguments:
 
     def bounds(self, name: str, t: Tensor, count: int, entries: int, exactly: bool = True) -> None:
         """The bounds of `count` segments of at most `entries` entries, or of exactly so many."""
-        self.indices(name, t, (count + 1,), 0, entries + 1)
+        self.index(name, t, (count + 1,), 0, entries + 1)
         if not self._reads_values(t):
             return
         if t[0] != 0 or bool((t.diff() < 0).any()) or (exactly and t[-1] != entries):
             self.fail(f"{name} must increase from 0 to {entries}")
 
-    def segments(self, order: Tensor | None, starts: Tensor | None, count: int, entries: int) -> None:
+    def segments(self, indices: Tensor | None, offsets: Tensor | None, count: int, entries: int) -> None:
         """Entries in the order of their segments. The forward passes take them for their backward, and do without."""
-        if order is None or starts is None:
-            self.require(order is starts, "order and starts must be given together")
+        if indices is None or offsets is None:
+            self.require(indices is offsets, "indices and offsets must be given together")
             return
-        self.indices("order", order, (entries,), 0, entries)
-        self.bounds("starts", starts, count, entries)
+        self.index("indices", indices, (entries,), 0, entries)
+        self.bounds("offsets", offsets, count, entries)
 
     def integer(self, name: str, value: int, least: int, most: int) -> None:
         if not least <= value <= most:
@@ -179,7 +179,7 @@ def _size(t: Tensor, dim: int) -> Any:
 
 
 def _window_index(a, ids, sizes, kernel_size, stride, padding, levels):
-    a.indices("ids", ids, (_ANY, _ANY, _ANY), 1, _MOST_IDS)
+    a.index("ids", ids, (_ANY, _ANY, _ANY), 1, _MOST_IDS)
     a.require(len(sizes) % 2 == 0, f"sizes must be pairs (h, w), got {len(sizes)} numbers")
     a.integer("levels", levels, 1, 2)
     for size in zip(sizes[::2], sizes[1::2], strict=True):
@@ -190,41 +190,41 @@ def _window_index(a, ids, sizes, kernel_size, stride, padding, levels):
             a.fail(reason)
 
 
-def _hidden_rows(a, taps, bias, windows, order, starts, relu):
+def _hidden_rows(a, taps, bias, windows, indices, offsets, relu):
     a.floats("taps", taps, (_ANY, _ANY, _ANY))
     a.floats("bias", bias, (taps.shape[2],))
-    a.indices("windows", windows, (_size(windows, 0), taps.shape[1]), 0, taps.shape[0])
-    a.segments(order, starts, taps.shape[0] * taps.shape[1], windows.numel())
+    a.index("windows", windows, (_size(windows, 0), taps.shape[1]), 0, taps.shape[0])
+    a.segments(indices, offsets, taps.shape[0] * taps.shape[1], windows.numel())
 
 
-def _hidden_rows_grad(a, grad, rows, order, starts, num_taps, relu):
+def _hidden_rows_grad(a, grad, rows, indices, offsets, num_taps, relu):
     a.integer("num_taps", num_taps, 1, _MOST_ENTRIES)
     a.floats("grad", grad, (_size(grad, 0), _ANY))
     a.floats("rows", rows, grad.shape)
-    segments, entries = _size(starts, 0) - 1, grad.shape[0] * num_taps
+    segments, entries = _size(offsets, 0) - 1, grad.shape[0] * num_taps
     if isinstance(segments, int):
         fits = segments > 0 and segments % num_taps == 0
-        a.require(fits, "starts must have one value more than a multiple of num_taps")
-    a.indices("order", order, (entries,), 0, entries)
+        a.require(fits, "offsets must have one value more than a multiple of num_taps")
+    a.index("indices", indices, (entries,), 0, entries)
     # A label map with room for more rows has some that belong to no image.
-    a.bounds("starts", starts, segments, entries, exactly=False)
+    a.bounds("offsets", offsets, segments, entries, exactly=False)
 
 
-def _modulation_table(a, hidden, gamma, beta, bias, windows, panels, order, starts):
+def _modulation_table(a, hidden, gamma, beta, bias, windows, panels, indices, offsets):
     a.floats("hidden", hidden, (_size(hidden, 0), _ANY))
     taps = _check_weights(a, gamma, beta, hidden.shape[1])
     columns = 2 * gamma.shape[0]
     a.floats("bias", bias, (columns,))
-    a.indices("windows", windows, (_size(windows, 0), taps), 0, hidden.shape[0] + 1)
+    a.index("windows", windows, (_size(windows, 0), taps), 0, hidden.shape[0] + 1)
     a.floats("panels", panels, (_panels(columns), taps, hidden.shape[1], _PANEL_COLUMNS))
-    a.segments(order, starts, (hidden.shape[0] + 1) * taps, windows.numel())
+    a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, windows.numel())
 
 
-def _modulation_table_grad(a, grad, hidden, gamma, beta, order, starts):
+def _modulation_table_grad(a, grad, hidden, gamma, beta, indices, offsets):
     a.floats("hidden", hidden, (_size(hidden, 0), _ANY))
     taps = _check_weights(a, gamma, beta, hidden.shape[1])
     a.floats("grad", grad, (_size(grad, 0), 2 * gamma.shape[0]))
-    a.segments(order, starts, (hidden.shape[0] + 1) * taps, grad.shape[0] * taps)
+    a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, grad.shape[0] * taps)
 
 
 def _weight_panels(a, gamma, beta):
@@ -241,22 +241,22 @@ def _channel_stats_grad(a, x, mean, grad_mean, grad_m2):
         a.floats(name, stats, x.shape[:2])
 
 
-def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over):
+def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     if image_offsets is not None:
         a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
-    if order is not None or starts is not None:
-        a.require(pixel_row is not None, "order and starts are of pixel_row, which is not given")
-    a.segments(order, starts, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
+    if indices is not None or offsets is not None:
+        a.require(pixel_row is not None, "indices and offsets are of pixel_row, which is not given")
+    a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
     a.require(stats_over in _STATS_SCOPES, f"stats_over must be one of {', '.join(_STATS_SCOPES)}, got {stats_over!r}")
 
 
-def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, order, starts, slope, upsample):
+def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, indices, offsets, slope, upsample):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     _check_grad_of_y(a, grad, x, upsample)
-    together = (order is None) == (pixel_row is None)
-    a.require(together, "order and starts must be given with pixel_row, and only then")
-    a.segments(order, starts, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
+    together = (indices is None) == (pixel_row is None)
+    a.require(together, "indices and offsets must be given with pixel_row, and only then")
+    a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
 
 
 def _modulate_input_grad(a, grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsample):
@@ -324,7 +324,7 @@ def _check_modulation(a, x, mean, rstd, table, pixel_row, upsample) -> None:
     rows = pixels[0] * pixels[1] * pixels[2] if pixel_row is None else _size(table, 0)
     a.floats("table", table, (rows, 2 * channels))
     if pixel_row is not None:
-        a.indices("pixel_row", pixel_row, pixels, 0, table.shape[0])
+        a.index("pixel_row", pixel_row, pixels, 0, table.shape[0])
 
 
 def _stats_shape(stats: Tensor, x: Tensor) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from spade_kernels.recognize import recognize
 
 Segmap = LabelMap | Tensor
 Gain = float | Tensor
-Groups = tuple[Tensor | None, Tensor | None]
+Segments = tuple[Tensor | None, Tensor | None]
 
 
 def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> Segmap:
@@ -232,10 +232,10 @@ def modulated(
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, kept is not None):
         table = _dense_table(segmap, size, weights, gain, kept)
         return ops.Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
-    groups = index.groups() if torch.is_grad_enabled() else ((None, None),) * 3
-    table = _window_table(segmap, index, groups, dtype, weights, gain, kept)
+    segments = index.segments() if torch.is_grad_enabled() else ((None, None),) * 3
+    table = _window_table(segmap, index, segments, dtype, weights, gain, kept)
     rows = index.modulation
-    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *groups[2], *how)
+    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *segments[2], *how)
 
 
 def conv2d(
@@ -267,8 +267,8 @@ def conv2d(
     if weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"the weight must be square, got {tuple(weight.shape)}")
     seen = segmap.windows(segmap.shape[1:] if size is None else size, weight.shape[-1], stride, padding)
-    uses: Groups = (None, None)
-    pixels: Groups = (None, None)
+    uses: Segments = (None, None)
+    pixels: Segments = (None, None)
     if torch.is_grad_enabled():
         uses, pixels = seen.tap_segments, seen.row_segments
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
@@ -339,7 +339,7 @@ def _prefers_dense(index: WindowIndex, frozen: bool) -> bool:
 def _window_table(
     segmap: LabelMap,
     index: WindowIndex,
-    groups: Sequence[Groups],
+    segments: Sequence[Segments],
     dtype: torch.dtype,
     weights: Weights,
     gain: Gain | None,
@@ -352,13 +352,13 @@ def _window_table(
     else:
         taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(wide)
         bias = _joint_bias(weights, wide)
-    hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *groups[0], True)
+    hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
     panels = kept.panels if kept else None
     # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
     gamma, beta = (w if w.dtype == wide else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
-    return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, panels, *groups[1])
+    return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, panels, *segments[1])
 
 
 def _dense_table(

@@ -26,28 +26,28 @@ _library = torch.library.Library("spade_kernels", "DEF")
 
 _SCHEMAS = {
     "window_index": "(Tensor ids, SymInt[] sizes, int kernel_size, int stride, int padding, int levels) -> Tensor[]",
-    "hidden_rows": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? order, Tensor? starts, bool relu) -> Tensor",
+    "hidden_rows": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? indices, Tensor? offsets, bool relu) -> Tensor",
     "hidden_rows_grad": (
-        "(Tensor grad, Tensor rows, Tensor order, Tensor starts, int num_taps, bool relu) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor rows, Tensor indices, Tensor offsets, int num_taps, bool relu) -> (Tensor, Tensor)"
     ),
     "modulation_table": (
-        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? panels, Tensor? order,"
-        " Tensor? starts) -> Tensor"
+        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? panels, Tensor? indices,"
+        " Tensor? offsets) -> Tensor"
     ),
     "modulation_table_grad": (
-        "(Tensor grad, Tensor hidden, Tensor gamma, Tensor beta, Tensor order, Tensor starts)"
+        "(Tensor grad, Tensor hidden, Tensor gamma, Tensor beta, Tensor indices, Tensor offsets)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "weight_panels": "(Tensor gamma, Tensor beta) -> Tensor",
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
-        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_offsets, Tensor? order,"
-        " Tensor? starts, float slope, int upsample, str stats_over) -> Tensor"
+        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_offsets, Tensor? indices,"
+        " Tensor? offsets, float slope, int upsample, str stats_over) -> Tensor"
     ),
     "modulate_table_grad": (
-        "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? order,"
-        " Tensor? starts, float slope, int upsample) -> Tensor"
+        "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? indices,"
+        " Tensor? offsets, float slope, int upsample) -> Tensor"
     ),
     "modulate_input_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
@@ -97,47 +97,47 @@ def _without_derivatives(name: str) -> NotImplementedError:
 backends.register(_library, list(_SCHEMAS))
 
 
-def group_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
-    """(order, starts): positions of `values`, flattened, grouped by value 0 .. num_values - 1, in increasing order."""
+def segments_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
+    """(indices, offsets): positions in the flattened `values`, grouped by value 0 .. num_values - 1, ascending."""
     flat = values.flatten()
-    return flat.argsort(stable=True), _group_starts(flat, num_values)
+    return flat.argsort(stable=True), _segment_offsets(flat, num_values)
 
 
-def _group_starts(flat: Tensor, num_values: int) -> Tensor:
+def _segment_offsets(flat: Tensor, num_values: int) -> Tensor:
     # Not bincount: on a GPU that asks the device for the largest value.
     return flat.new_zeros(num_values + 1).scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum(0)
 
 
-def group_each_by_value(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """`group_by_value` of several tensors on one device; on a GPU all at once, which takes a tenth of the launches."""
+def segments_of_each(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`segments_by_value` of several tensors on one device; on a GPU at once, which takes a tenth of the launches."""
     if not values or not values[0].is_cuda:
-        return [group_by_value(*one) for one in zip(values, num_values, strict=True)]
-    return group_at_once(values, num_values)
+        return [segments_by_value(*one) for one in zip(values, num_values, strict=True)]
+    return segments_at_once(values, num_values)
 
 
-def group_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """`group_each_by_value`: as the groups of one tensor, in which the values of each have numbers of their own."""
+def segments_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`segments_of_each`: as the groups of one tensor, in which the values of each have numbers of their own."""
     lengths = [value.numel() for value in values]
     first_value, first_entry = ([0, *accumulate(counts)] for counts in (num_values, lengths))
     own = torch._foreach_add([value.flatten() for value in values], first_value[:-1])
     keys = torch.cat(own)
     # Of half the width in half the passes.
-    order = (keys.int() if first_value[-1] < 2**31 else keys).argsort(stable=True)
-    starts = _group_starts(keys, first_value[-1])
-    orders = torch._foreach_sub(order.split(lengths), first_entry[:-1])
-    bounds = [starts[first : first + count + 1] for first, count in zip(first_value[:-1], num_values, strict=True)]
-    return list(zip(orders, torch._foreach_sub(bounds, first_entry[:-1]), strict=True))
+    indices = (keys.int() if first_value[-1] < 2**31 else keys).argsort(stable=True)
+    offsets = _segment_offsets(keys, first_value[-1])
+    all_indices = torch._foreach_sub(indices.split(lengths), first_entry[:-1])
+    bounds = [offsets[first : first + count + 1] for first, count in zip(first_value[:-1], num_values, strict=True)]
+    return list(zip(all_indices, torch._foreach_sub(bounds, first_entry[:-1]), strict=True))
 
 
 def tap_keys(windows: Tensor) -> Tensor:
-    """id * T + tap of every use of an id by windows (rows, T): what `group_by_tap` groups."""
+    """id * T + tap of every use of an id by windows (rows, T): what `segments_by_tap` groups."""
     taps = windows.shape[1]
     return torch.add(torch.arange(taps, device=windows.device), windows, alpha=taps)
 
 
-def group_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
-    """(order, starts): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
-    return group_by_value(tap_keys(windows), windows.shape[1] * num_ids)
+def segments_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+    """(indices, offsets): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
+    return segments_by_value(tap_keys(windows), windows.shape[1] * num_ids)
 
 
 def window_index(
@@ -153,10 +153,10 @@ def window_index(
 
 
 def hidden_rows(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
     """The first convolution at every distinct window: `reference.hidden_rows`."""
-    return _call(_ops.hidden_rows, taps, bias, windows, order, starts, relu)
+    return _call(_ops.hidden_rows, taps, bias, windows, indices, offsets, relu)
 
 
 def modulation_table(
@@ -166,11 +166,11 @@ def modulation_table(
     bias: Tensor,
     windows: Tensor,
     panels: Tensor | None = None,
-    order: Tensor | None = None,
-    starts: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Scale and shift of every distinct window: `reference.modulation_table`."""
-    return _call(_ops.modulation_table, hidden, gamma, beta, bias, windows, panels, order, starts)
+    return _call(_ops.modulation_table, hidden, gamma, beta, bias, windows, panels, indices, offsets)
 
 
 def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ def modulate(
     table: Tensor,
     pixel_row: Tensor | None = None,
     image_offsets: Tensor | None = None,
-    order: Tensor | None = None,
-    starts: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
     slope: float = 1.0,
     upsample: int = 1,
     stats_over: str = "none",
@@ -199,13 +199,13 @@ def modulate(
     """Normalize, modulate and activate x: `reference.modulate`.
 
     Args:
-        image_offsets, order, starts: of the window index; needed by the backward only.
+        image_offsets, indices, offsets: of the window index; needed by the backward only.
         stats_over: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
             "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
             a gradient for mean and rstd themselves raises.
     """
     return _call(
-        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over
+        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over
     )
 
 
@@ -218,8 +218,8 @@ class Modulated(NamedTuple):
     table: Tensor
     pixel_row: Tensor | None
     image_offsets: Tensor | None
-    order: Tensor | None
-    starts: Tensor | None
+    indices: Tensor | None
+    offsets: Tensor | None
     slope: float
     upsample: int
     stats_over: str
@@ -295,24 +295,24 @@ def _(ids, sizes, kernel_size, stride, padding, levels):
 
 
 @_fake("hidden_rows")
-def _(taps, bias, windows, order, starts, relu):
+def _(taps, bias, windows, indices, offsets, relu):
     return taps.new_empty(windows.shape[0], taps.shape[2])
 
 
 @_fake("hidden_rows_grad")
-def _(grad, rows, order, starts, num_taps, relu):
+def _(grad, rows, indices, offsets, num_taps, relu):
     acc = _accumulation_dtype(grad)
-    codes = (starts.shape[0] - 1) // num_taps
+    codes = (offsets.shape[0] - 1) // num_taps
     return grad.new_empty(codes, num_taps, grad.shape[1], dtype=acc), grad.new_empty(grad.shape[1], dtype=acc)
 
 
 @_fake("modulation_table")
-def _(hidden, gamma, beta, bias, windows, panels, order, starts):
+def _(hidden, gamma, beta, bias, windows, panels, indices, offsets):
     return hidden.new_empty(windows.shape[0], bias.shape[0])
 
 
 @_fake("modulation_table_grad")
-def _(grad, hidden, gamma, beta, order, starts):
+def _(grad, hidden, gamma, beta, indices, offsets):
     acc = _accumulation_dtype(grad)
     return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, gamma.shape, beta.shape, grad.shape[1:]))
 
@@ -338,12 +338,12 @@ def _(x, mean, grad_mean, grad_m2):
 
 
 @_fake("modulate")
-def _(x, mean, rstd, table, pixel_row, image_offsets, order, starts, slope, upsample, stats_over):
+def _(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over):
     return _channels_last_like(x, upsample)
 
 
 @_fake("modulate_table_grad")
-def _(grad, x, mean, rstd, table, pixel_row, order, starts, slope, upsample):
+def _(grad, x, mean, rstd, table, pixel_row, indices, offsets, slope, upsample):
     return table.new_empty(table.shape, dtype=_accumulation_dtype(x))
 
 
@@ -431,21 +431,21 @@ def _stand_in(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> 
 
 
 def _hidden_rows_setup(ctx, inputs, output):
-    taps, bias, windows, order, starts, ctx.relu = inputs
+    taps, bias, windows, indices, offsets, ctx.relu = inputs
     ctx.shape, ctx.dtype, ctx.bias_dtype = taps.shape, taps.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(output, windows, order, starts)
+    ctx.save_for_backward(output, windows, indices, offsets)
 
 
 def _hidden_rows_backward(ctx, grad):
-    rows, windows, order, starts = ctx.saved_tensors
+    rows, windows, indices, offsets = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad = grad * (rows > 0) if ctx.relu else grad
         # Without its ReLU the operator is linear.
         floats = _stand_in(ctx.shape, ctx.dtype, rows), _stand_in(ctx.shape[2:], ctx.bias_dtype, rows)
-        arguments = (*floats, windows, order, starts, False)
+        arguments = (*floats, windows, indices, offsets, False)
         return _plain_gradients("hidden_rows", arguments, ctx.needs_input_grad, (grad,))
-    _require_groups("hidden_rows", order, starts)
-    taps, bias = _ops.hidden_rows_grad(grad, rows, order, starts, ctx.shape[1], ctx.relu)
+    _require_groups("hidden_rows", indices, offsets)
+    taps, bias = _ops.hidden_rows_grad(grad, rows, indices, offsets, ctx.shape[1], ctx.relu)
     return taps.to(ctx.dtype), None if ctx.bias_dtype is None else bias.to(ctx.bias_dtype), None, None, None, None
 
 
@@ -453,19 +453,19 @@ _autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
-    hidden, gamma, beta, bias, windows, _, order, starts = inputs
+    hidden, gamma, beta, bias, windows, _, indices, offsets = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(hidden, gamma, beta, windows, order, starts)
+    ctx.save_for_backward(hidden, gamma, beta, windows, indices, offsets)
 
 
 def _modulation_table_backward(ctx, grad):
-    hidden, gamma, beta, windows, order, starts = ctx.saved_tensors
+    hidden, gamma, beta, windows, indices, offsets = ctx.saved_tensors
     if torch.is_grad_enabled():
         bias = _stand_in(grad.shape[1:], ctx.bias_dtype, hidden)
-        arguments = (hidden, gamma, beta, bias, windows, None, order, starts)
+        arguments = (hidden, gamma, beta, bias, windows, None, indices, offsets)
         return _plain_gradients("modulation_table", arguments, ctx.needs_input_grad, (grad,))
-    _require_groups("modulation_table", order, starts)
-    d_hidden, d_gamma, d_beta, d_bias = _ops.modulation_table_grad(grad, hidden, gamma, beta, order, starts)
+    _require_groups("modulation_table", indices, offsets)
+    d_hidden, d_gamma, d_beta, d_bias = _ops.modulation_table_grad(grad, hidden, gamma, beta, indices, offsets)
     d_weights = d_gamma.to(gamma.dtype), d_beta.to(beta.dtype), d_bias.to(ctx.bias_dtype)
     return d_hidden.to(hidden.dtype), *d_weights, None, None, None, None
 
@@ -488,8 +488,8 @@ _autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
 
 
 def _modulate_setup(ctx, inputs, output):
-    x, mean, rstd, table, pixel_row, image_offsets, order, starts, ctx.slope, ctx.upsample, ctx.stats_over = inputs
-    ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_offsets, order, starts)
+    x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, ctx.slope, ctx.upsample, ctx.stats_over = inputs
+    ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets)
 
 
 def _modulate_backward(ctx, grad):
@@ -497,14 +497,14 @@ def _modulate_backward(ctx, grad):
         raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
     # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
     tensors = ctx.saved_tensors
-    x, mean, rstd, table, pixel_row, image_offsets, order, starts = tensors
+    x, mean, rstd, table, pixel_row, image_offsets, indices, offsets = tensors
     how = (ctx.slope, ctx.upsample)
     if torch.is_grad_enabled():
         arguments = (*tensors, *how, ctx.stats_over)
         return _plain_gradients("modulate", arguments, ctx.needs_input_grad, (grad,))
     if pixel_row is not None:
-        _require_groups("modulate", order, starts)
-    d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, *how)
+        _require_groups("modulate", indices, offsets)
+    d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, *how)
     d_x = None
     if ctx.needs_input_grad[0]:
         means = _normalization_means(ctx.stats_over, grad, table, d_table, image_offsets)
@@ -565,6 +565,6 @@ def _normalization_means(
     return of_shift, of_scale
 
 
-def _require_groups(name: str, order: Tensor | None, starts: Tensor | None) -> None:
-    if order is None or starts is None:
-        raise RuntimeError(f"{name}: pass `order` and `starts` to be able to run the backward")
+def _require_groups(name: str, indices: Tensor | None, offsets: Tensor | None) -> None:
+    if indices is None or offsets is None:
+        raise RuntimeError(f"{name}: pass `indices` and `offsets` to be able to run the backward")

@@ -18,7 +18,7 @@ __all__ = ["channel_stats", "conv3x3", "hidden_rows", "modulate", "modulation_ta
 
 
 def hidden_rows(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
     rows = _sum_of_taps(accumulator(taps), windows)
     rows = rows if bias is None else rows + bias
@@ -32,8 +32,8 @@ def modulation_table(
     bias: Tensor,
     windows: Tensor,
     panels: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
 ) -> Tensor:
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
@@ -48,8 +48,8 @@ def modulate(
     table: Tensor,
     pixel_row: Tensor | None,
     image_offsets: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
     slope: float,
     upsample: int,
     stats_over: str,

@@ -1,8 +1,8 @@
 """Each op in a few lines of plain PyTorch: the specification, and the backend that always runs.
 
 Any device; float16, bfloat16 and float32 inputs are computed in float32, float64 in float64.
-Index arguments named `order, starts` group something for a segment sum: segment s takes entries
-order[starts[s]] .. order[starts[s + 1] - 1], in that order, so sums are the same from run to run.
+Index arguments named `indices, offsets` group something for a segment sum: segment s takes entries
+indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order, so sums are the same from run to run.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[
     keys = _exact_key([image, *(bands[:, i::stride][:, :height] for i in range(kernel_size))])
     row, first = _number_by_first_occurrence(keys.flatten())
 
-    offset = torch.arange(kernel_size, device=ids.device)
+    side = torch.arange(kernel_size, device=ids.device)
     n, y, x = (t.view(-1, 1, 1) for t in torch.unravel_index(first, (ids.shape[0], height, width)))
-    windows = padded[n, y * stride + offset.view(1, -1, 1), x * stride + offset.view(1, 1, -1)].flatten(1)
+    windows = padded[n, y * stride + side.view(1, -1, 1), x * stride + side.view(1, 1, -1)].flatten(1)
     image_offsets = F.pad(torch.bincount(n.flatten(), minlength=ids.shape[0]).cumsum(0), (1, 0))
     return windows, row.view(-1, height, width), image_offsets
 
 
 def hidden_rows(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
     """(rows, D): the first convolution at each distinct window, sum over t of taps[windows[:, t], t], + bias, relu.
 
     Args:
         taps: (codes, T, D), the weights' response to each code at each tap; code 0 must be zero.
         windows: (rows, T) int64 codes.
-        order, starts: uses of each (code, tap) by the windows; needed by the backward only.
+        indices, offsets: uses of each (code, tap) by the windows; needed by the backward only.
     """
     rows = _sum_of_taps(accumulator(taps), windows)
     if bias is not None:
@@ -75,13 +75,13 @@ def hidden_rows(
 
 
 def hidden_rows_grad(
-    grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
+    grad: Tensor, rows: Tensor, indices: Tensor, offsets: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `taps` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
     grad = accumulator(grad)
     if relu:
         grad = grad * (rows > 0)
-    taps = segment_sum(grad, order // num_taps, starts)
+    taps = segment_sum(grad, indices // num_taps, offsets)
     return taps.view(-1, num_taps, grad.shape[1]), grad.sum(0)
 
 
@@ -92,8 +92,8 @@ def modulation_table(
     bias: Tensor,
     windows: Tensor,
     panels: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
 ) -> Tensor:
     """(rows, 2C): the second convolution at each distinct window.
 
@@ -105,7 +105,7 @@ def modulation_table(
         gamma, beta: (C, D, k, k); bias: (2C,).
         windows: (rows, k*k) int64.
         panels: what `weight_panels` made of gamma and beta, if they stand still; the reference does without.
-        order, starts: uses of each (hidden row, tap) by the windows; needed by the backward only.
+        indices, offsets: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
@@ -114,14 +114,14 @@ def modulation_table(
 
 
 def modulation_table_grad(
-    grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
+    grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, indices: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `hidden`, `gamma`, `beta` and `bias` from the gradient of the table."""
     grad = accumulator(grad)
     hidden = hidden.to(grad.dtype)
     weight = joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
-    taps = segment_sum(grad, order // num_taps, starts)[num_taps:].view(len(hidden), -1)
+    taps = segment_sum(grad, indices // num_taps, offsets)[num_taps:].view(len(hidden), -1)
     # In runs: one long sum would lose more than a convolution's weight gradient does.
     runs = zip(hidden.split(_SEGMENT_CHUNK), taps.split(_SEGMENT_CHUNK), strict=True)
     d_weight = sum((h.t() @ t for h, t in runs), torch.zeros_like(weight).flatten(1)).view_as(weight).permute(2, 0, 1)
@@ -169,8 +169,8 @@ def modulate(
     table: Tensor,
     pixel_row: Tensor | None,
     image_offsets: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
     slope: float,
     upsample: int,
     stats_over: str,
@@ -182,7 +182,7 @@ def modulate(
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
         slope: of the leaky ReLU; 1 is none.
         upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
-        image_offsets, order, starts, stats_over: needed by the backward only; see `ops.modulate`.
+        image_offsets, indices, offsets, stats_over: needed by the backward only; see `ops.modulate`.
 
     Returns:
         (N, C, h, w) in x's dtype, channels-last.
@@ -199,8 +199,8 @@ def modulate_table_grad(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
     slope: float,
     upsample: int,
 ) -> Tensor:
@@ -210,9 +210,9 @@ def modulate_table_grad(
     per_pixel = torch.cat((d_shift * xhat, d_shift), -1).flatten(0, 2)
     if pixel_row is None:
         return per_pixel
-    assert order is not None
-    assert starts is not None
-    return segment_sum(per_pixel, order, starts)
+    assert indices is not None
+    assert offsets is not None
+    return segment_sum(per_pixel, indices, offsets)
 
 
 def modulate_input_grad(
@@ -332,18 +332,18 @@ def _winograd(x: Tensor, points: Tensor) -> Tensor:
     return outputs.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
-def segment_sum(values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
+def segment_sum(values: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """(segments, D): sums of values[index[e]] over each segment; of a long one by chunks, and then over the chunks."""
-    while starts.diff().max() > _SEGMENT_CHUNK:
-        chunks = (starts.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
+    while offsets.diff().max() > _SEGMENT_CHUNK:
+        chunks = (offsets.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
         chunk_starts = F.pad(chunks.cumsum(0), (1, 0))
-        every = torch.arange(int(chunk_starts[-1]), device=starts.device)
-        segment = torch.repeat_interleave(torch.arange(len(chunks), device=starts.device), chunks)
+        every = torch.arange(int(chunk_starts[-1]), device=offsets.device)
+        segment = torch.repeat_interleave(torch.arange(len(chunks), device=offsets.device), chunks)
         within = every - chunk_starts[segment]
-        offsets = torch.cat((starts[segment] + within * _SEGMENT_CHUNK, starts[-1:]))
+        offsets = torch.cat((offsets[segment] + within * _SEGMENT_CHUNK, offsets[-1:]))
         values = F.embedding_bag(index, values, offsets, mode="sum", include_last_offset=True)
-        index, starts = every, chunk_starts
-    return F.embedding_bag(index, values, starts, mode="sum", include_last_offset=True)
+        index, offsets = every, chunk_starts
+    return F.embedding_bag(index, values, offsets, mode="sum", include_last_offset=True)
 
 
 def accumulator(t: Tensor) -> Tensor:

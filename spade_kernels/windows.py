@@ -58,7 +58,7 @@ class Windows(Packable):
         if self._tap_segments is not None:
             return self._tap_segments
         with torch.inference_mode(False), transforms.outside():
-            uses = ops.group_by_tap(self.windows, self.num_ids)
+            uses = ops.segments_by_tap(self.windows, self.num_ids)
         if not backends.is_captured(self.windows):
             self._tap_segments = uses
         return uses
@@ -69,7 +69,7 @@ class Windows(Packable):
         if self._row_segments is not None:
             return self._row_segments
         with torch.inference_mode(False), transforms.outside():
-            pixels = ops.group_by_value(self.pixel_row, self.windows.shape[0])
+            pixels = ops.segments_by_value(self.pixel_row, self.windows.shape[0])
         if not backends.is_captured(self.windows):
             self._row_segments = pixels
         return pixels
@@ -88,7 +88,7 @@ def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> No
     values = [ops.tap_keys(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
     counts = [windows.windows.shape[1] * windows.num_ids for windows in by_tap] + [len(w) for w in by_pixel]
     with torch.inference_mode(False), transforms.outside():
-        segments = ops.group_each_by_value(values, counts)
+        segments = ops.segments_of_each(values, counts)
     for windows, found in zip(by_tap, segments[: len(by_tap)], strict=True):
         windows._tap_segments = found
     for windows, found in zip(by_pixel, segments[len(by_tap) :], strict=True):
@@ -115,6 +115,6 @@ class WindowIndex(NamedTuple):
         pairs = zip(hidden, found[1::2], strict=True)
         return [cls(of_codes, Windows(*level, of_codes.windows.shape[0] + 1)) for of_codes, level in pairs]
 
-    def groups(self) -> tuple[Segments, Segments, Segments]:
+    def segments(self) -> tuple[Segments, Segments, Segments]:
         """What the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""
         return self.hidden.tap_segments, self.modulation.tap_segments, self.modulation.row_segments

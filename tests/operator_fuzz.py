@@ -31,8 +31,8 @@ _VERDICTS = {RETURNED: "returned", RAISED: "raised", _DIFFERS: "returned another
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NO_FLOATS = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 _NO_INDICES = (torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32, torch.float64)
-_INDEX_NAMES = ("ids", "windows", "pixel_row", "order")
-_BOUNDS_NAMES = ("starts", "image_offsets")
+_INDEX_NAMES = ("ids", "windows", "pixel_row", "indices")
+_BOUNDS_NAMES = ("offsets", "image_offsets")
 
 # By operator and argument, the sizes that no other argument fixes: of which dimensions, from which to which.
 _SOME, _ANY = range(1, 2**62), range(2**62)
@@ -196,7 +196,7 @@ def _limit(name: str, arguments: list, op: str) -> tuple[int, int]:
         return 1, 2**32
     if name == "windows":
         return (0, len(by_name["taps"])) if "taps" in by_name else (0, len(by_name["hidden"]) + 1)
-    return (0, len(by_name["table"])) if name == "pixel_row" else (0, by_name["order"].numel())
+    return (0, len(by_name["table"])) if name == "pixel_row" else (0, by_name["indices"].numel())
 
 
 def _changes_of_indices(name: str, value: Tensor, limit: tuple[int, int]):

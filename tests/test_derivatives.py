@@ -176,7 +176,7 @@ def test_what_a_transform_meets_first_is_kept_for_all(kind):
         known = recognize(segmap) if kind == "one-hot" else segmap
         if isinstance(known, LabelMap):
             pickle.dumps(known)
-            tensors = [*known.window_index((H, W), 3).groups(), (known.codes,)]
+            tensors = [*known.window_index((H, W), 3).segments(), (known.codes,)]
             assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for ts in tensors for t in ts)
 
 

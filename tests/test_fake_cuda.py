@@ -47,8 +47,8 @@ def test_passes_over_x(upsample, channels_last, dtype):
     y = ops.modulate(x, mean, m2, table, pixel_row, upsample=upsample)
     assert y.shape == grad.shape
     calls = torch.ops.spade_kernels
-    order, starts = ids(pixel_row.numel()), ids(ROWS + 1)
-    d_table = calls.modulate_table_grad(grad, x, mean, m2, table, pixel_row, order, starts, 0.2, upsample)
+    indices, offsets = ids(pixel_row.numel()), ids(ROWS + 1)
+    d_table = calls.modulate_table_grad(grad, x, mean, m2, table, pixel_row, indices, offsets, 0.2, upsample)
     assert (d_table.shape, d_table.dtype) == (table.shape, torch.float32)
     d_x = calls.modulate_input_grad(grad, x, mean, m2, table, pixel_row, mean, mean, 0.2, upsample)
     assert d_x.shape == x.shape

@@ -84,9 +84,9 @@ def check_windows(seen: Windows, ids: torch.Tensor, size: tuple[int, int], kerne
     flat = seen.pixel_row.flatten()
     known = F.pad(flat.cummax(0).values, (1, 0), value=-1)[:-1]
     assert (flat <= known + 1).all()
-    starts = seen.image_offsets.tolist()
-    assert (starts[0], starts[-1]) == (0, rows)
-    for image, first, end in zip(seen.pixel_row, starts[:-1], starts[1:], strict=True):
+    offsets = seen.image_offsets.tolist()
+    assert (offsets[0], offsets[-1]) == (0, rows)
+    for image, first, end in zip(seen.pixel_row, offsets[:-1], offsets[1:], strict=True):
         assert (image.min(), image.max()) == (first, end - 1)
         assert len(seen.windows[first:end].unique(dim=0)) == end - first
 

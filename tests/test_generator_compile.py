@@ -57,7 +57,7 @@ def test_a_prepared_label_map_lacks_nothing(num_upsampling_layers, norm_G, aspec
     index_builder(network, discriminator.num_D)(label_map)
     label_map = pickle.loads(pickle.dumps(label_map))  # as it comes from a worker
     monkeypatch.setattr("spade_kernels.ops.window_index", None)
-    monkeypatch.setattr("spade_kernels.ops.group_by_value", None)
+    monkeypatch.setattr("spade_kernels.ops.segments_by_value", None)
     height, width = network(label_map).shape[2:]
     assert network.resolutions()[-1] == (height, width) == (256 / aspect_ratio, 256)
     discriminator(label_map, torch.randn(4, 3, 64, 64))

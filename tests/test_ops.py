@@ -208,10 +208,10 @@ def test_statistics_that_require_grad_raise():
 @pytest.mark.parametrize("op", ["hidden_rows", "modulation_table", "modulate"])
 def test_backward_without_groups_raises(op):
     p = Problem(requires_grad=True)
-    groups = {id(t) for windows in p.index for t in (*windows.tap_segments, *windows.row_segments)}
-    arguments = [None if id(a) in groups else a for a in p.arguments(op)]
+    segments = {id(t) for windows in p.index for t in (*windows.tap_segments, *windows.row_segments)}
+    arguments = [None if id(a) in segments else a for a in p.arguments(op)]
     y = getattr(torch.ops.spade_kernels, op)(*arguments)
-    with pytest.raises(RuntimeError, match=f"{op}: pass `order` and `starts`"):
+    with pytest.raises(RuntimeError, match=f"{op}: pass `indices` and `offsets`"):
         y.sum().backward()
 
 

@@ -114,29 +114,29 @@ def test_any_strides():
 
 @pytest.mark.parametrize(("num_values", "values"), [(4, [2, 0, 2, 2, 0]), (1, [0, 0]), (3, [2])])
 def test_groups_keep_the_order_of_uses(num_values, values):
-    order, starts = ops.group_by_value(torch.tensor(values), num_values)
-    groups = [order[a:b].tolist() for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
-    assert groups == [[i for i, value in enumerate(values) if value == v] for v in range(num_values)]
+    indices, offsets = ops.segments_by_value(torch.tensor(values), num_values)
+    segments = [indices[a:b].tolist() for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    assert segments == [[i for i, value in enumerate(values) if value == v] for v in range(num_values)]
 
 
-@pytest.mark.parametrize("by_each", [ops.group_each_by_value, ops.group_at_once])
+@pytest.mark.parametrize("by_each", [ops.segments_of_each, ops.segments_at_once])
 def test_groups_of_several(by_each):
-    """As of each alone; `group_at_once` is what a GPU does."""
+    """As of each alone; `segments_at_once` is what a GPU does."""
     values = [
         torch.randint(c, shape) for c, shape in ((5, (2, 3, 4)), (1, (7,)), (99, (50, 9)), (3, (0,)), (4, (1, 1)))
     ]
     counts = [5, 1, 100, 3, 9]
     for value, count, found in zip(values, counts, by_each(values, counts), strict=True):
-        assert_equal(found, ops.group_by_value(value, count))
+        assert_equal(found, ops.segments_by_value(value, count))
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 0, 0, 1, 0], [256, 257, 1, 0, 1000], [0], [0, 0, 5]])
 def test_segment_sum(counts):
     values = torch.randn(40, 3, dtype=torch.float64)
     index = torch.randint(40, (sum(counts),))
-    starts = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
+    offsets = F.pad(torch.tensor(counts).cumsum(0), (1, 0))
     expected = torch.stack([part.sum(0) for part in values[index].split(counts)])
-    torch.testing.assert_close(reference.segment_sum(values, index, starts), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(reference.segment_sum(values, index, offsets), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -39,7 +39,7 @@ inline bool evenly_apart(const Tensor& weight) {
 // The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
 struct __attribute__((visibility("hidden"))) ModulateCall {  // as torch's Tensor is
   Tensor x, mean, rstd, table;
-  MaybeTensor grad, pixel_row, order, starts, mean_shift, mean_scale;
+  MaybeTensor grad, pixel_row, indices, offsets, mean_shift, mean_scale;
   ModulateParams params{};
 
   ModulateCall(const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in, const Tensor& table_in,

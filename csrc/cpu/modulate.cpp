@@ -75,7 +75,7 @@ SPADE_INLINE void add_table_grad(const ModulateParams& p, int64_t i, acc_t<T>* s
 template <class T>
 SPADE_INLINE void table_grad_of_entries(const ModulateParams& p, int64_t begin, int64_t end, acc_t<T>* sum) {
   sum_in_blocks(begin, end, 2 * p.channels, sum,
-                [&](int64_t e, acc_t<T>* to) { add_table_grad<T>(p, p.order ? p.order[e] : e, to); });
+                [&](int64_t e, acc_t<T>* to) { add_table_grad<T>(p, p.indices ? p.indices[e] : e, to); });
 }
 
 // The gradient of pixels [begin, end) of x, each from the `shared` pixels of y that show it.
@@ -144,7 +144,7 @@ void over_rows(const ModulateParams& p, Entries entries) {
   A* out = static_cast<A*>(p.out);
   const int64_t width = 2 * p.channels;
   if (p.pixel_row)
-    sum_segments(p.num_rows, p.starts, kSegmentPiece, width, out,
+    sum_segments(p.num_rows, p.offsets, kSegmentPiece, width, out,
                  [&](int64_t begin, int64_t end, A* sum) { entries(p, begin, end, sum); });
   else
     parallel_for_chunks(p.num_rows, kPixelPiece, [&](int64_t begin, int64_t end) {

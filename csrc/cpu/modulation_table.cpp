@@ -231,7 +231,7 @@ void grad_of(Dtype dtype, const ModulationTableGradParams& p) {
       d_weights(w.num_taps * group * w.depth);
   for (int64_t first = 0; first < all; first += group) {
     const int64_t columns = std::min(group, all - first), width = w.num_taps * columns;
-    segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.order, p.starts, taps.data(),
+    segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.indices, p.offsets, taps.data(),
                         p.num_hidden * w.num_taps, columns, all, w.num_taps});
     columns_first(w, first, columns, weights.data());
     gemm(p.num_hidden, w.depth, width, Matrix<A>{taps.data(), width, 1}, Rows<A>{weights.data(), w.depth},

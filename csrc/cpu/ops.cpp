@@ -105,8 +105,8 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
 }
 
 Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
-                      const MaybeTensor& order, const MaybeTensor& starts, bool relu) {
-  check_hidden_rows(taps_in, bias_in, windows_in, order, starts);
+                      const MaybeTensor& indices, const MaybeTensor& offsets, bool relu) {
+  check_hidden_rows(taps_in, bias_in, windows_in, indices, offsets);
   const ScalarType acc = accumulator(taps_in);
   const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
   const MaybeTensor bias = dense(bias_in, acc);
@@ -116,16 +116,16 @@ Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const T
   return dense(rows, taps_in.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& order_in,
-                                               const Tensor& starts_in, int64_t num_taps, bool relu) {
-  check_hidden_rows_grad(grad, rows, order_in, starts_in, num_taps);
+std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& indices_in,
+                                               const Tensor& offsets_in, int64_t num_taps, bool relu) {
+  check_hidden_rows_grad(grad, rows, indices_in, offsets_in, num_taps);
   const ScalarType acc = accumulator(grad);
-  const Tensor order = dense(order_in), starts = dense(starts_in);
+  const Tensor indices = dense(indices_in), offsets = dense(offsets_in);
   Tensor masked = dense(grad, acc);
   if (relu) masked = where_positive(dense(rows, acc), masked);
-  const int64_t width = masked.size(1), segments = starts.size(0) - 1;
+  const int64_t width = masked.size(1), segments = offsets.size(0) - 1;
   const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
-  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(order), ids(starts), taps.mutable_data_ptr(), segments,
+  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(indices), ids(offsets), taps.mutable_data_ptr(), segments,
                                  width, width, num_taps});
   return {taps, column_sum(masked, masked.size(0), width)};
 }
@@ -153,9 +153,9 @@ struct WeightsCall {
 };
 
 Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const Tensor& beta, const Tensor& bias_in,
-                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor& order,
-                           const MaybeTensor& starts) {
-  check_modulation_table(hidden_in, gamma, beta, bias_in, windows_in, panels_in, order, starts);
+                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor& indices,
+                           const MaybeTensor& offsets) {
+  check_modulation_table(hidden_in, gamma, beta, bias_in, windows_in, panels_in, indices, offsets);
   const ScalarType acc = accumulator(hidden_in);
   const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
   const MaybeTensor panels = dense(panels_in, acc);
@@ -168,11 +168,12 @@ Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad_in, const Tensor& hidden_in,
                                                                     const Tensor& gamma, const Tensor& beta,
-                                                                    const Tensor& order_in, const Tensor& starts_in) {
-  check_modulation_table_grad(grad_in, hidden_in, gamma, beta, order_in, starts_in);
+                                                                    const Tensor& indices_in,
+                                                                    const Tensor& offsets_in) {
+  check_modulation_table_grad(grad_in, hidden_in, gamma, beta, indices_in, offsets_in);
   const ScalarType acc = accumulator(grad_in);
   const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc);
-  const Tensor order = dense(order_in), starts = dense(starts_in);
+  const Tensor indices = dense(indices_in), offsets = dense(offsets_in);
   const WeightsCall weights(gamma, beta, acc);
   const Tensor d_hidden = torch::stable::empty_like(hidden);
   const auto like_weight = [&] {
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
   };
   const Tensor d_gamma = like_weight(), d_beta = like_weight();
   // Id 0, outside the image, comes first and has no hidden row.
-  modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(order),
-                                         ids(starts) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
+  modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(indices),
+                                         ids(offsets) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
                                          d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), hidden.size(0)});
   return {d_hidden, d_gamma, d_beta, column_sum(grad, grad.size(0), grad.size(1))};
 }
@@ -207,9 +208,9 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
 }
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
-                   const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
-  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, order, starts, upsample, stats_over);
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_over) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
@@ -218,15 +219,15 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 }
 
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
-                              const MaybeTensor& starts, double slope, int64_t upsample) {
-  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, upsample);
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                              const MaybeTensor& offsets, double slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.set_grad(grad);
-  if (order) call.order = dense(*order);
-  if (starts) call.starts = dense(*starts);
-  call.params.order = pixel_row ? static_cast<const int64_t*>(data(call.order)) : nullptr;
-  call.params.starts = static_cast<const int64_t*>(data(call.starts));
+  if (indices) call.indices = dense(*indices);
+  if (offsets) call.offsets = dense(*offsets);
+  call.params.indices = pixel_row ? static_cast<const int64_t*>(data(call.indices)) : nullptr;
+  call.params.offsets = static_cast<const int64_t*>(data(call.offsets));
   const Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
   call.params.out = sums.mutable_data_ptr();
   modulate_table_grad(dtype_of(x), call.params);

@@ -46,7 +46,7 @@ SPADE_TARGET_CLONES void add_taps_f64(const SumOfTapsParams& p, int64_t begin, i
 template <class A>
 SPADE_INLINE void add_entries(const SegmentSumParams& p, int64_t begin, int64_t end, A* sum) {
   sum_in_blocks(begin, end, p.width, sum, [&](int64_t e, A* to) {
-    const A* value = static_cast<const A*>(p.values) + (p.order ? p.order[e] / p.divisor : e) * p.row;
+    const A* value = static_cast<const A*>(p.values) + (p.indices ? p.indices[e] / p.divisor : e) * p.row;
     for (int64_t i = 0; i < p.width; ++i) to[i] += value[i];
   });
 }
@@ -94,10 +94,10 @@ void sum_of_taps(Dtype dtype, const SumOfTapsParams& p) {
 
 void segment_sum(Dtype dtype, const SegmentSumParams& p) {
   if (dtype == Dtype::f64)
-    sum_segments(p.num_segments, p.starts, kSegmentPiece, p.width, static_cast<double*>(p.sums),
+    sum_segments(p.num_segments, p.offsets, kSegmentPiece, p.width, static_cast<double*>(p.sums),
                  [&](int64_t begin, int64_t end, double* sum) { add_entries_f64(p, begin, end, sum); });
   else
-    sum_segments(p.num_segments, p.starts, kSegmentPiece, p.width, static_cast<float*>(p.sums),
+    sum_segments(p.num_segments, p.offsets, kSegmentPiece, p.width, static_cast<float*>(p.sums),
                  [&](int64_t begin, int64_t end, float* sum) { add_entries_f32(p, begin, end, sum); });
 }
 

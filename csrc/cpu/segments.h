@@ -26,7 +26,7 @@ SPADE_INLINE void sum_in_blocks(int64_t begin, int64_t end, int64_t width, A* su
 
 // sums[s] (width values) = the sum of segment s. `add(begin, end, sum)` writes the sum of the entries [begin, end).
 template <class A, class Add>
-void sum_segments(int64_t num_segments, const int64_t* starts, int64_t piece, int64_t width, A* sums, const Add& add) {
+void sum_segments(int64_t num_segments, const int64_t* offsets, int64_t piece, int64_t width, A* sums, const Add& add) {
   struct Piece {
     int64_t begin, end;
     A* sum;
@@ -38,7 +38,7 @@ void sum_segments(int64_t num_segments, const int64_t* starts, int64_t piece, in
   std::vector<Long> longs;
   int64_t num_partial = 0;
   for (int64_t s = 0; s < num_segments; ++s) {
-    const int64_t count = (starts[s + 1] - starts[s] + piece - 1) / piece;
+    const int64_t count = (offsets[s + 1] - offsets[s] + piece - 1) / piece;
     if (count <= 1) continue;
     longs.push_back({s, num_partial, count});
     num_partial += count;
@@ -48,13 +48,13 @@ void sum_segments(int64_t num_segments, const int64_t* starts, int64_t piece, in
   for (int64_t s = 0; s < num_segments; ++s) {
     const bool is_long = next_long < longs.size() && longs[next_long].segment == s;
     if (!is_long) {
-      pieces.push_back({starts[s], starts[s + 1], sums + s * width});
+      pieces.push_back({offsets[s], offsets[s + 1], sums + s * width});
       continue;
     }
     const Long& cut = longs[next_long++];
     for (int64_t i = 0; i < cut.count; ++i) {
-      const int64_t begin = starts[s] + i * piece;
-      pieces.push_back({begin, std::min(begin + piece, starts[s + 1]), partial.data() + (cut.first + i) * width});
+      const int64_t begin = offsets[s] + i * piece;
+      pieces.push_back({begin, std::min(begin + piece, offsets[s + 1]), partial.data() + (cut.first + i) * width});
     }
   }
   parallel_for_chunks(pieces.size(), 16, [&](int64_t begin, int64_t end) {

@@ -43,9 +43,9 @@ struct SumPieces {
                           int64_t channel) const {
     A* to = static_cast<A*>(p.out) + row * 2 * p.channels;
     if (p.pixel_row) {
-      if (load_constant(p.starts + row) < piece << cut.piece_bits)
+      if (load_constant(p.offsets + row) < piece << cut.piece_bits)
         to = part_of(p, parts, piece, 0);
-      else if (load_constant(p.starts + row + 1) > (piece + 1) << cut.piece_bits)
+      else if (load_constant(p.offsets + row + 1) > (piece + 1) << cut.piece_bits)
         to = part_of(p, parts, piece, 1);
     }
     d_scale.store(to, channel);
@@ -70,7 +70,7 @@ struct SumPieces {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int64_t entry = min(e + i, end - 1);  // past the end, something to load
-        pixel[i] = static_cast<uint32_t>(p.pixel_row ? load_constant(p.order + entry) : entry);
+        pixel[i] = static_cast<uint32_t>(p.pixel_row ? load_constant(p.indices + entry) : entry);
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -141,9 +141,9 @@ struct MergeParts {
     block.phase([&](const Thread& t) {
       const int64_t piece = static_cast<int64_t>(t.x) * t.rows + t.row, end = (piece + 1) << cut.piece_bits;
       if (end >= cut.entries || channel_of(t) >= width) return;
-      const int64_t row = load_constant(p.pixel_row + load_constant(p.order + end - 1));
-      const int64_t row_end = load_constant(p.starts + row + 1);
-      if (row_end <= end || load_constant(p.starts + row) < piece << cut.piece_bits) return;
+      const int64_t row = load_constant(p.pixel_row + load_constant(p.indices + end - 1));
+      const int64_t row_end = load_constant(p.offsets + row + 1);
+      if (row_end <= end || load_constant(p.offsets + row) < piece << cut.piece_bits) return;
       const int64_t last = (row_end - 1) >> cut.piece_bits;
       // Another row cannot start before this one's last piece, so a block has one that reaches past all its pieces.
       if (last - piece < t.rows) {
@@ -157,7 +157,7 @@ struct MergeParts {
     block.phase([&](const Thread& t) {
       for (int64_t row = (static_cast<int64_t>(t.x) * t.rows + t.row) * t.lanes + t.lane; row < p.num_rows;
            row += threads) {
-        if (load_constant(p.starts + row) != load_constant(p.starts + row + 1)) continue;
+        if (load_constant(p.offsets + row) != load_constant(p.offsets + row + 1)) continue;
         const int64_t begin = static_cast<int64_t>(t.y) * t.lanes * V;
         for (int64_t channel = begin; channel < min(begin + t.lanes * V, width); channel += V)
           Values<A, V>{}.store(p.out, row * width + channel);

@@ -133,10 +133,10 @@ class ModulateCall {
     params.grad = data(grad_);
   }
 
-  void add_groups(const MaybeTensor& order, const MaybeTensor& starts) {
+  void add_groups(const MaybeTensor& indices, const MaybeTensor& offsets) {
     if (!params.pixel_row) return;
-    params.order = add_index(*order);
-    params.starts = add_index(*starts);
+    params.indices = add_index(*indices);
+    params.offsets = add_index(*offsets);
   }
 
   void add_means(const MaybeTensor& mean_shift, const MaybeTensor& mean_scale) {
@@ -168,9 +168,9 @@ class ModulateCall {
 };
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& order,
-                   const MaybeTensor& starts, double slope, int64_t upsample, std::string stats_over) {
-  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, order, starts, upsample, stats_over);
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_over) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_over);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
@@ -180,12 +180,12 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 }
 
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& order,
-                              const MaybeTensor& starts, double slope, int64_t upsample) {
-  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, order, starts, upsample);
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                              const MaybeTensor& offsets, double slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   call.add_grad(grad);
-  call.add_groups(order, starts);
+  call.add_groups(indices, offsets);
   const Dtype table_dtype = dtype_of(call.table);
   Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
   if (grad.numel() == 0) return torch::stable::zero_(sums);

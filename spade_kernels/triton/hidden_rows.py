@@ -13,7 +13,7 @@ from spade_kernels.triton.variants import launch
 
 
 def hidden_rows(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, order: Tensor | None, starts: Tensor | None, relu: bool
+    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
     """`reference.hidden_rows`."""
     taps, windows = taps.contiguous(), windows.contiguous()
@@ -32,13 +32,13 @@ def hidden_rows(
 
 
 def hidden_rows_grad(
-    grad: Tensor, rows: Tensor, order: Tensor, starts: Tensor, num_taps: int, relu: bool
+    grad: Tensor, rows: Tensor, indices: Tensor, offsets: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """`reference.hidden_rows_grad`."""
     if relu:
         grad = torch.where(rows > 0, grad, 0)
     # Few codes stand for most pixels; where hidden rows stand for codes (the dense path), most are in few windows.
-    taps = segment_sum(grad, order, starts, num_taps, long=order.numel() >= PIECE * (starts.numel() - 1))
+    taps = segment_sum(grad, indices, offsets, num_taps, long=indices.numel() >= PIECE * (offsets.numel() - 1))
     every_row = torch.arange(2, device=grad.device) * grad.shape[0]
     return taps.view(-1, num_taps, grad.shape[1]), segment_sum(grad, None, every_row, long=True)[0]
 

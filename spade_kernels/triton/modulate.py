@@ -32,8 +32,8 @@ def modulate(
     table: Tensor,
     pixel_row: Tensor | None,
     image_offsets: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
     slope: float,
     upsample: int,
     stats_over: str,
@@ -52,8 +52,8 @@ def modulate_table_grad(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
     slope: float,
     upsample: int,
 ) -> Tensor:
@@ -65,23 +65,23 @@ def modulate_table_grad(
     if pixel_row is None:
         _over_pixels(_table_grad_of_pixels, x, *arguments, out, *_sizes(x), _stride(mean), **how)
         return out
-    assert order is not None
-    assert starts is not None
+    assert indices is not None
+    assert offsets is not None
     rows, width = table.shape
-    scratch, pieced = pieces(order.numel(), rows, width, out.dtype, x.device)
+    scratch, pieced = pieces(indices.numel(), rows, width, out.dtype, x.device)
     block = {"BLOCK_E": 8, "BLOCK_C": channel_tile(x.shape[1])["BLOCK_C"]}
     launch(
         _table_grad_pieces,
         (rows + len(scratch), triton.cdiv(x.shape[1], block["BLOCK_C"])),
-        *(*arguments, order.contiguous(), starts, out, scratch, rows, *_sizes(x)),
+        *(*arguments, indices.contiguous(), offsets, out, scratch, rows, *_sizes(x)),
         **how,
         **block,
         **pieced,
         PER_IMAGE=len(mean) > 1,
-        INDEX=tl.int32 if order.numel() < 2**31 else tl.int64,
+        INDEX=tl.int32 if indices.numel() < 2**31 else tl.int64,
         num_warps=2,
     )
-    merge_pieces(starts, out, scratch, **pieced)
+    merge_pieces(offsets, out, scratch, **pieced)
     return out
 
 
@@ -229,15 +229,15 @@ def _table_grad_of_pixels(
         tl.store(d_scale + channels, d, mask)
 
 
-@triton.jit(do_not_specialize=["rows", "pixels", "width"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["rows", "pixels", "width"], do_not_specialize_on_alignment=["offsets"])
 def _table_grad_pieces(
     grad,
     x,
     mean,
     rstd,
     table,
-    order,
-    starts,
+    indices,
+    offsets,
     out,
     scratch,
     rows,
@@ -254,7 +254,7 @@ def _table_grad_pieces(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row, begin, stop, scratch_row = piece_of_program(starts, rows, PIECE, PROBES, ROUNDS)
+    row, begin, stop, scratch_row = piece_of_program(offsets, rows, PIECE, PROBES, ROUNDS)
     if begin > stop:
         return
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -269,7 +269,7 @@ def _table_grad_pieces(
         entry = e + tl.arange(0, BLOCK_E)
         held = entry < stop
         mask = held[:, None] & inside[None, :]
-        shown = tl.load(order + entry, held, other=0).to(INDEX)
+        shown = tl.load(indices + entry, held, other=0).to(INDEX)
         pixel = shown
         if UPSAMPLE == 2:
             pixel = shown // (4 * width) * width + shown % (2 * width) // 2

@@ -137,12 +137,12 @@ def modulation_table(
     bias: Tensor,
     windows: Tensor,
     panels: Tensor | None,
-    order: Tensor | None,
-    starts: Tensor | None,
+    indices: Tensor | None,
+    offsets: Tensor | None,
 ) -> Tensor:
     """`reference.modulation_table`."""
     if hidden.dtype == torch.float64:
-        return reference.modulation_table(hidden, gamma, beta, bias, windows, panels, order, starts)
+        return reference.modulation_table(hidden, gamma, beta, bias, windows, panels, indices, offsets)
     if panels is None:
         weight = _joint_weight(gamma, beta, hidden.dtype)
     else:
@@ -154,14 +154,14 @@ def modulation_table(
 
 
 def modulation_table_grad(
-    grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, order: Tensor, starts: Tensor
+    grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, indices: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.modulation_table_grad`; its float32 products are as PyTorch's setting for products says.
 
     Each hidden row stands in several windows: summed over its uses first, the products are that much fewer.
     """
     if grad.dtype == torch.float64:
-        return reference.modulation_table_grad(grad, hidden, gamma, beta, order, starts)
+        return reference.modulation_table_grad(grad, hidden, gamma, beta, indices, offsets)
     hidden = hidden.to(grad.dtype)
     weight = _joint_weight(gamma, beta, grad.dtype)
     columns, num_taps, depth = weight.shape
@@ -172,8 +172,8 @@ def modulation_table_grad(
     for begin in range(0, len(hidden), step):
         end = min(begin + step, len(hidden))
         # Uses of 0 come first, and have no hidden row.
-        uses = starts[(begin + 1) * num_taps : (end + 1) * num_taps + 1]
-        d_taps = segment_sum(grad, order, uses, num_taps, grad.dtype).view(end - begin, -1)
+        uses = offsets[(begin + 1) * num_taps : (end + 1) * num_taps + 1]
+        d_taps = segment_sum(grad, indices, uses, num_taps, grad.dtype).view(end - begin, -1)
         d_hidden[begin:end] = _product(d_taps, by_tap)
         d_by_tap += _product(d_taps.t(), hidden[begin:end])
     d_weight = d_by_tap.view(num_taps, columns, depth).permute(1, 2, 0)

@@ -37,24 +37,24 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def segment_sum(
     values: Tensor,
-    order: Tensor | None,
-    starts: Tensor,
+    indices: Tensor | None,
+    offsets: Tensor,
     divisor: int = 1,
     dtype: torch.dtype | None = None,
     long: bool = False,
 ) -> Tensor:
-    """(S, D) in `dtype` (the accumulation dtype): sums of values[order[e] // divisor] over the entries of each segment.
+    """(S, D) in `dtype`, the accumulation dtype: sums of values[indices[e] // divisor] over each segment's entries.
 
     Args:
         values: (V, D).
-        order: None where entry e is just e.
-        starts: (S + 1,); a slice of a longer one sums only its segments.
+        indices: None where entry e is just e.
+        offsets: (S + 1,); a slice of a longer one sums only its segments.
         long: whether the segments hold many entries on average; only a matter of speed.
     """
     values = values.contiguous()
-    width, segments = values.shape[1], starts.shape[0] - 1
+    width, segments = values.shape[1], offsets.shape[0] - 1
     places = divisor * values.shape[0]
-    entries = places if order is None else order.numel()
+    entries = places if indices is None else indices.numel()
     acc = accumulator(values.dtype)
     sums = torch.empty((segments, width), dtype=dtype or acc, device=values.device)
     how: dict[str, Any] = _LONG if long else _SHORT
@@ -63,14 +63,14 @@ def segment_sum(
     launch(
         _sum_pieces,
         (triton.cdiv(segments, how["BLOCK_S"]) + len(scratch), triton.cdiv(width, block)),
-        *(values, order, starts, sums, scratch, segments, width),
+        *(values, indices, offsets, sums, scratch, segments, width),
         **pieced,
         **how,
         BLOCK_D=block,
         DIVISOR=divisor,
         INDEX=tl.int32 if places < 2**31 else tl.int64,
     )
-    merge_pieces(starts, sums, scratch, **pieced)
+    merge_pieces(offsets, sums, scratch, **pieced)
     return sums
 
 
@@ -90,16 +90,16 @@ def pieces(
     return scratch, {"PIECE": piece, "PROBES": _PROBES, "ROUNDS": rounds}
 
 
-def merge_pieces(starts: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> None:
+def merge_pieces(offsets: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> None:
     """Writes the sums of all segments that have several slots."""
     segments, width = sums.shape
     block = {"BLOCK_K": 32, "BLOCK_D": 128}
     grid = (triton.cdiv(len(scratch), 2), triton.cdiv(width, block["BLOCK_D"]))
-    launch(_merge_pieces, grid, starts, sums, scratch, segments, width, **how, **block)
+    launch(_merge_pieces, grid, offsets, sums, scratch, segments, width, **how, **block)
 
 
 @triton.jit
-def piece_of_program(starts, segments, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
+def piece_of_program(offsets, segments, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """(segment, begin, stop, row): the entries that program_id(0) sums, and the row of the scratch they go to.
 
     Of each segment a program, then of each slot. A row below 0 is the segment's row of the sums; begin > stop: there is
@@ -108,39 +108,39 @@ def piece_of_program(starts, segments, PIECE: tl.constexpr, PROBES: tl.constexpr
     program = tl.program_id(0)
     if program < segments:
         segment = program
-        begin, stop = _whole(starts, segment, True, PIECE)
+        begin, stop = _whole(offsets, segment, True, PIECE)
         row = tl.full((), -1, tl.int64)
     else:
-        segment, begin, stop, row = _slot(starts, segments, program - segments, PIECE, PROBES, ROUNDS)
+        segment, begin, stop, row = _slot(offsets, segments, program - segments, PIECE, PROBES, ROUNDS)
     return segment, begin, stop, row
 
 
 @triton.jit
-def _whole(starts, segment, there, PIECE: tl.constexpr):
+def _whole(offsets, segment, there, PIECE: tl.constexpr):
     """(begin, stop) of segments' entries; begin > stop for what is not there, or summed by slots."""
-    begin = tl.load(starts + segment, there, other=0)
-    end = tl.load(starts + segment + 1, there, other=0)
+    begin = tl.load(offsets + segment, there, other=0)
+    end = tl.load(offsets + segment + 1, there, other=0)
     return begin, tl.where(there & (end - begin < PIECE), end, begin - 1)
 
 
 @triton.jit
-def _slot(starts, segments, slot, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
+def _slot(offsets, segments, slot, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """As `piece_of_program`, of a slot."""
     slot = slot.to(tl.int64)
-    cut = tl.load(starts) + slot * PIECE
+    cut = tl.load(offsets) + slot * PIECE
     segment = tl.full((), 0, tl.int32)
-    if cut < tl.load(starts + segments):
-        segment = _segment_of(starts, segments, cut, PROBES, ROUNDS)
-    begin, end, first_slot, last_slot = _slots(starts, segment, PIECE)
+    if cut < tl.load(offsets + segments):
+        segment = _segment_of(offsets, segments, cut, PROBES, ROUNDS)
+    begin, end, first_slot, last_slot = _slots(offsets, segment, PIECE)
     stop = tl.where((cut < end) & (end - begin >= PIECE), tl.minimum(end, cut + PIECE), begin - 1)
     row = tl.where(first_slot < last_slot, slot, -1)
     return segment, tl.where((slot == first_slot) | (stop < begin), begin, cut), stop, row
 
 
 @triton.jit
-def _slots(starts, segment, PIECE: tl.constexpr):
+def _slots(offsets, segment, PIECE: tl.constexpr):
     """(begin, end, first slot, last slot) of a segment that holds a cut."""
-    first, begin, end = tl.load(starts), tl.load(starts + segment), tl.load(starts + segment + 1)
+    first, begin, end = tl.load(offsets), tl.load(offsets + segment), tl.load(offsets + segment + 1)
     return begin, end, (begin - first + PIECE - 1) // PIECE, (end - first - 1) // PIECE
 
 
@@ -154,25 +154,34 @@ def store_sum(value, sums, scratch, segment, row, width, columns, mask):
 
 
 @triton.jit
-def _segment_of(starts, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
+def _segment_of(offsets, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
     """The segment that holds the entry: the last that does not start after it."""
     probe = tl.arange(0, PROBES)
     segment = 0
     for i in tl.static_range(ROUNDS):
         stride = PROBES ** (ROUNDS - 1 - i)
         at = segment + probe * stride
-        start = tl.load(starts + at, at < segments, other=0)
+        start = tl.load(offsets + at, at < segments, other=0)
         segment += stride * (tl.sum(((at < segments) & (start <= entry)).to(tl.int32), 0) - 1)
     return segment
 
 
 @triton.jit
 def _values(
-    values, order, entry, held, columns, inside, width, DIVISOR: tl.constexpr, INDEX: tl.constexpr, dtype: tl.constexpr
+    values,
+    indices,
+    entry,
+    held,
+    columns,
+    inside,
+    width,
+    DIVISOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """Of the entries that are held; of others 0."""
-    if order is not None:
-        entry = tl.load(order + entry, held, other=0)
+    if indices is not None:
+        entry = tl.load(indices + entry, held, other=0)
     row = entry.to(INDEX) // DIVISOR
     value = (values + row.to(tl.int64) * width)[:, None] + columns[None, :]
     return tl.load(value, held[:, None] & inside[None, :], other=0).to(dtype)
@@ -181,7 +190,7 @@ def _values(
 @triton.jit
 def _sum_of_piece(
     values,
-    order,
+    indices,
     begin,
     stop,
     columns,
@@ -196,15 +205,15 @@ def _sum_of_piece(
     total = tl.zeros((BLOCK_E, BLOCK_D), dtype)
     for e in range(begin, stop, BLOCK_E):
         entry = e + tl.arange(0, BLOCK_E)
-        total += _values(values, order, entry, entry < stop, columns, inside, width, DIVISOR, INDEX, dtype)
+        total += _values(values, indices, entry, entry < stop, columns, inside, width, DIVISOR, INDEX, dtype)
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["offsets"])
 def _sum_pieces(
     values,
-    order,
-    starts,
+    indices,
+    offsets,
     sums,
     scratch,
     segments,
@@ -224,36 +233,36 @@ def _sum_pieces(
     dtype: tl.constexpr = scratch.dtype.element_ty
     program, tiles = tl.program_id(0), tl.cdiv(segments, BLOCK_S)
     if program >= tiles:
-        segment, begin, stop, row = _slot(starts, segments, program - tiles, PIECE, PROBES, ROUNDS)
+        segment, begin, stop, row = _slot(offsets, segments, program - tiles, PIECE, PROBES, ROUNDS)
         if begin <= stop:
             total = _sum_of_piece(
-                values, order, begin, stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+                values, indices, begin, stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
             )
             store_sum(total, sums, scratch, segment, row, width, columns, inside)
         return
     segment = program * BLOCK_S + tl.arange(0, BLOCK_S)
-    begin, stop = _whole(starts, segment, segment < segments, PIECE)
+    begin, stop = _whole(offsets, segment, segment < segments, PIECE)
     entries = (stop - begin).to(tl.int32)
     short = entries <= TOGETHER
     total = tl.zeros((BLOCK_S, BLOCK_D), dtype)
     for e in range(tl.max(tl.where(short, entries, 0), 0)):
         held = short & (e < entries)
-        total += _values(values, order, begin + e, held, columns, inside, width, DIVISOR, INDEX, dtype)
+        total += _values(values, indices, begin + e, held, columns, inside, width, DIVISOR, INDEX, dtype)
     tl.store(at(sums, segment, columns, width), total, (short & (entries >= 0))[:, None] & inside[None, :])
     if tl.max(entries, 0) > TOGETHER:
         for i in range(BLOCK_S):
             s = program * BLOCK_S + i
-            s_begin, s_stop = _whole(starts, s, s < segments, PIECE)
+            s_begin, s_stop = _whole(offsets, s, s < segments, PIECE)
             if s_stop - s_begin > TOGETHER:
                 s_total = _sum_of_piece(
-                    values, order, s_begin, s_stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+                    values, indices, s_begin, s_stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
                 )
                 tl.store(sums + s.to(tl.int64) * width + columns, s_total, inside)
 
 
-@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["offsets"])
 def _merge_pieces(
-    starts,
+    offsets,
     sums,
     scratch,
     segments,
@@ -266,11 +275,11 @@ def _merge_pieces(
 ):
     # Of several slots one of the first two is even: its program merges them all.
     slot = 2 * tl.program_id(0).to(tl.int64)
-    cut = tl.load(starts) + slot * PIECE
-    if cut >= tl.load(starts + segments):
+    cut = tl.load(offsets) + slot * PIECE
+    if cut >= tl.load(offsets + segments):
         return
-    segment = _segment_of(starts, segments, cut, PROBES, ROUNDS)
-    begin, end, first_slot, last_slot = _slots(starts, segment, PIECE)
+    segment = _segment_of(offsets, segments, cut, PROBES, ROUNDS)
+    begin, end, first_slot, last_slot = _slots(offsets, segment, PIECE)
     if (end - begin < PIECE) | (first_slot == last_slot) | (slot > first_slot + 1):
         return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -35,8 +35,8 @@ void modulate(int pass, int dtype, int table_dtype, const void* const* inputs, v
   p.rstd = inputs[3];
   p.table = inputs[4];
   p.pixel_row = static_cast<const int64_t*>(inputs[5]);
-  p.order = static_cast<const int64_t*>(inputs[6]);
-  p.starts = static_cast<const int64_t*>(inputs[7]);
+  p.indices = static_cast<const int64_t*>(inputs[6]);
+  p.offsets = static_cast<const int64_t*>(inputs[7]);
   p.mean_shift = inputs[8];
   p.mean_scale = inputs[9];
   p.out = out;

@@ -40,14 +40,14 @@ class Problem:
         windows = torch.randint(codes - 1, (rows, self.num_taps))
         windows[: rows // 2] = codes - 2
         self.windows = windows.to(device)
-        self.groups = ops.group_by_tap(self.windows, codes)
+        self.segments = ops.segments_by_tap(self.windows, codes)
 
     def results(self, backend, relu: bool, bias: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         taps, vector, grad = (t.to(dtype or t.dtype) for t in (self.taps, self.bias, self.grad))
         rows = backend.hidden_rows(taps, vector if bias else None, self.windows, None, None, relu)
         # In the backward rows are given: those of a wider dtype are not 0 in the same places.
         given = reference.hidden_rows(self.taps, self.bias, self.windows, None, None, False).to(taps.dtype)
-        gradients = backend.hidden_rows_grad(grad, given, *self.groups, self.num_taps, relu)
+        gradients = backend.hidden_rows_grad(grad, given, *self.segments, self.num_taps, relu)
         return dict(zip(("rows", "taps", "bias"), (rows, *gradients), strict=True))
 
 
@@ -91,7 +91,7 @@ def test_no_rows(device):
     problem = Problem(SIZES["odd"], device)
     windows, grad = problem.windows[:0], problem.grad[:0]
     assert kernels.hidden_rows(problem.taps, None, windows, None, None, True).shape == (0, 20)
-    taps, bias = kernels.hidden_rows_grad(grad, grad, *ops.group_by_tap(windows, 5), 25, True)
+    taps, bias = kernels.hidden_rows_grad(grad, grad, *ops.segments_by_tap(windows, 5), 25, True)
     assert (taps == 0).all()
     assert (bias == 0).all()
 

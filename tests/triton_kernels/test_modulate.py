@@ -60,14 +60,14 @@ class Problem:
         self.mean_shift, self.mean_scale = random(*of_stats), random(*of_stats)
         count = {"one": 1, "many": 25, "long": 9, "every pixel": pixels}[rows]
         self.table = random(count, 2 * c, dtype=table_dtype or wide)
-        self.pixel_row = self.order = self.starts = None
+        self.pixel_row = self.indices = self.offsets = None
         if rows != "every pixel":
             # The last row is no pixel's, as rows that only fill up a batch are not.
             row = torch.randint(max(1, count - 1), size)
             if rows == "long":
                 row = torch.where(torch.rand(size) < 0.9, 4, row)
             self.pixel_row = row.to(device)
-            self.order, self.starts = ops.group_by_value(self.pixel_row, count)
+            self.indices, self.offsets = ops.segments_by_value(self.pixel_row, count)
 
     def results(self, backend, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ class Problem:
         means = cast(self.mean_shift, self.mean_scale)
         return {
             "y": backend.modulate(*normalized, None, None, None, *self.how, "none"),
-            "table": backend.modulate_table_grad(grad, *normalized, self.order, self.starts, *self.how),
+            "table": backend.modulate_table_grad(grad, *normalized, self.indices, self.offsets, *self.how),
             "x": backend.modulate_input_grad(grad, *normalized, None, None, *self.how),
             "x, statistics of x": backend.modulate_input_grad(grad, *normalized, *means, *self.how),
         }
@@ -130,13 +130,13 @@ def test_long_rows_are_cut(probes, monkeypatch, device):
     """Into several pieces, whose sums are exact for whole numbers; of few probes, a piece's row is found in rounds."""
     monkeypatch.setattr(segments, "_PROBES", probes)
     problem = Problem((2, 3, 24, 25), device, "long", slope=0.5, whole=True)
-    assert problem.starts.diff().max() > 4 * PIECE
+    assert problem.offsets.diff().max() > 4 * PIECE
     assert_equal(problem.results(kernels), problem.results(reference))
 
 
 def test_rows_without_pixels_have_no_gradient(device):
     problem = Problem((2, 16, 8, 8), device, "many")
-    empty = problem.starts.diff() == 0
+    empty = problem.offsets.diff() == 0
     table = problem.results(kernels)["table"]
     assert empty[-1]
     assert (table[empty] == 0).all()

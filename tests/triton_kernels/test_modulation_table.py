@@ -38,14 +38,14 @@ class Problem:
         self.hidden = random(num_hidden, depth)
         self.gamma, self.beta = (random(channels, depth, side, side) for _ in range(2))
         self.bias, self.grad = random(2 * channels), random(len(windows), 2 * channels)
-        self.groups = ops.group_by_tap(self.windows, num_hidden + 1)
+        self.segments = ops.segments_by_tap(self.windows, num_hidden + 1)
 
     def results(self, backend, dtype: torch.dtype) -> dict[str, Tensor]:
         hidden, gamma, beta, bias, grad = (
             t.to(dtype) for t in (self.hidden, self.gamma, self.beta, self.bias, self.grad)
         )
         table = backend.modulation_table(hidden, gamma, beta, bias, self.windows, None, None, None)
-        gradients = backend.modulation_table_grad(grad, hidden, gamma, beta, *self.groups)
+        gradients = backend.modulation_table_grad(grad, hidden, gamma, beta, *self.segments)
         return named(table, *gradients)
 
     def table(self, dtype: torch.dtype, panels: Tensor | None = None) -> Tensor:
@@ -190,10 +190,10 @@ def test_scratch_does_not_grow_with_the_batch(rows, monkeypatch):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     num_hidden, weight = rows // 2, empty(64, 128, 3, 3)
-    groups = empty(9 * rows, dtype=torch.int64), empty(9 * num_hidden + 10, dtype=torch.int64)
+    uses = empty(9 * rows, dtype=torch.int64), empty(9 * num_hidden + 10, dtype=torch.int64)
     grad, hidden = empty(rows, 128), empty(num_hidden, 128)
     with Made():
-        kernels.modulation_table_grad(grad, hidden, weight, weight, *groups)
+        kernels.modulation_table_grad(grad, hidden, weight, weight, *uses)
     assert hidden.nbytes in made
     assert max(size for size in made if size != hidden.nbytes) <= kernels._SCRATCH
 
@@ -210,8 +210,8 @@ def test_no_rows(num_hidden, device):
     windows = torch.zeros(0, 9, dtype=torch.int64, device=device)
     table = kernels.modulation_table(hidden, gamma, gamma, bias, windows, None, None, None)
     assert table.shape == (0, 8)
-    groups = ops.group_by_tap(windows, num_hidden + 1)
-    gradients = kernels.modulation_table_grad(table, hidden, gamma, gamma, *groups)
+    uses = ops.segments_by_tap(windows, num_hidden + 1)
+    gradients = kernels.modulation_table_grad(table, hidden, gamma, gamma, *uses)
     assert [g.shape for g in gradients] == [hidden.shape, gamma.shape, gamma.shape, (8,)]
     assert all((g == 0).all() for g in gradients)
 

@@ -29,19 +29,19 @@ class Problem:
     """Values, and their groups of the given lengths in random order; whole numbers sum up exactly."""
 
     def __init__(self, lengths: list[int], width: int, divisor: int, device: str, dtype=torch.float32, whole=False):
-        starts = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        entries = int(starts[-1])
+        offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+        entries = int(offsets[-1])
         values = torch.randn((entries + divisor - 1) // divisor, width)
         self.divisor = divisor
         self.values = (values.mul(4).round() if whole else values).to(device, dtype)
-        self.order = torch.randperm(divisor * len(values))[:entries].to(device)
-        self.starts = starts.to(device)
+        self.indices = torch.randperm(divisor * len(values))[:entries].to(device)
+        self.offsets = offsets.to(device)
 
     def run(self, **how) -> Tensor:
-        return segment_sum(self.values, self.order, self.starts, self.divisor, **how)
+        return segment_sum(self.values, self.indices, self.offsets, self.divisor, **how)
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        return reference.segment_sum(self.values.to(dtype), self.order // self.divisor, self.starts)
+        return reference.segment_sum(self.values.to(dtype), self.indices // self.divisor, self.offsets)
 
 
 @pytest.fixture(params=[128, 4])
@@ -75,15 +75,15 @@ def test_exact(name, width, long, device):
 def test_slice_of_the_segments(first, last, long, device):
     problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
     expected = problem.expected(torch.float32)[first:last]
-    problem.starts = problem.starts[first : last + 1]
+    problem.offsets = problem.offsets[first : last + 1]
     assert torch.equal(problem.run(long=long), expected)
 
 
 def test_short_segments_are_summed_alike_beside_any_others(device):
     problem = Problem(LENGTHS["unlike neighbours"], 5, 1, device)
-    lengths, starts, sums = problem.starts.diff(), problem.starts, problem.run()
+    lengths, offsets, sums = problem.offsets.diff(), problem.offsets, problem.run()
     for first in range(1, 9):
-        problem.starts = starts[first:]
+        problem.offsets = offsets[first:]
         short = lengths[first:] < PIECE
         assert short.sum() > 4
         assert torch.equal(problem.run()[short], sums[first:][short])
@@ -93,16 +93,16 @@ def test_pieces_grow_with_the_entries(monkeypatch, device):
     """So that the scratch does not."""
     problem = Problem(LENGTHS["mixed"], 3, 9, device, whole=True)
     monkeypatch.setattr(segments, "_SCRATCH", 2 * 3 * 4)
-    assert segments.pieces(problem.order.numel(), 10, 3, torch.float32, device)[1]["PIECE"] == 8 * PIECE
+    assert segments.pieces(problem.indices.numel(), 10, 3, torch.float32, device)[1]["PIECE"] == 8 * PIECE
     assert torch.equal(problem.run(), problem.expected(torch.float32))
 
 
 @pytest.mark.parametrize("entries", [1, PIECE, 3 * PIECE + 7])
 def test_entries_that_stand_in_order(entries, device):
     values = torch.randn(entries, 5).mul(4).round().to(device)
-    starts = torch.tensor([0, entries // 2, entries], device=device)
+    offsets = torch.tensor([0, entries // 2, entries], device=device)
     expected = torch.stack((values[: entries // 2].sum(0), values[entries // 2 :].sum(0)))
-    assert torch.equal(segment_sum(values, None, starts), expected)
+    assert torch.equal(segment_sum(values, None, offsets), expected)
 
 
 def test_result_is_rounded_once(device):
@@ -111,8 +111,8 @@ def test_result_is_rounded_once(device):
 
 
 def test_no_values(device):
-    starts = torch.zeros(4, dtype=torch.int64, device=device)
-    assert torch.equal(segment_sum(torch.randn(0, 5).to(device), None, starts), torch.zeros(3, 5, device=device))
+    offsets = torch.zeros(4, dtype=torch.int64, device=device)
+    assert torch.equal(segment_sum(torch.randn(0, 5).to(device), None, offsets), torch.zeros(3, 5, device=device))
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -120,7 +120,7 @@ def test_no_values(device):
 def test_nan_stays_in_its_segment(segment, long, device):
     lengths = LENGTHS["unlike neighbours"]
     problem = Problem(lengths, 5, 1, device)
-    problem.values[problem.order[problem.starts[segment + 1] - 1], 2] = float("nan")
+    problem.values[problem.indices[problem.offsets[segment + 1] - 1], 2] = float("nan")
     where = torch.zeros(len(lengths), 5, dtype=torch.bool, device=device)
     where[segment, 2] = True
     assert torch.equal(problem.run(long=long).isnan(), where)
