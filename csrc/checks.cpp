@@ -289,15 +289,15 @@ void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor&
 
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                     const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_over) {
+                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_scope) {
   const Arguments a("modulate", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   if (image_offsets) a.bounds("image_offsets", *image_offsets, x.size(0), table.size(0), false);
   if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets are of pixel_row, which is not given");
   a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})
-    if (stats_over == known) return;
-  a.fail("stats_over must be none, image, batch or world, got " + stats_over);
+    if (stats_scope == known) return;
+  a.fail("stats_scope must be none, image, batch or world, got " + stats_scope);
 }
 
 void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,

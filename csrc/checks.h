@@ -29,7 +29,7 @@ void check_channel_stats(const Tensor& x);
 void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor& grad_mean, const Tensor& grad_m2);
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                     const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_over);
+                    const MaybeTensor& offsets, int64_t upsample, const std::string& stats_scope);
 void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                                const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
                                const MaybeTensor& offsets, int64_t upsample);

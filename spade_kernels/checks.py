@@ -241,14 +241,16 @@ def _channel_stats_grad(a, x, mean, grad_mean, grad_m2):
         a.floats(name, stats, x.shape[:2])
 
 
-def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over):
+def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     if image_offsets is not None:
         a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
     if indices is not None or offsets is not None:
         a.require(pixel_row is not None, "indices and offsets are of pixel_row, which is not given")
     a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
-    a.require(stats_over in _STATS_SCOPES, f"stats_over must be one of {', '.join(_STATS_SCOPES)}, got {stats_over!r}")
+    a.require(
+        stats_scope in _STATS_SCOPES, f"stats_scope must be one of {', '.join(_STATS_SCOPES)}, got {stats_scope!r}"
+    )
 
 
 def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, indices, offsets, slope, upsample):

@@ -227,7 +227,7 @@ def modulated(
     dtype = _table_dtype(x, weights.shared[0])
     if gain is not None or dtype != weights.shared[0].dtype:
         kept = None
-    how: tuple = (slope, upsample, stats.stats_over)
+    how: tuple = (slope, upsample, stats.stats_scope)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, kept is not None):
         table = _dense_table(segmap, size, weights, gain, kept)

@@ -113,7 +113,7 @@ class SPADE(Freezable):
             )
         n, c, h, w = x.shape
         table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
-        return Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_over)
+        return Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_scope)
 
     def derive(self) -> KeptWeights | None:
         return KeptWeights(self._weights()) if self._is_as_built() else None

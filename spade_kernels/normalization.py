@@ -17,12 +17,12 @@ Moments = tuple[Tensor, Tensor]
 class Statistics(NamedTuple):
     """What `ops.modulate` needs to know of a normalization.
 
-    mean, rstd: (N, C) or (1, C) in the accumulation dtype; stats_over: see `ops.modulate`.
+    mean, rstd: (N, C) or (1, C) in the accumulation dtype; stats_scope: see `ops.modulate`.
     """
 
     mean: Tensor
     rstd: Tensor
-    stats_over: str
+    stats_scope: str
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -43,7 +43,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         table = torch.cat((scale, shift)).unsqueeze(0)
         pixel_row = torch.zeros(n, h, w, dtype=torch.int64, device=input.device)
         uses = torch.arange(n * h * w, device=input.device), torch.arange(2, device=input.device) * (n * h * w)
-        return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_over)
+        return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_scope)
 
 
 # `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every other batch norm by its own.

@@ -43,7 +43,7 @@ _SCHEMAS = {
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
         "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_offsets, Tensor? indices,"
-        " Tensor? offsets, float slope, int upsample, str stats_over) -> Tensor"
+        " Tensor? offsets, float slope, int upsample, str stats_scope) -> Tensor"
     ),
     "modulate_table_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? indices,"
@@ -194,18 +194,18 @@ def modulate(
     offsets: Tensor | None = None,
     slope: float = 1.0,
     upsample: int = 1,
-    stats_over: str = "none",
+    stats_scope: str = "none",
 ) -> Tensor:
     """Normalize, modulate and activate x: `reference.modulate`.
 
     Args:
         image_offsets, indices, offsets: of the window index; needed by the backward only.
-        stats_over: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
+        stats_scope: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
             "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
             a gradient for mean and rstd themselves raises.
     """
     return _call(
-        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over
+        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope
     )
 
 
@@ -222,7 +222,7 @@ class Modulated(NamedTuple):
     offsets: Tensor | None
     slope: float
     upsample: int
-    stats_over: str
+    stats_scope: str
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -338,7 +338,7 @@ def _(x, mean, grad_mean, grad_m2):
 
 
 @_fake("modulate")
-def _(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_over):
+def _(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope):
     return _channels_last_like(x, upsample)
 
 
@@ -488,26 +488,26 @@ _autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
 
 
 def _modulate_setup(ctx, inputs, output):
-    x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, ctx.slope, ctx.upsample, ctx.stats_over = inputs
+    x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, ctx.slope, ctx.upsample, ctx.stats_scope = inputs
     ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets)
 
 
 def _modulate_backward(ctx, grad):
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        raise NotImplementedError("modulate: mean and rstd must be detached; stats_over says how they depend on x")
+        raise NotImplementedError("modulate: mean and rstd must be detached; stats_scope says how they depend on x")
     # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
     tensors = ctx.saved_tensors
     x, mean, rstd, table, pixel_row, image_offsets, indices, offsets = tensors
     how = (ctx.slope, ctx.upsample)
     if torch.is_grad_enabled():
-        arguments = (*tensors, *how, ctx.stats_over)
+        arguments = (*tensors, *how, ctx.stats_scope)
         return _plain_gradients("modulate", arguments, ctx.needs_input_grad, (grad,))
     if pixel_row is not None:
         _require_groups("modulate", indices, offsets)
     d_table = _ops.modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, *how)
     d_x = None
     if ctx.needs_input_grad[0]:
-        means = _normalization_means(ctx.stats_over, grad, table, d_table, image_offsets)
+        means = _normalization_means(ctx.stats_scope, grad, table, d_table, image_offsets)
         d_x = _ops.modulate_input_grad(grad, x, mean, rstd, table, pixel_row, *means, *how)
     return d_x, None, None, d_table.to(table.dtype), None, None, None, None, None, None, None
 
@@ -538,20 +538,20 @@ _autograd("conv3x3", _conv3x3_setup, _conv3x3_backward)
 
 
 def _normalization_means(
-    stats_over: str, grad: Tensor, table: Tensor, d_table: Tensor, image_offsets: Tensor | None
+    stats_scope: str, grad: Tensor, table: Tensor, d_table: Tensor, image_offsets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Means of d(xhat) and d(xhat) * xhat over the pixels of y that the statistics cover, from the table alone.
 
     Every pixel of a row has the row's scale, so sum(scale * dy) over pixels is sum(scale * d_shift) over rows.
     """
-    if stats_over == "none":
+    if stats_scope == "none":
         return None, None
     images, channels, pixels = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
     # In few and plain operations: on a GPU most of them take the time of their launch.
     products = (d_table.view(-1, 2, channels) * table[:, :channels].unsqueeze(1)).view(-1, 2 * channels)
-    if stats_over == "batch":
+    if stats_scope == "batch":
         means = products.sum(0, keepdim=True) / (images * pixels)
-    elif stats_over == "world":
+    elif stats_scope == "world":
         count = products.new_full((1, 1), images * pixels)
         sums = torch.cat((products.sum(0, keepdim=True), count), 1)
         dist.all_reduce(sums)

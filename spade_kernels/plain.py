@@ -52,10 +52,10 @@ def modulate(
     offsets: Tensor | None,
     slope: float,
     upsample: int,
-    stats_over: str,
+    stats_scope: str,
 ) -> Tensor:
-    if stats_over != "none":
-        mean, rstd = _following(accumulator(x), mean, rstd, stats_over)
+    if stats_scope != "none":
+        mean, rstd = _following(accumulator(x), mean, rstd, stats_scope)
     return reference.modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
 
 
@@ -70,11 +70,11 @@ def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
     return sum(others, first)
 
 
-def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_over: str) -> tuple[Tensor, Tensor]:
+def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_scope: str) -> tuple[Tensor, Tensor]:
     """mean and rstd, whose values were taken from x without derivatives, with all of those that they have."""
-    if stats_over == "image":
+    if stats_scope == "image":
         variance, centre = torch.var_mean(x, (2, 3), correction=0)
-    elif stats_over == "batch":
+    elif stats_scope == "batch":
         variance, centre = (t.unsqueeze(0) for t in torch.var_mean(x, (0, 2, 3), correction=0))
     else:
         variance, centre = _moments_of_world(x)

@@ -173,7 +173,7 @@ def modulate(
     offsets: Tensor | None,
     slope: float,
     upsample: int,
-    stats_over: str,
+    stats_scope: str,
 ) -> Tensor:
     """leaky_relu((x - mean) * rstd * scale + shift, slope), scale and shift gathered from the table.
 
@@ -182,7 +182,7 @@ def modulate(
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
         slope: of the leaky ReLU; 1 is none.
         upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
-        image_offsets, indices, offsets, stats_over: needed by the backward only; see `ops.modulate`.
+        image_offsets, indices, offsets, stats_scope: needed by the backward only; see `ops.modulate`.
 
     Returns:
         (N, C, h, w) in x's dtype, channels-last.

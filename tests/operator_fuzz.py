@@ -68,7 +68,7 @@ _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones
     "upsample": ([], [0, -1, 2, 3, 2**31, 2**62]),
     "slope": ([0.0, -1.0, float("nan"), float("inf")], []),
     "relu": ([True, False], []),
-    "stats_over": (["none", "image", "batch"], ["", "images", "no\0ne"]),
+    "stats_scope": (["none", "image", "batch"], ["", "images", "no\0ne"]),
     "sizes": ([[1, 1], [64, 2], []], [[5], [5, 4, 3], [0, 4], [5, -1], [2**20, 2**20], [2**62, 2], [-(2**63), 4]]),
 }
 

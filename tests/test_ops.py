@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 N, C, H, W, D, K = 2, 2, 5, 4, 3, 3
 DOUBLE = {"dtype": torch.float64}
-STATS_OVER = ("none", "image", "batch")
+STATS_SCOPES = ("none", "image", "batch")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -155,26 +155,26 @@ def test_gradient_of_conv3x3(layout):
     check_derivatives(ops.conv3x3, p.x, p.filter, p.bias)
 
 
-def statistics_of(x: Tensor, stats_over: str) -> Statistics:
-    if stats_over == "none":
+def statistics_of(x: Tensor, stats_scope: str) -> Statistics:
+    if stats_scope == "none":
         x = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
-    var, mean = torch.var_mean(x.detach(), (2, 3) if stats_over == "image" else (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(x.detach(), (2, 3) if stats_scope == "image" else (0, 2, 3), correction=0)
     shape = (-1, x.shape[1])
-    return Statistics(mean.view(shape), (var + 1e-5).rsqrt().view(shape), stats_over)
+    return Statistics(mean.view(shape), (var + 1e-5).rsqrt().view(shape), stats_scope)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("slope", [1.0, 0.2])
-@pytest.mark.parametrize("stats_over", STATS_OVER)
+@pytest.mark.parametrize("stats_scope", STATS_SCOPES)
 @pytest.mark.parametrize("dense", [False, True])
-def test_gradient_of_modulate(dense, stats_over, slope, layout):
+def test_gradient_of_modulate(dense, stats_scope, slope, layout):
     p = Problem(LAYOUTS[layout], requires_grad=True)
     rows = p.index.modulation
     where = (None,) * 4 if dense else (rows.pixel_row, rows.image_offsets, *rows.row_segments)
 
     def run(x: Tensor, table: Tensor) -> Tensor:
-        stats = statistics_of(x, stats_over)
-        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, 1, stats.stats_over)
+        stats = statistics_of(x, stats_scope)
+        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, 1, stats.stats_scope)
 
     check_derivatives(run, p.x, p.dense_table if dense else p.table)
 

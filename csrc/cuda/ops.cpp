@@ -169,8 +169,8 @@ class ModulateCall {
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_over) {
-  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_over);
+                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_scope) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
   ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();

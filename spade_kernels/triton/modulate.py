@@ -36,7 +36,7 @@ def modulate(
     offsets: Tensor | None,
     slope: float,
     upsample: int,
-    stats_over: str,
+    stats_scope: str,
 ) -> Tensor:
     """`reference.modulate`."""
     x, y = channels_last(x), empty_channels_last(x, upsample)
