@@ -29,7 +29,7 @@ CPU_SOURCES = [
     "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",
-    "cpu/conv_panels.cpp",
+    "cpu/pack_conv_weight.cpp",
     "cpu/conv1x1.cpp",
     "cpu/conv3x3.cpp",
     "cpu/conv3x3_weight_grad.cpp",

@@ -77,7 +77,7 @@ def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str
         y.backward(torch.randn_like(y))
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()
-        ops.weight_panels(layer.mlp_gamma.weight, layer.mlp_beta.weight)
+        ops.pack_modulation_weight(layer.mlp_gamma.weight, layer.mlp_beta.weight)
     # A CPU's convolutions have no kernels of ours on a GPU.
     return {name: call for name, call in recorder.calls.items() if not name.startswith("conv")}
 

@@ -189,11 +189,11 @@ void check_grad_of_y(const Arguments& a, const Tensor& grad, const Tensor& x, in
 }
 
 // What modulate's convolution or a plain one reads of its weights, for an input of this shape.
-void check_packed(const Arguments& a, const Tensor& panels, const Tensor& bias, const MaybeTensor& add, int64_t images,
-                  int64_t channels, int64_t height, int64_t width) {
+void check_packed(const Arguments& a, const Tensor& packed_weight, const Tensor& bias, const MaybeTensor& add,
+                  int64_t images, int64_t channels, int64_t height, int64_t width) {
   a.floats("bias", bias, {kAny});
-  const int64_t out = bias.size(0), points = size_of(panels, 0) == 1 ? 1 : kPoints;
-  a.floats("panels", panels, {points, panels_of(out), channels, kPanelColumns});
+  const int64_t out = bias.size(0), points = size_of(packed_weight, 0) == 1 ? 1 : kPoints;
+  a.floats("packed_weight", packed_weight, {points, panels_of(out), channels, kPanelColumns});
   a.floats("add", add, {images, out, height, width});
 }
 
@@ -250,7 +250,7 @@ void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor
 }
 
 void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Tensor& beta, const Tensor& bias,
-                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& indices,
+                            const Tensor& windows, const MaybeTensor& packed_weight, const MaybeTensor& indices,
                             const MaybeTensor& offsets) {
   const Arguments a("modulation_table", hidden);
   a.floats("hidden", hidden, {size_of(hidden, 0), kAny});
@@ -258,7 +258,7 @@ void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Ten
   const int64_t columns = 2 * gamma.size(0), taps = taps_of(gamma);
   a.floats("bias", bias, {columns});
   a.index("windows", windows, {size_of(windows, 0), taps}, 0, hidden.size(0) + 1);
-  a.floats("panels", panels, {panels_of(columns), taps, hidden.size(1), kPanelColumns});
+  a.floats("packed_weight", packed_weight, {panels_of(columns), taps, hidden.size(1), kPanelColumns});
   a.segments(indices, offsets, (hidden.size(0) + 1) * taps, windows.numel());
 }
 
@@ -271,8 +271,8 @@ void check_modulation_table_grad(const Tensor& grad, const Tensor& hidden, const
   a.segments(indices, offsets, (hidden.size(0) + 1) * taps_of(gamma), grad.size(0) * taps_of(gamma));
 }
 
-void check_weight_panels(const Tensor& gamma, const Tensor& beta) {
-  check_weights(Arguments("weight_panels", gamma), gamma, beta, kAny);
+void check_pack_modulation_weight(const Tensor& gamma, const Tensor& beta) {
+  check_weights(Arguments("pack_modulation_weight", gamma), gamma, beta, kAny);
 }
 
 void check_channel_stats(const Tensor& x) {
@@ -324,15 +324,15 @@ void check_modulate_input_grad(const Tensor& grad, const Tensor& x, const Tensor
   a.floats("mean_scale", mean_scale, {rows, x.size(1)});
 }
 
-void check_conv_panels(const Tensor& weight) {
+void check_pack_conv_weight(const Tensor& weight) {
   const int64_t side = size_of(weight, 2) == 1 ? 1 : 3;
-  Arguments("conv_panels", weight).floats("weight", weight, {kAny, kAny, side, side});
+  Arguments("pack_conv_weight", weight).floats("weight", weight, {kAny, kAny, side, side});
 }
 
-void check_conv(const Tensor& x, const Tensor& panels, const Tensor& bias, const MaybeTensor& add) {
+void check_conv(const Tensor& x, const Tensor& packed_weight, const Tensor& bias, const MaybeTensor& add) {
   const Arguments a("conv", x);
   a.floats("x", x, {size_of(x, 0), kAny, kAny, kAny});
-  check_packed(a, panels, bias, add, x.size(0), x.size(1), x.size(2), x.size(3));
+  check_packed(a, packed_weight, bias, add, x.size(0), x.size(1), x.size(2), x.size(3));
 }
 
 void check_conv3x3(const Tensor& x, const Tensor& weight, const Tensor& bias) {
@@ -355,13 +355,13 @@ void check_conv3x3_weight_grad(const Tensor& grad, const Tensor& x) {
 }
 
 void check_modulate_conv(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                         const MaybeTensor& pixel_row, int64_t upsample, const Tensor& panels, const Tensor& bias,
-                         const MaybeTensor& add) {
+                         const MaybeTensor& pixel_row, int64_t upsample, const Tensor& packed_weight,
+                         const Tensor& bias, const MaybeTensor& add) {
   const Arguments a("modulate_conv", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   const int64_t height = upsample * x.size(2), width = upsample * x.size(3);
   a.require(height > 0 && width > 0, "x holds no pixels");
-  check_packed(a, panels, bias, add, x.size(0), x.size(1), height, width);
+  check_packed(a, packed_weight, bias, add, x.size(0), x.size(1), height, width);
 }
 
 }  // namespace spade

@@ -20,11 +20,11 @@ void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor
 void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
                             int64_t num_taps);
 void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Tensor& beta, const Tensor& bias,
-                            const Tensor& windows, const MaybeTensor& panels, const MaybeTensor& indices,
+                            const Tensor& windows, const MaybeTensor& packed_weight, const MaybeTensor& indices,
                             const MaybeTensor& offsets);
 void check_modulation_table_grad(const Tensor& grad, const Tensor& hidden, const Tensor& gamma, const Tensor& beta,
                                  const Tensor& indices, const Tensor& offsets);
-void check_weight_panels(const Tensor& gamma, const Tensor& beta);
+void check_pack_modulation_weight(const Tensor& gamma, const Tensor& beta);
 void check_channel_stats(const Tensor& x);
 void check_channel_stats_grad(const Tensor& x, const Tensor& mean, const Tensor& grad_mean, const Tensor& grad_m2);
 void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
@@ -36,13 +36,13 @@ void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor
 void check_modulate_input_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                                const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
                                const MaybeTensor& mean_scale, int64_t upsample);
-void check_conv_panels(const Tensor& weight);
-void check_conv(const Tensor& x, const Tensor& panels, const Tensor& bias, const MaybeTensor& add);
+void check_pack_conv_weight(const Tensor& weight);
+void check_conv(const Tensor& x, const Tensor& packed_weight, const Tensor& bias, const MaybeTensor& add);
 void check_conv3x3(const Tensor& x, const Tensor& weight, const Tensor& bias);
 void check_conv3x3_input_grad(const Tensor& grad, const Tensor& weight);
 void check_conv3x3_weight_grad(const Tensor& grad, const Tensor& x);
 void check_modulate_conv(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                         const MaybeTensor& pixel_row, int64_t upsample, const Tensor& panels, const Tensor& bias,
-                         const MaybeTensor& add);
+                         const MaybeTensor& pixel_row, int64_t upsample, const Tensor& packed_weight,
+                         const Tensor& bias, const MaybeTensor& add);
 
 }  // namespace spade

@@ -53,7 +53,7 @@ struct ModulationWeights {
 struct ModulationTableParams {
   const void* hidden;  // (num_hidden, depth), acc
   ModulationWeights weights;
-  const void* panels;      // the weights as weight_panels lays them out, or null
+  const void* panels;      // the weights as pack_modulation_weight lays them out, or null
   const void* bias;        // (2 * channels), acc
   const int64_t* windows;  // (num_rows, num_taps)
   void* table;             // (num_rows, 2 * channels), acc
@@ -113,7 +113,7 @@ struct ModulateParams {
 struct ConvParams {
   const void* x;                    // (images, height, width, in)
   const ModulateParams* modulated;  // or null; what x is then: every value is made where it is needed
-  const void* panels;               // the weights as conv_panels lays them out
+  const void* panels;               // the weights as pack_conv_weight lays them out
   const void* bias;                 // (out)
   const void* add;                  // like y, or null
   void* y;                          // (images, height, width, out)

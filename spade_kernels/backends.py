@@ -29,7 +29,7 @@ _ON_CUDA = {
     "hidden_rows_grad": ("triton",),
     "modulation_table": ("triton",),
     "modulation_table_grad": ("triton",),
-    "weight_panels": ("triton",),
+    "pack_modulation_weight": ("triton",),
     "channel_stats": ("cuda", "triton"),
     "channel_stats_grad": ("cuda", "triton"),
     "modulate": ("cuda", "triton"),
@@ -37,7 +37,7 @@ _ON_CUDA = {
     "modulate_input_grad": ("cuda", "triton"),
 }
 _TRITON_STEMS = {
-    "weight_panels": "modulation_table",
+    "pack_modulation_weight": "modulation_table",
     "modulate_table_grad": "modulate",
     "modulate_input_grad": "modulate",
 }

@@ -210,13 +210,13 @@ def _hidden_rows_grad(a, grad, rows, indices, offsets, num_taps, relu):
     a.bounds("offsets", offsets, segments, entries, exactly=False)
 
 
-def _modulation_table(a, hidden, gamma, beta, bias, windows, panels, indices, offsets):
+def _modulation_table(a, hidden, gamma, beta, bias, windows, packed_weight, indices, offsets):
     a.floats("hidden", hidden, (_size(hidden, 0), _ANY))
     taps = _check_weights(a, gamma, beta, hidden.shape[1])
     columns = 2 * gamma.shape[0]
     a.floats("bias", bias, (columns,))
     a.index("windows", windows, (_size(windows, 0), taps), 0, hidden.shape[0] + 1)
-    a.floats("panels", panels, (_panels(columns), taps, hidden.shape[1], _PANEL_COLUMNS))
+    a.floats("packed_weight", packed_weight, (_panels(columns), taps, hidden.shape[1], _PANEL_COLUMNS))
     a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, windows.numel())
 
 
@@ -227,7 +227,7 @@ def _modulation_table_grad(a, grad, hidden, gamma, beta, indices, offsets):
     a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, grad.shape[0] * taps)
 
 
-def _weight_panels(a, gamma, beta):
+def _pack_modulation_weight(a, gamma, beta):
     _check_weights(a, gamma, beta, _ANY)
 
 
@@ -272,14 +272,14 @@ def _modulate_input_grad(a, grad, x, mean, rstd, table, pixel_row, mean_shift, m
         a.floats("mean_scale", mean_scale, shape)
 
 
-def _conv_panels(a, weight):
+def _pack_conv_weight(a, weight):
     side = 1 if _size(weight, 2) == 1 else 3
     a.floats("weight", weight, (_ANY, _ANY, side, side))
 
 
-def _conv(a, x, panels, bias, add, relu):
+def _conv(a, x, packed_weight, bias, add, relu):
     a.floats("x", x, (_size(x, 0), _ANY, _ANY, _ANY))
-    _check_packed(a, panels, bias, add, x.shape)
+    _check_packed(a, packed_weight, bias, add, x.shape)
 
 
 def _conv3x3(a, x, weight, bias):
@@ -298,12 +298,12 @@ def _conv3x3_weight_grad(a, grad, x):
     a.floats("x", x, (grad.shape[0], _ANY, *grad.shape[2:]))
 
 
-def _modulate_conv(a, x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add):
+def _modulate_conv(a, x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     images, channels, height, width = x.shape
     if isinstance(height, int) and isinstance(width, int):
         a.require(height > 0 and width > 0, "x holds no pixels")
-    _check_packed(a, panels, bias, add, (images, channels, upsample * height, upsample * width))
+    _check_packed(a, packed_weight, bias, add, (images, channels, upsample * height, upsample * width))
 
 
 def _check_weights(a: _Arguments, gamma: Tensor, beta: Tensor, depth: Any) -> Any:
@@ -338,12 +338,12 @@ def _check_grad_of_y(a, grad: Tensor, x: Tensor, upsample: int) -> None:
     a.floats("grad", grad, (*x.shape[:2], upsample * x.shape[2], upsample * x.shape[3]))
 
 
-def _check_packed(a, panels: Tensor, bias: Tensor, add: Tensor | None, shape: Shape) -> None:
+def _check_packed(a, packed_weight: Tensor, bias: Tensor, add: Tensor | None, shape: Shape) -> None:
     """Packed weights of a convolution whose input has this shape."""
     images, channels, height, width = shape
     a.floats("bias", bias, (_ANY,))
-    out, points = bias.shape[0], 1 if _size(panels, 0) == 1 else _WINOGRAD_POINTS
-    a.floats("panels", panels, (points, _panels(out), channels, _PANEL_COLUMNS))
+    out, points = bias.shape[0], 1 if _size(packed_weight, 0) == 1 else _WINOGRAD_POINTS
+    a.floats("packed_weight", packed_weight, (points, _panels(out), channels, _PANEL_COLUMNS))
     a.floats("add", add, (images, out, height, width))
 
 
@@ -359,13 +359,13 @@ _CHECKS: dict[str, Callable[..., None]] = {
         _hidden_rows_grad,
         _modulation_table,
         _modulation_table_grad,
-        _weight_panels,
+        _pack_modulation_weight,
         _channel_stats,
         _channel_stats_grad,
         _modulate,
         _modulate_table_grad,
         _modulate_input_grad,
-        _conv_panels,
+        _pack_conv_weight,
         _conv,
         _conv3x3,
         _conv3x3_input_grad,

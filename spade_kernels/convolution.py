@@ -220,7 +220,7 @@ class _Panels:
     """A weight for `ops.conv`, the faster one where it is compiled, for more than a few channels and pixels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, shape: Sequence[int]):
-        self._panels, self._relu = ops.conv_panels(weight), relu
+        self._panels, self._relu = ops.pack_conv_weight(weight), relu
         self._bias = weight.new_zeros(len(weight)) if bias is None else bias
 
     @staticmethod

@@ -110,7 +110,7 @@ class KeptWeights:
 
     def __init__(self, weights: Weights):
         self._weights = weights
-        self.panels = ops.weight_panels(weights.gamma[0].detach(), weights.beta[0].detach())
+        self.packed_weight = ops.pack_modulation_weight(weights.gamma[0].detach(), weights.beta[0].detach())
         wide = torch.promote_types(weights.gamma[1].dtype, torch.float32)
         self.hidden_bias = weights.shared[1].detach().to(wide, copy=True)
         self.bias = _joint_bias(weights, wide)
@@ -355,10 +355,10 @@ def _window_table(
     hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
-    panels = kept.panels if kept else None
+    packed_weight = kept.packed_weight if kept else None
     # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
     gamma, beta = (w if w.dtype == wide else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
-    return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, panels, *segments[1])
+    return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 
 
 def _dense_table(

@@ -4,8 +4,8 @@ Loading this module defines `torch.ops.spade_kernels.*` with the reference as th
 functions here are the operators' Python names; their arguments and results are documented in `reference.py`.
 Kernels give first derivatives in reverse mode, for every float argument but the statistics. All others (second
 derivatives, forward mode, the transforms of torch.func) are those of `plain.py`, at plain PyTorch's cost; a raw
-`torch.ops.spade_kernels` call has none in forward mode and torch.func. What stands still (`weight_panels`,
-`conv_panels`, `conv`, `modulate_conv`) has no derivatives.
+`torch.ops.spade_kernels` call has none in forward mode and torch.func. What stands still (`pack_modulation_weight`,
+`pack_conv_weight`, `conv`, `modulate_conv`) has no derivatives.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _SCHEMAS = {
         "(Tensor grad, Tensor rows, Tensor indices, Tensor offsets, int num_taps, bool relu) -> (Tensor, Tensor)"
     ),
     "modulation_table": (
-        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? panels, Tensor? indices,"
+        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? packed_weight, Tensor? indices,"
         " Tensor? offsets) -> Tensor"
     ),
     "modulation_table_grad": (
         "(Tensor grad, Tensor hidden, Tensor gamma, Tensor beta, Tensor indices, Tensor offsets)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "weight_panels": "(Tensor gamma, Tensor beta) -> Tensor",
+    "pack_modulation_weight": "(Tensor gamma, Tensor beta) -> Tensor",
     "channel_stats": "(Tensor x) -> (Tensor, Tensor)",
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
@@ -53,14 +53,14 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
         " Tensor? mean_scale, float slope, int upsample) -> Tensor"
     ),
-    "conv_panels": "(Tensor weight) -> Tensor",
-    "conv": "(Tensor x, Tensor panels, Tensor bias, Tensor? add, bool relu) -> Tensor",
+    "pack_conv_weight": "(Tensor weight) -> Tensor",
+    "conv": "(Tensor x, Tensor packed_weight, Tensor bias, Tensor? add, bool relu) -> Tensor",
     "conv3x3": "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     "conv3x3_input_grad": "(Tensor grad, Tensor weight) -> Tensor",
     "conv3x3_weight_grad": "(Tensor grad, Tensor x) -> (Tensor, Tensor)",
     "modulate_conv": (
         "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, float slope, int upsample,"
-        " Tensor panels, Tensor bias, Tensor? add) -> Tensor"
+        " Tensor packed_weight, Tensor bias, Tensor? add) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -165,17 +165,17 @@ def modulation_table(
     beta: Tensor,
     bias: Tensor,
     windows: Tensor,
-    panels: Tensor | None = None,
+    packed_weight: Tensor | None = None,
     indices: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Scale and shift of every distinct window: `reference.modulation_table`."""
-    return _call(_ops.modulation_table, hidden, gamma, beta, bias, windows, panels, indices, offsets)
+    return _call(_ops.modulation_table, hidden, gamma, beta, bias, windows, packed_weight, indices, offsets)
 
 
-def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
-    """Weights that stand still, as `modulation_table` likes them: `reference.weight_panels`. No derivatives."""
-    return _call(_ops.weight_panels, gamma, beta)
+def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
+    """Weights that stand still, as `modulation_table` likes them: `reference.pack_modulation_weight`. No derivatives."""
+    return _call(_ops.pack_modulation_weight, gamma, beta)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,14 +234,14 @@ class Modulated(NamedTuple):
         return modulate(*self)
 
 
-def conv_panels(weight: Tensor) -> Tensor:
-    """Weights that stand still, as `conv` likes them: `reference.conv_panels`. No derivatives."""
-    return _call(_ops.conv_panels, weight)
+def pack_conv_weight(weight: Tensor) -> Tensor:
+    """Weights that stand still, as `conv` likes them: `reference.pack_conv_weight`. No derivatives."""
+    return _call(_ops.pack_conv_weight, weight)
 
 
-def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
+def conv(x: Tensor, packed_weight: Tensor, bias: Tensor, add: Tensor | None = None, relu: bool = False) -> Tensor:
     """A convolution whose weights stand still: `reference.conv`. No derivatives."""
-    return _call(_ops.conv, x, panels, bias, add, relu)
+    return _call(_ops.conv, x, packed_weight, bias, add, relu)
 
 
 def modulate_conv(
@@ -252,12 +252,12 @@ def modulate_conv(
     pixel_row: Tensor | None,
     slope: float,
     upsample: int,
-    panels: Tensor,
+    packed_weight: Tensor,
     bias: Tensor,
     add: Tensor | None = None,
 ) -> Tensor:
     """`conv` of what `modulate` makes of x: `reference.modulate_conv`. No derivatives."""
-    return _call(_ops.modulate_conv, x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add)
+    return _call(_ops.modulate_conv, x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def _(grad, rows, indices, offsets, num_taps, relu):
 
 
 @_fake("modulation_table")
-def _(hidden, gamma, beta, bias, windows, panels, indices, offsets):
+def _(hidden, gamma, beta, bias, windows, packed_weight, indices, offsets):
     return hidden.new_empty(windows.shape[0], bias.shape[0])
 
 
@@ -317,7 +317,7 @@ def _(grad, hidden, gamma, beta, indices, offsets):
     return tuple(grad.new_empty(shape, dtype=acc) for shape in (hidden.shape, gamma.shape, beta.shape, grad.shape[1:]))
 
 
-@_fake("weight_panels")
+@_fake("pack_modulation_weight")
 def _(gamma, beta):
     channels, depth, height, width = gamma.shape
     panels = (2 * channels + 31) // 32
@@ -352,7 +352,7 @@ def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsa
     return _channels_last_like(x)
 
 
-@_fake("conv_panels")
+@_fake("pack_conv_weight")
 def _(weight):
     out, channels, height, width = weight.shape
     points = 1 if height * width == 1 else 16
@@ -360,7 +360,7 @@ def _(weight):
 
 
 @_fake("conv")
-def _(x, panels, bias, add, relu):
+def _(x, packed_weight, bias, add, relu):
     return _channels_last_like(x, channels=bias.shape[0])
 
 
@@ -381,7 +381,7 @@ def _(grad, x):
 
 
 @_fake("modulate_conv")
-def _(x, mean, rstd, table, pixel_row, slope, upsample, panels, bias, add):
+def _(x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add):
     return _channels_last_like(x, upsample, bias.shape[0])
 
 
@@ -402,7 +402,7 @@ def _refuse(name: str) -> None:
 
 
 for _name in (
-    *("weight_panels", "conv_panels", "conv", "modulate_conv"),
+    *("pack_modulation_weight", "pack_conv_weight", "conv", "modulate_conv"),
     *(name for name in _SCHEMAS if name.endswith("_grad")),
 ):
     _refuse(_name)

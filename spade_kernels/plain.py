@@ -31,7 +31,7 @@ def modulation_table(
     beta: Tensor,
     bias: Tensor,
     windows: Tensor,
-    panels: Tensor | None,
+    packed_weight: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:

@@ -91,7 +91,7 @@ def modulation_table(
     beta: Tensor,
     bias: Tensor,
     windows: Tensor,
-    panels: Tensor | None,
+    packed_weight: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def modulation_table(
         hidden: (hidden rows, D); a window entry of 0 contributes nothing.
         gamma, beta: (C, D, k, k); bias: (2C,).
         windows: (rows, k*k) int64.
-        panels: what `weight_panels` made of gamma and beta, if they stand still; the reference does without.
+        packed_weight: what `pack_modulation_weight` made of gamma and beta, if they stand still; the reference does without.
         indices, offsets: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
@@ -129,7 +129,7 @@ def modulation_table_grad(
     return taps @ weight.flatten(1).t(), d_gamma.contiguous(), d_beta.contiguous(), grad.sum(0)
 
 
-def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
+def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) by 32 output columns, the last panel filled with 0.
 
     What a backend's `modulation_table` otherwise makes of the weights in every call. Dense in the accumulation dtype;
@@ -243,7 +243,7 @@ def modulate_input_grad(
     return d_x.to(x.dtype).permute(0, 3, 1, 2)
 
 
-def conv_panels(weight: Tensor) -> Tensor:
+def pack_conv_weight(weight: Tensor) -> Tensor:
     """(points, panels, C, 32): a weight (out, C, k, k), k 1 or 3, by 32 output columns, the last panel filled with 0.
 
     For k = 1 the weight is its one point; for 3 the 16 points are G g G^T of every pair of channels (Lavin and Gray
@@ -253,11 +253,11 @@ def conv_panels(weight: Tensor) -> Tensor:
     if g.shape[-1] == 3:
         transform = g.new_tensor(_FROM_WEIGHT)
         g = torch.einsum("ik, ockl, jl -> ocij", transform, g, transform)
-    panels = g.flatten(2).unflatten(0, (-1, 32)).permute(3, 0, 2, 1)
-    return panels.to(accumulator(weight).dtype).contiguous()
+    packed_weight = g.flatten(2).unflatten(0, (-1, 32)).permute(3, 0, 2, 1)
+    return packed_weight.to(accumulator(weight).dtype).contiguous()
 
 
-def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+def conv(x: Tensor, packed_weight: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
     """(N, out, h, w), channels-last: F.conv2d(x, weight, bias, padding=k // 2) + add.
 
     A 3 x 3 convolution is Winograd's F(2 x 2, 3 x 3): a tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A, d being its
@@ -265,11 +265,11 @@ def conv(x: Tensor, panels: Tensor, bias: Tensor, add: Tensor | None, relu: bool
     the tiles that read it.
 
     Args:
-        x: (N, C, h, w). panels: what `conv_panels` made of (out, C, k, k). bias: (out,).
+        x: (N, C, h, w). packed_weight: what `pack_conv_weight` made of (out, C, k, k). bias: (out,).
         add: (N, out, h, w). relu: applied to the result.
     """
     acc = accumulator(x)
-    weight = panels.to(acc.dtype).transpose(1, 2).flatten(2)[..., : len(bias)]
+    weight = packed_weight.to(acc.dtype).transpose(1, 2).flatten(2)[..., : len(bias)]
     if len(weight) == 1:
         y = torch.einsum("nchw, co -> nohw", acc, weight[0])
     else:
@@ -287,13 +287,13 @@ def modulate_conv(
     pixel_row: Tensor | None,
     slope: float,
     upsample: int,
-    panels: Tensor,
+    packed_weight: Tensor,
     bias: Tensor,
     add: Tensor | None,
 ) -> Tensor:
     """`conv` of what `modulate` makes of x, which a backend need not store."""
     y = modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
-    return conv(y, panels, bias, add, False)
+    return conv(y, packed_weight, bias, add, False)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ _FREE = {
     ("window_index", "ids"): dict.fromkeys((0, 1, 2), _SOME),
     ("channel_stats", "x"): dict.fromkeys((0, 1, 2, 3), _SOME),
     ("channel_stats_grad", "x"): dict.fromkeys((2, 3), _SOME),
-    ("conv_panels", "weight"): dict.fromkeys((0, 1), _SOME),
-    ("conv", "panels"): {0: range(1, 2)},
+    ("pack_conv_weight", "weight"): dict.fromkeys((0, 1), _SOME),
+    ("conv", "packed_weight"): {0: range(1, 2)},
     ("conv 1x1", "x"): {0: _ANY, 2: _SOME, 3: _SOME},
     ("conv 1x1", "bias"): {0: range(1, 33)},
     ("conv3x3", "x"): {0: _ANY, 2: _SOME, 3: _SOME},
@@ -50,7 +50,7 @@ _FREE = {
     ("conv3x3_weight_grad", "grad"): {1: _SOME},
     ("conv3x3_weight_grad", "x"): {1: _SOME},
     ("modulate_conv", "table"): {0: range(N * H * W, 2**62)},
-    ("modulate_conv", "panels"): {0: range(1, 2)},
+    ("modulate_conv", "packed_weight"): {0: range(1, 2)},
     ("modulate_input_grad", "table"): {0: range(N * H * W, 2**62)},
 }
 # The calls that are valid without one of their arguments. Where all windows differ, as here, the table without

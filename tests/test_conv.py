@@ -37,7 +37,7 @@ class Problem:
         self.x = torch.randn(2, channels, *size, dtype=dtype)
         self.weight, self.bias = torch.randn(out, channels, k, k, dtype=dtype), torch.randn(out, dtype=dtype)
         self.add = torch.randn(2, out, *size, dtype=dtype)
-        self.panels = ops.conv_panels(self.weight)
+        self.packed_weight = ops.pack_conv_weight(self.weight)
 
     def stock(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
@@ -49,8 +49,8 @@ class Problem:
 @pytest.mark.parametrize("k", KERNELS)
 def test_equals_the_stock_convolution(k, channels, out, size):
     p = Problem(channels, out, k, size)
-    assert relative_error(ops.conv(p.x, p.panels, p.bias), p.stock(p.x)) < 1e-12
-    got = ops.conv(p.x.contiguous(memory_format=torch.channels_last), p.panels, p.bias, p.add, relu=True)
+    assert relative_error(ops.conv(p.x, p.packed_weight, p.bias), p.stock(p.x)) < 1e-12
+    got = ops.conv(p.x.contiguous(memory_format=torch.channels_last), p.packed_weight, p.bias, p.add, relu=True)
     assert relative_error(got, (p.stock(p.x) + p.add).relu()) < 1e-12
     assert got.is_contiguous(memory_format=torch.channels_last)
 
@@ -73,7 +73,7 @@ def test_equals_the_stock_convolution_of_what_is_modulated(k, channels, out, siz
         mean, rstd = (torch.rand(images, channels, dtype=torch.float64) + 0.5 for _ in range(2))
         y = ops.modulate(p.x, mean, rstd, table, pixel_row, slope=0.2, upsample=upsample)
         add = torch.randn_like(p.stock(y))
-        got = ops.modulate_conv(p.x, mean, rstd, table, pixel_row, 0.2, upsample, p.panels, p.bias, add)
+        got = ops.modulate_conv(p.x, mean, rstd, table, pixel_row, 0.2, upsample, p.packed_weight, p.bias, add)
         assert relative_error(got, p.stock(y) + add) < 1e-12
 
 
@@ -84,7 +84,7 @@ def test_equals_the_stock_convolution_of_what_is_modulated(k, channels, out, siz
 def test_error_is_within_twice_the_stock_convolutions(k, channels, out, size, dtype):
     p = Problem(channels, out, k, (size, size), dtype)
     stock = p.stock(p.x.contiguous(memory_format=torch.channels_last))
-    got = ops.conv(p.x, p.panels, p.bias)
+    got = ops.conv(p.x, p.packed_weight, p.bias)
     exact = F.conv2d(p.x.double(), p.weight.double(), p.bias.double(), padding=k // 2)
     assert got.dtype == dtype
     for error in (lambda y: (y.double() - exact).norm(), lambda y: (y.double() - exact).abs().max()):
@@ -135,17 +135,17 @@ def test_gradients_error_is_within_twice_the_stock_convolutions(channels, out, s
 @pytest.mark.parametrize("k", KERNELS)
 def test_weights_in_any_layout(k):
     p = Problem(20, 40, k, (1, 1))
-    assert torch.equal(ops.conv_panels(p.weight.contiguous(memory_format=torch.channels_last)), p.panels)
-    assert torch.equal(ops.conv_panels(p.weight.transpose(2, 3).contiguous().transpose(2, 3)), p.panels)
+    assert torch.equal(ops.pack_conv_weight(p.weight.contiguous(memory_format=torch.channels_last)), p.packed_weight)
+    assert torch.equal(ops.pack_conv_weight(p.weight.transpose(2, 3).contiguous().transpose(2, 3)), p.packed_weight)
 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_tiles(value):
     p = Problem(16, 32, 3, (20, 20))
-    finite = ops.conv(p.x, p.panels, p.bias)
+    finite = ops.conv(p.x, p.packed_weight, p.bias)
     p.x[0, 3, 9, 10] = value
-    got = ops.conv(p.x, p.panels, p.bias)
+    got = ops.conv(p.x, p.packed_weight, p.bias)
     spoilt = ~got.isfinite().any(1)
     assert spoilt[0, 8:11, 9:12].all(), "stock has it there"
     spoilt[0, 8:12, 8:12] = False
@@ -155,8 +155,8 @@ def test_what_is_not_finite_stays_in_its_tiles(value):
     assert torch.equal(got[1], finite[1])
     if value != value:
         for k in KERNELS:
-            panels = p.panels if k == 3 else ops.conv_panels(p.weight[:, :, :1, :1])
-            assert ops.conv(p.x, panels, p.bias, relu=True)[0, :, 9, 10].isnan().all()
+            packed_weight = p.packed_weight if k == 3 else ops.pack_conv_weight(p.weight[:, :, :1, :1])
+            assert ops.conv(p.x, packed_weight, p.bias, relu=True)[0, :, 9, 10].isnan().all()
 
 
 @pytest.fixture
@@ -172,10 +172,10 @@ def _restored_threads():
 def test_same_bits_every_time(k, channels, out, size):
     p = Problem(channels, out, k, size, torch.float32)
     torch.set_num_threads(1)
-    first = ops.conv(p.x, p.panels, p.bias, p.add)
+    first = ops.conv(p.x, p.packed_weight, p.bias, p.add)
     for repeat in range(20):
         torch.set_num_threads(1 + repeat % 2)
-        assert torch.equal(ops.conv(p.x, p.panels, p.bias, p.add), first)
+        assert torch.equal(ops.conv(p.x, p.packed_weight, p.bias, p.add), first)
 
 
 @pytest.mark.usefixtures("backend", "_restored_threads")
@@ -196,7 +196,7 @@ def test_gradients_have_the_same_bits_every_time(channels, out, size):
 @pytest.mark.usefixtures("backend")
 def test_bad_shapes_raise():
     p = Problem(16, 32, 3, (8, 8))
-    for arguments in ((p.x[:, :15], p.panels, p.bias), (p.x, p.panels, p.bias, p.add[:, :31])):
+    for arguments in ((p.x[:, :15], p.packed_weight, p.bias), (p.x, p.packed_weight, p.bias, p.add[:, :31])):
         with pytest.raises(RuntimeError):
             ops.conv(*arguments)
 
@@ -205,7 +205,7 @@ def test_bad_shapes_raise():
 @pytest.mark.parametrize("k", KERNELS)
 def test_no_images(k):
     p = Problem(16, 32, k, (8, 8))
-    assert ops.conv(p.x[:0], p.panels, p.bias).shape == (0, 32, 8, 8)
+    assert ops.conv(p.x[:0], p.packed_weight, p.bias).shape == (0, 32, 8, 8)
     weight = p.weight.requires_grad_()
     if k == 3:
         ops.conv3x3(p.x[:0], weight, p.bias).sum().backward()

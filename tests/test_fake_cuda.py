@@ -72,8 +72,8 @@ def test_tables(dtype):
         ((HIDDEN,), torch.float32),
     ]
     gamma, bias = empty(C, HIDDEN, 3, 3), empty(2 * C)
-    for panels in (None, ops.weight_panels(gamma, gamma)):
-        table = ops.modulation_table(hidden, gamma, gamma, bias, windows, panels)
+    for packed_weight in (None, ops.pack_modulation_weight(gamma, gamma)):
+        table = ops.modulation_table(hidden, gamma, gamma, bias, windows, packed_weight)
         assert (table.shape, table.dtype) == ((ROWS, 2 * C), dtype)
     groups = ids(ROWS * 9), ids((ROWS + 1) * 9 + 1)
     gradients = calls.modulation_table_grad(table, hidden, gamma, gamma, *groups)

@@ -41,7 +41,7 @@ class Problem:
         self.table, self.dense_table = random(len(rows), 2 * C), random(N * H * W, 2 * C)
         self.kernel, self.sum = torch.randn(D, C, 3, 3, **DOUBLE), torch.randn(N, D, H, W, **DOUBLE)
         self.filter = self.kernel.clone().requires_grad_(requires_grad)
-        self.conv = (reference.conv_panels(self.kernel), self.bias.detach())
+        self.conv = (reference.pack_conv_weight(self.kernel), self.bias.detach())
         self.mean, self.rstd = torch.randn(N, C, **DOUBLE), torch.rand(N, C, **DOUBLE) + 0.5
         self.grad = torch.randn(N, C, H, W, **DOUBLE).contiguous(memory_format=layout)
 
@@ -56,12 +56,12 @@ class Problem:
             "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.tap_segments, K * K, True),
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.tap_segments),
             "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.tap_segments),
-            "weight_panels": (self.gamma.detach(), self.beta.detach()),
-            "conv_panels": (self.kernel,),
+            "pack_modulation_weight": (self.gamma.detach(), self.beta.detach()),
+            "pack_conv_weight": (self.kernel,),
             "conv": (self.x.detach(), *self.conv, self.sum, True),
             "conv 1x1": (
                 self.x.detach(),
-                reference.conv_panels(self.kernel[..., :1, :1]),
+                reference.pack_conv_weight(self.kernel[..., :1, :1]),
                 *self.conv[1:],
                 None,
                 False,
@@ -81,7 +81,7 @@ class Problem:
         }[op]
 
 
-WITHOUT_DERIVATIVES = ["weight_panels", "conv_panels", "conv", "conv 1x1", "modulate_conv"]
+WITHOUT_DERIVATIVES = ["pack_modulation_weight", "pack_conv_weight", "conv", "conv 1x1", "modulate_conv"]
 OPS = [
     *("window_index", "hidden_rows", "hidden_rows_grad", "modulation_table", "modulation_table_grad"),
     *WITHOUT_DERIVATIVES,

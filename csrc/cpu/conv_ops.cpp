@@ -44,18 +44,18 @@ struct ConvWeightCall {
   }
 };
 
-// A convolution's weights as conv_panels lays them out.
+// A convolution's weights as pack_conv_weight lays them out.
 struct Panels {
   const void* data;
   int64_t points;
 };
 
-Tensor conv_panels_op(const Tensor& weight) {
-  check_conv_panels(weight);
+Tensor pack_conv_weight_op(const Tensor& weight) {
+  check_pack_conv_weight(weight);
   const ConvWeightCall call(weight, accumulator(weight));
   const Tensor panels =
       torch::stable::new_empty(call.weight, {call.points(), call.num_panels(), call.params.in, kPanelColumns});
-  conv_panels(dtype_of(panels), call.params, panels.mutable_data_ptr());
+  pack_conv_weight(dtype_of(panels), call.params, panels.mutable_data_ptr());
   return panels;
 }
 
@@ -92,22 +92,22 @@ Tensor convolve(const Tensor& x_in, const Panels& panels, const Tensor& bias, co
 Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias) {
   const int64_t count = call.points() * call.num_panels() * call.params.in * kPanelColumns;
   const Scratch<char> panels(count * call.value_size());
-  conv_panels(dtype_of(call.weight), call.params, panels.data());
+  pack_conv_weight(dtype_of(call.weight), call.params, panels.data());
   return convolve(x, {panels.data(), call.points()}, bias, std::nullopt, false);
 }
 
-Tensor conv_op(const Tensor& x, const Tensor& panels_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
-  check_conv(x, panels_in, bias, add);
-  const Tensor panels = dense(panels_in, accumulator(x));
+Tensor conv_op(const Tensor& x, const Tensor& packed_weight_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
+  check_conv(x, packed_weight_in, bias, add);
+  const Tensor panels = dense(packed_weight_in, accumulator(x));
   return convolve(x, {panels.const_data_ptr(), panels.size(0)}, bias, add, relu);
 }
 
 Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& panels_in,
+                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& packed_weight_in,
                         const Tensor& bias, const MaybeTensor& add) {
-  check_modulate_conv(x_in, mean, rstd, table, pixel_row, upsample, panels_in, bias, add);
+  check_modulate_conv(x_in, mean, rstd, table, pixel_row, upsample, packed_weight_in, bias, add);
   const ScalarType acc = accumulator(x_in);
-  const Tensor panels = dense(panels_in, acc);
+  const Tensor panels = dense(packed_weight_in, acc);
   const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
   ConvParams p{};
   p.modulated = &call.params;
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const T
 }  // namespace spade
 
 STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
-  m.impl("conv_panels", TORCH_BOX(&spade::conv_panels_op));
+  m.impl("pack_conv_weight", TORCH_BOX(&spade::pack_conv_weight_op));
   m.impl("conv", TORCH_BOX(&spade::conv_op));
   m.impl("conv3x3", TORCH_BOX(&spade::conv3x3_op));
   m.impl("conv3x3_input_grad", TORCH_BOX(&spade::conv3x3_input_grad_op));

@@ -22,7 +22,7 @@ void conv3x3(Dtype dtype, const ConvParams& params);
 void conv3x3_weight_grad(Dtype dtype, const ConvWeightGradParams& params);
 
 // Weights that stand still, in panels.
-void weight_panels(Dtype dtype, const ModulationWeights& weights, void* panels);
-void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels);
+void pack_modulation_weight(Dtype dtype, const ModulationWeights& weights, void* panels);
+void pack_conv_weight(Dtype dtype, const ConvWeights& weights, void* panels);
 
 }  // namespace spade

@@ -257,7 +257,7 @@ void modulation_table_grad(Dtype dtype, const ModulationTableGradParams& p) {
   dtype == Dtype::f64 ? grad_of<double>(dtype, p) : grad_of<float>(dtype, p);
 }
 
-void weight_panels(Dtype dtype, const ModulationWeights& weights, void* panels) {
+void pack_modulation_weight(Dtype dtype, const ModulationWeights& weights, void* panels) {
   dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
                       : panels_of(weights, static_cast<float*>(panels));
 }

@@ -153,16 +153,17 @@ struct WeightsCall {
 };
 
 Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const Tensor& beta, const Tensor& bias_in,
-                           const Tensor& windows_in, const MaybeTensor& panels_in, const MaybeTensor& indices,
+                           const Tensor& windows_in, const MaybeTensor& packed_weight_in, const MaybeTensor& indices,
                            const MaybeTensor& offsets) {
-  check_modulation_table(hidden_in, gamma, beta, bias_in, windows_in, panels_in, indices, offsets);
+  check_modulation_table(hidden_in, gamma, beta, bias_in, windows_in, packed_weight_in, indices, offsets);
   const ScalarType acc = accumulator(hidden_in);
   const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
-  const MaybeTensor panels = dense(panels_in, acc);
+  const MaybeTensor packed_weight = dense(packed_weight_in, acc);
   const WeightsCall weights(gamma, beta, acc);
   const Tensor table = torch::stable::new_empty(hidden, {windows.size(0), 2 * gamma.size(0)});
-  modulation_table(dtype_of(table), {hidden.const_data_ptr(), weights.params, data(panels), bias.const_data_ptr(),
-                                     ids(windows), table.mutable_data_ptr(), hidden.size(0), windows.size(0)});
+  modulation_table(dtype_of(table),
+                   {hidden.const_data_ptr(), weights.params, data(packed_weight), bias.const_data_ptr(), ids(windows),
+                    table.mutable_data_ptr(), hidden.size(0), windows.size(0)});
   return dense(table, hidden_in.scalar_type());
 }
 
@@ -187,14 +188,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
   return {d_hidden, d_gamma, d_beta, column_sum(grad, grad.size(0), grad.size(1))};
 }
 
-Tensor weight_panels_op(const Tensor& gamma, const Tensor& beta) {
-  check_weight_panels(gamma, beta);
+Tensor pack_modulation_weight_op(const Tensor& gamma, const Tensor& beta) {
+  check_pack_modulation_weight(gamma, beta);
   const WeightsCall weights(gamma, beta, accumulator(gamma));
   const ModulationWeights& w = weights.params;
   const int64_t count = ceil_div(2 * w.channels, kPanelColumns);
-  const Tensor panels = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
-  weight_panels(dtype_of(panels), w, panels.mutable_data_ptr());
-  return panels;
+  const Tensor packed_weight = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
+  pack_modulation_weight(dtype_of(packed_weight), w, packed_weight.mutable_data_ptr());
+  return packed_weight;
 }
 
 std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
@@ -261,7 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("hidden_rows", TORCH_BOX(&spade::hidden_rows_op));
   m.impl("hidden_rows_grad", TORCH_BOX(&spade::hidden_rows_grad_op));
   m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
-  m.impl("weight_panels", TORCH_BOX(&spade::weight_panels_op));
+  m.impl("pack_modulation_weight", TORCH_BOX(&spade::pack_modulation_weight_op));
   m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
   m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
   m.impl("modulate", TORCH_BOX(&spade::modulate_op));

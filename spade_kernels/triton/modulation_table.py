@@ -136,17 +136,19 @@ def modulation_table(
     beta: Tensor,
     bias: Tensor,
     windows: Tensor,
-    panels: Tensor | None,
+    packed_weight: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
     """`reference.modulation_table`."""
     if hidden.dtype == torch.float64:
-        return reference.modulation_table(hidden, gamma, beta, bias, windows, panels, indices, offsets)
-    if panels is None:
+        return reference.modulation_table(hidden, gamma, beta, bias, windows, packed_weight, indices, offsets)
+    if packed_weight is None:
         weight = _joint_weight(gamma, beta, hidden.dtype)
     else:
-        weight = panels.permute(0, 3, 1, 2).to(hidden.dtype).contiguous()  # no copy of what weight_panels made
+        weight = (
+            packed_weight.permute(0, 3, 1, 2).to(hidden.dtype).contiguous()
+        )  # no copy of what pack_modulation_weight made
     precision = _precision(hidden.dtype)
     if hidden.dtype == torch.float32 and precision == "tf32":
         hidden, weight = _rounded_to_tf32(hidden), _rounded_to_tf32(weight)
@@ -188,6 +190,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def weight_panels(gamma: Tensor, beta: Tensor) -> Tensor:
-    """`reference.weight_panels`."""
-    return reference.weight_panels(gamma, beta)
+def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
+    """`reference.pack_modulation_weight`."""
+    return reference.pack_modulation_weight(gamma, beta)

@@ -28,7 +28,7 @@ def _on_triton(device):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
         for name, candidates in backends._ON_CUDA.items():
-            if "triton" in candidates and name != "weight_panels":
+            if "triton" in candidates and name != "pack_modulation_weight":
                 kernel = backends._python_kernel(name, "triton")
                 library.impl(name, kernel, device.upper(), allow_override=True)
     # Exact products: what tf32 costs is for the error budget.

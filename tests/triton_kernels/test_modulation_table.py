@@ -48,9 +48,9 @@ class Problem:
         gradients = backend.modulation_table_grad(grad, hidden, gamma, beta, *self.segments)
         return named(table, *gradients)
 
-    def table(self, dtype: torch.dtype, panels: Tensor | None = None) -> Tensor:
+    def table(self, dtype: torch.dtype, packed_weight: Tensor | None = None) -> Tensor:
         floats = (t.to(dtype) for t in (self.hidden, self.gamma, self.beta, self.bias))
-        return kernels.modulation_table(*floats, self.windows, panels, None, None)
+        return kernels.modulation_table(*floats, self.windows, packed_weight, None, None)
 
 
 def named(*results: Tensor) -> dict[str, Tensor]:
@@ -158,9 +158,9 @@ def test_strided_arguments(device):
 @pytest.mark.parametrize("channels", [5, 48])
 def test_panels_change_nothing(channels, dtype, device):
     problem = Problem(random_windows(40, 10, 3), channels, 16, device)
-    panels = kernels.weight_panels(problem.gamma.to(dtype), problem.beta.to(dtype))
-    assert torch.equal(panels, reference.weight_panels(problem.gamma, problem.beta))
-    assert torch.equal(problem.table(dtype, panels), problem.table(dtype))
+    packed_weight = kernels.pack_modulation_weight(problem.gamma.to(dtype), problem.beta.to(dtype))
+    assert torch.equal(packed_weight, reference.pack_modulation_weight(problem.gamma, problem.beta))
+    assert torch.equal(problem.table(dtype, packed_weight), problem.table(dtype))
 
 
 @poisoned

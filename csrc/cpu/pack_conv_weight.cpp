@@ -72,7 +72,7 @@ void panels_of(const ConvWeights& w, A* panels) {
 
 }  // namespace
 
-void conv_panels(Dtype dtype, const ConvWeights& weights, void* panels) {
+void pack_conv_weight(Dtype dtype, const ConvWeights& weights, void* panels) {
   dtype == Dtype::f64 ? panels_of(weights, static_cast<double*>(panels))
                       : panels_of(weights, static_cast<float*>(panels));
 }
