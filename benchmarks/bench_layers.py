@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import interleaving
 import pytest
 import torch
 import torch.nn.functional as F
-import turns
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
@@ -97,18 +97,18 @@ def verified(config, names: tuple[str, ...], condition: LabelMap | Tensor, *, tr
 
 
 def first_mask(config) -> LabelMap:
-    return turns.masks(config)[turns.main_kind(config)][0]
+    return interleaving.masks(config)[interleaving.main_kind(config)][0]
 
 
 def pytest_generate_tests(metafunc):
-    turns.generate(metafunc, "repeat, shape, provider")
+    interleaving.generate(metafunc, "repeat, shape, provider")
 
 
 class _Suite:
     names, suite, passes = PROVIDERS, "", 2
 
     @classmethod
-    def turns(cls, config):
+    def schedule(cls, config):
         repeats = range(config.getoption("repeats"))
         return [(r, shape, name) for r in repeats for shape in shapes(config) for name in cls.names]
 
@@ -117,7 +117,7 @@ class _Suite:
         notes = self.notes(pytestconfig, side) | {"layers": shapes(pytestconfig)[shape]}
         notes["MB"] = self.passes * 4e-6 * channels * side**2
         case = f"{channels} x {side} x {side}"
-        turns.timed(benchmark, lambda: runs[shape][provider](None), self.suite, case, provider, **notes)
+        interleaving.timed(benchmark, lambda: runs[shape][provider](None), self.suite, case, provider, **notes)
 
     def notes(self, config, side: int) -> dict[str, float]:
         return {"distinct": distinct_fraction(first_mask(config), (side, side))}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
+import interleaving
 import pytest
 import torch
-import turns
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,7 +53,7 @@ def recorded(mask: sk.LabelMap, ngf: int) -> dict[str, tuple]:
 
 
 def calls(config) -> dict[str, tuple]:
-    return recorded(turns.masks(config)[turns.main_kind(config)][0], config.getoption("ngf"))
+    return recorded(interleaving.masks(config)[interleaving.main_kind(config)][0], config.getoption("ngf"))
 
 
 def moved(args: tuple, outputs: object) -> float:
@@ -69,12 +69,12 @@ def backend(provider) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc):
-    turns.generate(metafunc, "repeat, case, provider")
+    interleaving.generate(metafunc, "repeat, case, provider")
 
 
 class TestOps:
     @staticmethod
-    def turns(config):
+    def schedule(config):
         # "ours" here are the compiled kernels.
         names = ["reference"] + ["ours"] * (sk.build_info()["backends"]["cpu"] is None)
         return [(r, c, name) for r in range(config.getoption("repeats")) for c in calls(config) for name in names]
@@ -93,19 +93,19 @@ class TestOps:
             for got, exact in zip(tree_leaves(func(*args)), tree_leaves(expected[case]), strict=True):
                 assert relative_error(got, exact) < LIMIT
         traffic = moved(args, expected[case])
-        turns.timed(benchmark, lambda: func(*args), "operator", case, provider, MB=traffic)
+        interleaving.timed(benchmark, lambda: func(*args), "operator", case, provider, MB=traffic)
 
 
 class TestWindowIndex:
     @staticmethod
-    def turns(config):
-        kind = turns.main_kind(config)
-        numbers = range(len(turns.masks(config)[kind]))
+    def schedule(config):
+        kind = interleaving.main_kind(config)
+        numbers = range(len(interleaving.masks(config)[kind]))
         return [(repeat, number, "ours") for repeat in range(config.getoption("repeats")) for number in numbers]
 
     def test_all_resolutions(self, benchmark, pytestconfig, repeat, case, provider):
-        kind = turns.main_kind(pytestconfig)
-        mask, threads = turns.masks(pytestconfig)[kind][case], torch.get_num_threads()
+        kind = interleaving.main_kind(pytestconfig)
+        mask, threads = interleaving.masks(pytestconfig)[kind][case], torch.get_num_threads()
 
         def index() -> None:
             fresh(mask).prepare(resolutions(mask), KERNEL_SIZE, gradients=False)
@@ -113,5 +113,5 @@ class TestWindowIndex:
         torch.set_num_threads(1)
         if repeat == 0:
             index()
-        turns.timed(benchmark, index, results.INDEX, kind, provider)
+        interleaving.timed(benchmark, index, results.INDEX, kind, provider)
         torch.set_num_threads(threads)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import interleaving
 import pytest
-import turns
 
 from spade_model.benchmark import providers, results
 from spade_model.benchmark.memory import peak_of_step, saved_by_spade
@@ -11,19 +11,19 @@ from spade_model.benchmark.training import STEPS, step_run
 
 
 def pytest_generate_tests(metafunc):
-    turns.generate(metafunc, "repeat, provider")
+    interleaving.generate(metafunc, "repeat, provider")
 
 
 def first_mask(config):
-    return turns.masks(config)[turns.main_kind(config)][0]
+    return interleaving.masks(config)[interleaving.main_kind(config)][0]
 
 
 class TestStep:
     """Outputs are not compared: after one step of Adam, rounding has decided the signs of updates."""
 
     @staticmethod
-    def turns(config):
-        return [(repeat, provider) for repeat in range(turns.long_repeats(config)) for provider in STEPS]
+    def schedule(config):
+        return [(repeat, provider) for repeat in range(interleaving.long_repeats(config)) for provider in STEPS]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -36,30 +36,32 @@ class TestStep:
 
     def test_step(self, benchmark, pytestconfig, runs, repeat, provider):
         mask = first_mask(pytestconfig)
-        turns.timed(benchmark, lambda: runs[provider](mask), results.STEP, turns.main_kind(pytestconfig), provider)
+        interleaving.timed(
+            benchmark, lambda: runs[provider](mask), results.STEP, interleaving.main_kind(pytestconfig), provider
+        )
 
 
 class TestSaved:
     @staticmethod
-    def turns(config):
+    def schedule(config):
         return [(0, provider) for provider in ("eager", "tuned", "ours")]
 
     def test_saved(self, benchmark, pytestconfig, repeat, provider):
-        kind = turns.main_kind(pytestconfig)
-        masks = turns.masks(pytestconfig)[kind]
+        kind = interleaving.main_kind(pytestconfig)
+        masks = interleaving.masks(pytestconfig)[kind]
         generator = providers.settled_generator(masks[0], pytestconfig.getoption("ngf"))
         network = providers.training_networks(generator, [provider])[provider]
         mean = sum(saved_by_spade(network, mask) for mask in masks) / len(masks)
-        turns.noted(benchmark, mean, "MB", results.SAVED, kind, provider)
+        interleaving.noted(benchmark, mean, "MB", results.SAVED, kind, provider)
 
 
 class TestPeak:
     @staticmethod
-    def turns(config):
+    def schedule(config):
         return [(0, provider) for provider in ("eager", "ours")]
 
     def test_peak(self, benchmark, pytestconfig, repeat, provider):
         peak = peak_of_step(provider, first_mask(pytestconfig), pytestconfig.getoption("ngf"))
         if peak is None:
             pytest.skip("this system does not tell a process's peak memory")
-        turns.noted(benchmark, peak, "MB", results.PEAK, turns.main_kind(pytestconfig), provider)
+        interleaving.noted(benchmark, peak, "MB", results.PEAK, interleaving.main_kind(pytestconfig), provider)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import turns
+import interleaving
 
 from spade_model.benchmark.command import settings
 from spade_model.benchmark.environment import environment
@@ -12,7 +12,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("spade-kernels benchmarks")
     group.addoption("--dataroot", default="", help="folder of masks in the coco layout; default: toy landscapes")
     group.addoption("--masks", type=int, default=4, help="masks of the main kind")
-    group.addoption("--repeats", type=int, default=5, help="turns of every provider; fewer where a turn is long")
+    group.addoption("--repeats", type=int, default=5, help="repeats of every provider; fewer where one is long")
     group.addoption("--ngf", type=int, default=64, help="generator width")
     group.addoption("--crop-size", type=int, default=256, help="width and height of masks and images, in pixels")
 
@@ -20,5 +20,5 @@ def pytest_addoption(parser):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["spade"] = {
         "environment": environment(),
-        "settings": settings(config.getoption("ngf"), turns.masks(config)),
+        "settings": settings(config.getoption("ngf"), interleaving.masks(config)),
     }

@@ -76,7 +76,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=_RESULTS, help="JSON file, or its folder")
     parser.add_argument("--only", nargs="*", default=[], help="names of steps to run; * stands for anything")
     parser.add_argument("--device", default="cuda", help="cpu: to try the measurements themselves")
-    parser.add_argument("--tiny", action="store_true", help="small networks and few turns, for the same")
+    parser.add_argument("--tiny", action="store_true", help="small networks and few repeats, for the same")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="folder for logs and parts")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
@@ -97,14 +97,14 @@ def child(arguments: argparse.Namespace) -> int:
     if arguments.prepare:
         parts.prepare(arguments.work, arguments.dataroot, device, arguments.ngf, arguments.size)
         return 0
-    turns, seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
+    repeats, seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
     known = parts.parts(arguments.batch, arguments.others) | parts.agreements(*arguments.compared)
     known |= parts.compilations(arguments.batch)
     failed = parts.measure(
         arguments.part,
         known[arguments.part],
         arguments.work,
-        lambda masks: Workload(device, arguments.ngf, masks, arguments.batch, turns, seconds),
+        lambda masks: Workload(device, arguments.ngf, masks, arguments.batch, repeats, seconds),
     )
     print("; ".join(f"left out: {who}: {why}" for who, why in failed.items()) or "nobody left out")
     return int(bool(failed))

@@ -31,8 +31,8 @@ _SCHEMAS = {
         "(Tensor grad, Tensor rows, Tensor indices, Tensor offsets, int num_taps, bool relu) -> (Tensor, Tensor)"
     ),
     "modulation_table": (
-        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? packed_weight, Tensor? indices,"
-        " Tensor? offsets) -> Tensor"
+        "(Tensor hidden, Tensor gamma, Tensor beta, Tensor bias, Tensor windows, Tensor? packed_weight,"
+        " Tensor? indices, Tensor? offsets) -> Tensor"
     ),
     "modulation_table_grad": (
         "(Tensor grad, Tensor hidden, Tensor gamma, Tensor beta, Tensor indices, Tensor offsets)"
@@ -174,7 +174,7 @@ def modulation_table(
 
 
 def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
-    """Weights that stand still, as `modulation_table` likes them: `reference.pack_modulation_weight`. No derivatives."""
+    """Packs weights for `modulation_table`: `reference.pack_modulation_weight`. Not differentiable."""
     return _call(_ops.pack_modulation_weight, gamma, beta)
 
 
@@ -235,7 +235,7 @@ class Modulated(NamedTuple):
 
 
 def pack_conv_weight(weight: Tensor) -> Tensor:
-    """Weights that stand still, as `conv` likes them: `reference.pack_conv_weight`. No derivatives."""
+    """Packs a weight for `conv` and `modulate_conv`: `reference.pack_conv_weight`. Not differentiable."""
     return _call(_ops.pack_conv_weight, weight)
 
 

@@ -104,7 +104,7 @@ def modulation_table(
         hidden: (hidden rows, D); a window entry of 0 contributes nothing.
         gamma, beta: (C, D, k, k); bias: (2C,).
         windows: (rows, k*k) int64.
-        packed_weight: what `pack_modulation_weight` made of gamma and beta, if they stand still; the reference does without.
+        packed_weight: gamma and beta packed by `pack_modulation_weight`, or None; not used by the reference.
         indices, offsets: uses of each (hidden row, tap) by the windows; needed by the backward only.
     """
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
@@ -132,8 +132,8 @@ def modulation_table_grad(
 def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) by 32 output columns, the last panel filled with 0.
 
-    What a backend's `modulation_table` otherwise makes of the weights in every call. Dense in the accumulation dtype;
-    on a GPU in the weights' own, with D innermost: what tensor cores read.
+    Packing once saves `modulation_table` the work in every call. The result is dense in the accumulation dtype; on a
+    GPU it has the weights' dtype and D innermost, as tensor cores read it.
     """
     columns = torch.cat((gamma, beta)).flatten(2)
     columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32)).unflatten(0, (-1, 32))
@@ -265,7 +265,7 @@ def conv(x: Tensor, packed_weight: Tensor, bias: Tensor, add: Tensor | None, rel
     the tiles that read it.
 
     Args:
-        x: (N, C, h, w). packed_weight: what `pack_conv_weight` made of (out, C, k, k). bias: (out,).
+        x: (N, C, h, w). packed_weight: of `pack_conv_weight`, from a weight (out, C, k, k). bias: (out,).
         add: (N, out, h, w). relu: applied to the result.
     """
     acc = accumulator(x)

@@ -20,7 +20,7 @@ from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map, relative_error
 from spade_model.benchmark import results
 from spade_model.benchmark.masks import bench_masks, distinct_fraction
-from spade_model.benchmark.measure import take_turns, verify
+from spade_model.benchmark.measure import interleave, verify
 from spade_model.benchmark.memory import saved_by_spade
 from spade_model.benchmark.musts import Must, judge
 from spade_model.benchmark.providers import eval_runs, settled_generator, training_networks
@@ -105,7 +105,7 @@ def test_masks_of_every_kind_fit_one_generator(coco_dir):
 def test_providers_take_turns():
     turns: list[tuple[str, int]] = []
     runs = {name: (lambda mask, name=name: turns.append((name, mask))) for name in ("a", "b")}
-    times = take_turns(runs, [1, 2], repeats=2)
+    times = interleave(runs, [1, 2], repeats=2)
     assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] * 2
     assert [len(values) for values in times.values()] == [4, 4]
 

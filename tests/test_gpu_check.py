@@ -219,12 +219,12 @@ class TestTimes:
     def test_providers_and_arguments_take_turns(self):
         seen: list[tuple[str, int]] = []
         runs = {name: (lambda argument, name=name: seen.append((name, argument))) for name in ("a", "b")}
-        times = clock.take_turns(runs, [1, 2, 3], CPU, turns=4, seconds=60)
+        times = clock.interleave(runs, [1, 2, 3], CPU, repeats=4, seconds=60)
         assert seen[4:] == [(name, argument) for argument in (1, 2, 3, 1) for name in ("a", "b")]
         assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
 
     def test_every_argument_is_timed_however_long_it_takes(self):
-        times = clock.take_turns({"a": lambda _: time.sleep(0.01)}, list(range(5)), CPU, turns=30, seconds=0)
+        times = clock.interleave({"a": lambda _: time.sleep(0.01)}, list(range(5)), CPU, repeats=30, seconds=0)
         assert len(times["a"]) == 5
         assert min(times["a"]) >= 10
 
@@ -347,7 +347,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def workload(masks: dict) -> batches.Workload:
-    return batches.Workload(CPU, 2, masks, 2, turns=3, seconds=0.1)
+    return batches.Workload(CPU, 2, masks, 2, repeats=3, seconds=0.1)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ class Workload:
     Attributes:
         masks: by kind, the main kind first; one image each, on the CPU.
         batch: the batch size that everything is measured at; others: that whole networks are measured at, too.
-        turns, seconds: of each measurement, at most.
+        repeats, seconds: of each measurement, at most.
         failed: by provider, why it was left out.
     """
 
@@ -36,7 +36,7 @@ class Workload:
     ngf: int
     masks: dict[str, list[LabelMap]]
     batch: int
-    turns: int
+    repeats: int
     seconds: float
     failed: dict[str, str] = field(default_factory=dict)
 

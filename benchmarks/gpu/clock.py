@@ -1,4 +1,4 @@
-"""Times on a device: captured in CUDA graphs where there is one, providers in turns, by the device's own clock."""
+"""Times on a device: captured in CUDA graphs where there is one, providers interleaved, by the device's own clock."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.devi
     return start.elapsed_time(end)
 
 
-def take_turns(
+def interleave(
     runs: Mapping[str, Callable[[Any], object]],
     arguments: Sequence[Any],
     device: torch.device,
-    turns: int,
+    repeats: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider, one for every turn; the arguments take turns, too.
+    """Milliseconds of each provider, one for every repeat; the arguments are interleaved, too.
 
-    At most `turns` turns of each argument's worth, fewer when `seconds` are over, but every argument once.
+    At most `repeats` repeats of each argument's worth, fewer when `seconds` are over, but every argument once.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -91,11 +91,11 @@ def take_turns(
         run(arguments[0])
         run(arguments[-1])
     started = time.monotonic()
-    for turn in range(max(turns, len(arguments))):
-        if turn >= max(3, len(arguments)) and time.monotonic() - started > seconds:
+    for repeat in range(max(repeats, len(arguments))):
+        if repeat >= max(3, len(arguments)) and time.monotonic() - started > seconds:
             break
         for name, run in runs.items():
-            times[name].append(milliseconds(run, arguments[turn % len(arguments)], device))
+            times[name].append(milliseconds(run, arguments[repeat % len(arguments)], device))
     return times
 
 

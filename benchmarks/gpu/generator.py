@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu.batches import Workload, place_for, release
-from gpu.clock import PRECISIONS, Captured, compiled, float32_products, take_turns
+from gpu.clock import PRECISIONS, Captured, compiled, float32_products, interleave
 from spade_kernels import LabelMap, StaticLabelMap, freeze
 from spade_kernels.functional import use_path
 from spade_model.benchmark.masks import fresh
@@ -149,7 +149,7 @@ class _Eval:
             with may_fail("ours-dense"), use_path("dense"):
                 runs["ours-dense"] = our_runs(lambda: self.ours(place.label_map), place, found, prepare)["ours"]
         check_images(runs, self.exact, self.tuned, found, SLACK[self.precision], may_fail)
-        times = take_turns(runs, found, self.work.device, self.work.turns, self.work.seconds)
+        times = interleave(runs, found, self.work.device, self.work.repeats, self.work.seconds)
         yield from (Result.of(EVAL, case, name, values, batches=len(found)) for name, values in times.items())
 
     def _captured(self, step: Callable[[], Tensor]) -> Captured:
@@ -215,7 +215,7 @@ class _Training:
         exact, tuned = self._from_the_start(self.exact), self._from_the_start(self.tuned)
         runs = {name: self._from_the_start(run) for name, run in self.runs.items()}
         check_images(runs, exact, tuned, self.found, SLACK[self.precision], may_fail)
-        times = take_turns(self.runs, self.found, self.work.device, self.work.turns, self.work.seconds)
+        times = interleave(self.runs, self.found, self.work.device, self.work.repeats, self.work.seconds)
         notes = {"batches": len(self.found)}
         yield from (Result.of(TRAINING, self.case, name, values, **notes) for name, values in times.items())
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu.batches import Workload, place_for
-from gpu.clock import PRECISIONS, Captured, compiled, float32_products, take_turns
+from gpu.clock import PRECISIONS, Captured, compiled, float32_products, interleave
 from gpu.rotation import copies_beyond_cache
 from spade_kernels import SPADE, freeze
 from spade_kernels.testing import random_spade, relative_error
@@ -84,7 +84,7 @@ class _Layers:
                 assert error <= limit, f"{error:.2g} from float32's output, more than {limit:.2g}"
                 runs[name] = self._captured([(call, x) for x in inputs])
                 self.calls[name, shape] = call
-        times = take_turns(runs, [None], self.work.device, self.work.turns, self.work.seconds / 10)
+        times = interleave(runs, [None], self.work.device, self.work.repeats, self.work.seconds / 10)
         for name, values in times.items():
             yield Result.of(self.suite, case, name, [value / len(inputs) for value in values])
 
@@ -100,7 +100,7 @@ class _Layers:
             if all((name, shape) in self.calls for shape, _ in inputs):
                 with self.work.may_fail(name, case, runs):
                     runs[name] = self._captured([(self.calls[name, shape], x) for shape, x in inputs])
-        times = take_turns(runs, [None], self.work.device, self.work.turns, self.work.seconds)
+        times = interleave(runs, [None], self.work.device, self.work.repeats, self.work.seconds)
         yield from (Result.of(self.suite, case, name, values) for name, values in times.items())
 
     def ours(self, shape: Shape) -> SPADE:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import spade_kernels as sk
 from gpu.batches import Workload, place_for
-from gpu.clock import PRECISIONS, Captured, float32_products, take_turns
+from gpu.clock import PRECISIONS, Captured, float32_products, interleave
 from gpu.rotation import copies_beyond_cache, moved, rotated
 from spade_kernels import backends, ops
 from spade_kernels.functional import use_path
@@ -117,7 +117,7 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                     timed[name].runs[backend] = _many(func, each, backend, work.device)
             for name, one in timed.items():
                 case = _case(work, precision, name, shape)
-                times = take_turns(one.runs, [None], work.device, work.turns, work.seconds / 20)
+                times = interleave(one.runs, [None], work.device, work.repeats, work.seconds / 20)
                 for backend, values in times.items():
                     values = [value / one.copies for value in values]
                     sums[name, backend].append([count * value for value in values])
@@ -126,7 +126,7 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                 yield from _ceiling_of(name, case, ceilings)
     for (name, backend), every in sums.items():
         if len(every) == len(shapes(work.ngf, work.size[1])):
-            values = [sum(turn) for turn in zip(*every, strict=False)]
+            values = [sum(repeat) for repeat in zip(*every, strict=False)]
             yield Result.of(OPERATOR, _case(work, precision, name, None), backend, values)
 
 
@@ -152,9 +152,9 @@ def window_index(work: Workload) -> Iterator[Result]:
         for name in names:
             sk.use_backend(name)
             # A label map keeps its indexes: each call takes one that was made before.
-            unused = [fresh(found[0]) for _ in range(work.turns + 3)]
+            unused = [fresh(found[0]) for _ in range(work.repeats + 3)]
             runs = {name: lambda _, unused=unused, run=run: run(unused.pop())}
-            times = take_turns(runs, [None], work.device, work.turns, work.seconds)
+            times = interleave(runs, [None], work.device, work.repeats, work.seconds)
             yield Result.of(suite, case, name, times[name])
     sk.use_backend("auto")
 
@@ -241,7 +241,7 @@ def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
     target = torch.empty_like(source)
     left, right = torch.randn(2, rows, rows, device=device, dtype=PRECISIONS[precision])
     runs = {"copy": lambda _: target.copy_(source), "matmul": lambda _: left @ right}
-    times = take_turns(runs, [None], device, work.turns, work.seconds)
+    times = interleave(runs, [None], device, work.repeats, work.seconds)
     return {
         "copy": [2 * nbytes / 1e6 / ms for ms in times["copy"]],
         "matmul": [2 * rows**3 / 1e9 / ms for ms in times["matmul"]],

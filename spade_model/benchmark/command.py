@@ -13,7 +13,7 @@ from spade_kernels import LabelMap
 from spade_model.benchmark import providers, results
 from spade_model.benchmark.environment import environment
 from spade_model.benchmark.masks import bench_masks, distinct_fractions
-from spade_model.benchmark.measure import take_turns, verify
+from spade_model.benchmark.measure import interleave, verify
 from spade_model.benchmark.memory import peak_of_step, saved_by_spade
 from spade_model.benchmark.results import BenchRun, Result, save_runs
 from spade_model.config import DataConfig
@@ -80,7 +80,7 @@ def _eval(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]
         verify(runs, masks[0])
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise UserError(f"--compiled: torch.compile does not work here: {error}") from error
-    return [Result.of(results.EVAL, kind, n, v) for n, v in take_turns(runs, masks, config.repeats).items()]
+    return [Result.of(results.EVAL, kind, n, v) for n, v in interleave(runs, masks, config.repeats).items()]
 
 
 def _training(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
@@ -88,7 +88,7 @@ def _training(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Res
     networks = providers.training_networks(generator, ("eager", "tuned", "ours", "spade-free"))
     runs = {name: providers.training_run(network) for name, network in networks.items()}
     verify(runs, masks[0])
-    times = take_turns(runs, masks, max(1, config.repeats // 2))
+    times = interleave(runs, masks, max(1, config.repeats // 2))
     saved = {name: saved_by_spade(networks[name], masks[0]) for name in ("eager", "tuned", "ours")}
     return [
         *(Result.of(results.TRAINING, kind, name, values) for name, values in times.items()),

@@ -1,4 +1,4 @@
-"""Same results first, then times: providers take turns within every repeat and mask."""
+"""Same results first, then times: providers are interleaved within every repeat and mask."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify(runs: Mapping[str, Callable[[Any], Tensor]], argument: Any, limit: fl
     return errors
 
 
-def take_turns(
+def interleave(
     runs: Mapping[str, Callable[[Any], object]], arguments: Sequence[Any], repeats: int
 ) -> dict[str, list[float]]:
     """Milliseconds of each provider, one value for every repeat and argument. Call `verify` first, to warm up."""

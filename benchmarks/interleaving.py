@@ -1,6 +1,6 @@
-"""Providers take turns: repeats are the outermost loop, so that what slows the machine down slows all of them.
+"""Providers are interleaved: repeats are the outermost loop, so that what slows the machine down slows all of them.
 
-A suite is a class whose `turns(config)` lists the parameters of its test in the order in which they run. A fixture of
+A suite is a class whose `schedule(config)` lists the parameters of its test in the order in which they run. A fixture of
 the class builds and verifies the providers, which also warms them up; then every test is one timed call.
 """
 
@@ -39,8 +39,8 @@ def long_repeats(config: pytest.Config) -> int:
 
 
 def generate(metafunc: pytest.Metafunc, names: str) -> None:
-    """Parametrizes a test of a suite with its class's turns."""
-    metafunc.parametrize(names, metafunc.cls.turns(metafunc.config))
+    """Parametrizes a test of a suite with its class's schedule."""
+    metafunc.parametrize(names, metafunc.cls.schedule(metafunc.config))
 
 
 def timed(benchmark, run: Callable[[], object], suite: str, case: str, provider: str, **extra: float) -> None:
