@@ -1,7 +1,7 @@
 """Providers are interleaved: repeats are the outermost loop, so that what slows the machine down slows all of them.
 
-A suite is a class whose `schedule(config)` lists the parameters of its test in the order in which they run. A fixture of
-the class builds and verifies the providers, which also warms them up; then every test is one timed call.
+A suite is a class whose `schedule(config)` lists the parameters of its test in the order in which they run. A fixture
+of the class builds and verifies the providers, which also warms them up; then every test is one timed call.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from spade_model.benchmark import results
 from spade_model.benchmark.masks import bench_masks, distinct_fraction
 from spade_model.benchmark.measure import interleave, verify
 from spade_model.benchmark.memory import saved_by_spade
-from spade_model.benchmark.musts import Must, judge
 from spade_model.benchmark.providers import eval_runs, settled_generator, training_networks
 from spade_model.benchmark.results import BenchRun, Result, load_runs, save_runs
 from spade_model.benchmark.stock import StockSPADE, one_hot, stock_generator
+from spade_model.benchmark.targets import Target, judge
 from spade_model.config import default_data_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -143,13 +143,13 @@ def test_percentiles():
     [(">=", 2.5, "met"), (">=", 2.6, "missed"), ("<=", 2.5, "met"), ("<=", 2.4, "missed"), ("<", 2.5, "missed")],
 )
 def test_bounds(bound, must, word):
-    (verdict,) = judge(_run(eager=5.0, ours=2.0), (Must(results.EVAL, "eager", "ours", bound, must, must),))
+    (verdict,) = judge(_run(eager=5.0, ours=2.0), (Target(results.EVAL, "eager", "ours", bound, must, must),))
     assert (verdict.measured, verdict.word) == (2.5, word)
 
 
 def test_bounds_without_measurement_or_limit():
-    musts = (Must(results.EVAL, "eager", "ours", ">=", 6, 8), Must(results.EVAL, "ours", "tuned"))
-    missing, reported = judge(_run(ours=2.0, tuned=4.0), musts)
+    targets = (Target(results.EVAL, "eager", "ours", ">=", 6, 8), Target(results.EVAL, "ours", "tuned"))
+    missing, reported = judge(_run(ours=2.0, tuned=4.0), targets)
     assert (missing.measured, missing.word) == (None, "not run")
     assert (reported.measured, reported.word) == (0.5, "reported")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from spade_model.benchmark.musts import judge
 from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, TRAINING, BenchRun, Result, load_runs
+from spade_model.benchmark.targets import judge
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -78,7 +78,7 @@ class TestReport:
     def test_the_faster_of_ours(self, run):
         compiled = result(EVAL, "real, bf16, batch 8", "ours-compiled", 2.0)
         both = dataclasses.replace(run, results=[*run.results, compiled])
-        names = {v.name: v.measured for v in judge(both, report.musts(both, 8))}
+        names = {v.name: v.measured for v in judge(both, report.targets(both, 8))}
         assert names["generator eval, real, bf16, batch 8: baseline / ours-compiled"] == 3.0
 
     @pytest.mark.parametrize(
@@ -103,7 +103,9 @@ class TestReport:
     def test_only_the_kernels_that_are_taken_must_be_fast(self, run, monkeypatch):
         taken = {"modulate": "cuda", "channel_stats": "triton"}
         monkeypatch.setattr(report.backends, "kernels_on", lambda device: taken)
-        bounds = {(m.case.split(",")[0], m.numerator): m.bound for m in report.musts(run, 8) if m.denominator == "copy"}
+        bounds = {
+            (m.case.split(",")[0], m.numerator): m.bound for m in report.targets(run, 8) if m.denominator == "copy"
+        }
         assert bounds == {
             ("modulate", "cuda"): ">=",
             ("modulate", "triton"): "",

@@ -16,9 +16,9 @@ from gpu.operators import BANDWIDTH, INDEX, INDEX_GROUPS, LABEL_MAP, OPERATOR, P
 from gpu.parts import FAILURES
 from gpu.steps import FAILED, NOT_RUN, PASSED, Step
 from spade_kernels import backends
-from spade_model.benchmark.musts import Must, Verdict, judge
 from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, LAYER_TRAINING, TRAINING, BenchRun, Result, load_runs
 from spade_model.benchmark.tables import markdown, spread
+from spade_model.benchmark.targets import Target, Verdict, judge
 
 _PROVIDERS = (
     "original",
@@ -40,7 +40,7 @@ DETERMINISM, SANITIZER = "determinism", "sanitizer"  # how the names of those st
 
 def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
     """Of all bounds; where masks are toys, what was measured is only reported."""
-    found = judge(run, musts(run, batch))
+    found = judge(run, targets(run, batch))
     if run.main_masks != "real":
         found = [replace(verdict, met=None) for verdict in found]
     return [
@@ -58,7 +58,7 @@ def _from_steps(name: str, steps: Sequence[Step], start: str, counted: str) -> V
     return Verdict(name, "= 0", "0", count if count or clean else None, clean if count or clean else None)
 
 
-def musts(run: BenchRun, batch: int) -> tuple[Must, ...]:
+def targets(run: BenchRun, batch: int) -> tuple[Target, ...]:
     """The bounds for generators of ngf 64 and real COCO masks of 256 x 256 pixels.
 
     Where memory bounds a kernel, it must be fast if `backends.py` takes it, and is only reported otherwise.
@@ -69,16 +69,16 @@ def musts(run: BenchRun, batch: int) -> tuple[Must, ...]:
     for name in ("modulate", "channel_stats"):
         for backend in ("cuda", "triton"):
             bound = ">=" if taken[name] in (backend, "reference") else ""
-            rates.append(Must(BANDWIDTH, backend, "copy", bound, 0.8, 0.9, _largest(run, name, batch)))
+            rates.append(Target(BANDWIDTH, backend, "copy", bound, 0.8, 0.9, _largest(run, name, batch)))
     return (
-        Must(EVAL, "baseline", _faster(run, EVAL, case), ">=", 2.0, 2.5, case),
-        Must(TRAINING, "baseline", _faster(run, TRAINING, case), ">=", 1.6, 2.0, case),
-        Must(LAYER, "baseline", "ours", ">=", 2.5, 3.5, f"{ALL_LAYERS}, bf16, batch {batch}"),
-        Must(TRAINING, "original", _faster(run, TRAINING, case), case=case),
+        Target(EVAL, "baseline", _faster(run, EVAL, case), ">=", 2.0, 2.5, case),
+        Target(TRAINING, "baseline", _faster(run, TRAINING, case), ">=", 1.6, 2.0, case),
+        Target(LAYER, "baseline", "ours", ">=", 2.5, 3.5, f"{ALL_LAYERS}, bf16, batch {batch}"),
+        Target(TRAINING, "original", _faster(run, TRAINING, case), case=case),
         *rates,
-        Must(PEAK, "baseline", "ours", ">=", 2.0, 3.0, case),
-        Must(INDEX, "cuda", "", "<", 0.3, 0.1, f"{kind}, integers, batch {batch}"),
-        Must(EVAL, "baseline", "ours", ">=", 0.95, 1.0, f"noise, bf16, batch {batch}"),
+        Target(PEAK, "baseline", "ours", ">=", 2.0, 3.0, case),
+        Target(INDEX, "cuda", "", "<", 0.3, 0.1, f"{kind}, integers, batch {batch}"),
+        Target(EVAL, "baseline", "ours", ">=", 0.95, 1.0, f"noise, bf16, batch {batch}"),
     )
 
 
@@ -173,10 +173,10 @@ def file_name(environment: dict[str, Any]) -> str:
 
 def tables(run: BenchRun, verdicts: Sequence[Verdict], failed: dict[str, dict[str, str]]) -> str:
     """What was measured, short enough for a screen or two, the bounds last."""
-    lines = [["bound", "must", "aim", "measured", ""]]
+    lines = [["bound", "required", "goal", "measured", ""]]
     for v in verdicts:
         measured = "" if v.measured is None else f"{v.measured:.3g}"
-        lines.append([v.name, v.bound, v.aim, measured, _word(v)])
+        lines.append([v.name, v.bound, v.goal, measured, _word(v)])
     texts = [
         by_provider(run, (EVAL, TRAINING, PEAK), _PROVIDERS, ("baseline", "ours")),
         by_provider(run, (LAYER, LAYER_TRAINING), _PROVIDERS, ("baseline", "ours"), only=ALL_LAYERS),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from spade_model.benchmark.musts import judge
 from spade_model.benchmark.results import EVAL, PEAK, SAVED, STEP, TRAINING, BenchRun, Result
+from spade_model.benchmark.targets import judge
 
 _COLUMNS = ("eager", "tuned", "compiled", "ours", "ours-reference", "spade-free", "spade-free-compiled")
 _MEANINGS = {
@@ -74,11 +74,11 @@ def everything(run: BenchRun) -> str:
 
 
 def musts_table(runs: Mapping[str, BenchRun]) -> str:
-    """The bounds of `musts.MUSTS` and whether they were met, with one column for each named run."""
-    lines = [["row", "must", "aim", *runs]]
+    """The bounds of `targets.TARGETS` and whether they were met, with one column for each named run."""
+    lines = [["row", "required", "goal", *runs]]
     for verdicts in zip(*map(judge, runs.values()), strict=True):
         measured = (f"{v.measured:.3g} {v.word}" if v.measured is not None else v.word for v in verdicts)
-        lines.append([verdicts[0].name, verdicts[0].bound, verdicts[0].aim, *measured])
+        lines.append([verdicts[0].name, verdicts[0].bound, verdicts[0].goal, *measured])
     return markdown(lines)
 
 

@@ -1,0 +1,95 @@
+"""What must hold on two cores in float32: ngf 64, real COCO masks of 256 x 256 pixels, 184 channels, batch 1."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from spade_model.benchmark.results import (
+    ALL_LAYERS,
+    DENSE,
+    EVAL,
+    INDEX,
+    PEAK,
+    SAVED,
+    TRAINING,
+    BenchRun,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on numerator / denominator, or on the numerator alone (in its unit).
+
+    Attributes:
+        suite, numerator, denominator: of the results. case: "" stands for the masks everything is measured on.
+        bound: ">=", "<=", "<", or "" to report only. required, goal: the bound, and the value hoped for.
+    """
+
+    suite: str
+    numerator: str
+    denominator: str = ""
+    bound: str = ""
+    required: float = 0.0
+    goal: float = 0.0
+    case: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bound and what was measured; `measured` is None where nothing was, and `met` where nothing can be compared."""
+
+    name: str
+    bound: str
+    goal: str
+    measured: float | None
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        if self.measured is None:
+            return "not run"
+        return "reported" if self.met is None else "met" if self.met else "missed"
+
+
+TARGETS = (
+    Target(EVAL, "eager", "ours", ">=", 6, 8),
+    Target(EVAL, "compiled", "ours", ">=", 2.5, 3.5),
+    Target(EVAL, "ours", "spade-free", "<=", 1.1, 0.85),
+    Target(EVAL, "ours", "spade-free-compiled", "<=", 1.6, 1.2),
+    Target(TRAINING, "eager", "ours", ">=", 2.5, 3.2),
+    Target(TRAINING, "ours", "spade-free", "<=", 1.4, 1.15),
+    Target(SAVED, "eager", "ours", ">=", 4, 8),
+    Target(INDEX, "ours", "", "<", 8, 3),
+    Target(EVAL, "ours-dense", "ours", ">=", 0.95, 1.0, case="noise"),
+    Target(DENSE, "eager", "ours", ">=", 1.3, 1.6, case=ALL_LAYERS),
+    Target(DENSE, "compiled", "ours", ">=", 1.0, 1.2, case=ALL_LAYERS),
+    Target(PEAK, "eager", "ours"),
+)
+
+_COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+
+def judge(run: BenchRun, targets: tuple[Target, ...] = TARGETS) -> list[Verdict]:
+    """one verdict for each target, from medians."""
+    return [_judge(run, target) for target in targets]
+
+
+def _judge(run: BenchRun, target: Target) -> Verdict:
+    case = target.case or run.main_masks
+    top = run.find(target.suite, case, target.numerator)
+    bottom = run.find(target.suite, case, target.denominator) if target.denominator else None
+    measured = None
+    if top is not None and not target.denominator:
+        measured = top.p50
+    elif top is not None and bottom is not None:
+        measured = top.p50 / bottom.p50
+    what = f"{target.numerator} / {target.denominator}" if target.denominator else target.numerator
+    unit = "" if target.denominator else " ms"
+    return Verdict(
+        f"{target.suite}, {case}: {what}",
+        f"{target.bound} {target.required:g}{unit}" if target.bound else "",
+        f"{target.goal:g}{unit}" if target.bound else "",
+        measured,
+        bool(_COMPARE[target.bound](measured, target.required)) if target.bound and measured is not None else None,
+    )
