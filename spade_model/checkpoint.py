@@ -35,6 +35,10 @@ _DAMAGE = (
 )
 
 
+# Checkpoints written under the old name still load.
+_RENAMED = {"G_average": "G_ema"}
+
+
 def save(path: Path, tree: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors and plain values to `path`.
 
@@ -154,7 +158,7 @@ def _read_tree(file: Any, path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a training checkpoint: its saved state is {type(tree).__name__}, not options")
-    return tree
+    return {_RENAMED.get(name, name): value for name, value in tree.items()}
 
 
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -157,12 +157,12 @@ def load_model(
     where = choose_device(device)
     states: dict[str, dict[str, Tensor]]
     if path.suffix == ".safetensors":
-        states = checkpoint.load_part(path, "G", "G_average", "E", "config")
+        states = checkpoint.load_part(path, "G", "G_ema", "E", "config")
         saved = saved_config(states, path)
         if "G" not in states:
             raise UserError(f"{path} holds no generator; pass a file that `spade train` wrote")
         data, model = data or saved.data, model or saved.model
-        weights = states["G"] if last_weights else states.get("G_average", states["G"])
+        weights = states["G"] if last_weights else states.get("G_ema", states["G"])
     else:
         weights = checkpoint.read_state_dict(path)
         data, model = infer_generator(weights, data or default_data_config("coco"), model or ModelConfig(), str(path))

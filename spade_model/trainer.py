@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spade_kernels.normalization import world_size
 from spade_model import checkpoint, losses
-from spade_model.average import Average
 from spade_model.config import TrainConfig
 from spade_model.data import Batch
+from spade_model.ema import EMA
 from spade_model.errors import UserError
 from spade_model.networks import build_discriminator, build_encoder, build_generator, initialize, load_vgg19
 
@@ -50,10 +50,10 @@ class Trainer:
         encoder = build_encoder(data, model)
         self.encoder = None if encoder is None else ready(encoder)
         self.vgg = None if config.no_vgg_loss else load_vgg19(config.vgg_weights).to(self.device)
-        self.average = None
+        self.ema = None
         if config.ema_decay:
             twin = build_generator(data, model).to(self.device)
-            self.average = Average(twin, self.generator, config.ema_decay)
+            self.ema = EMA(twin, self.generator, config.ema_decay)
 
         self._parallel_generator = self._parallel(self.generator)
         self._parallel_discriminator = self._parallel(self.discriminator)
@@ -92,8 +92,8 @@ class Trainer:
         discriminator_report, fake = self._discriminator_step(batches)
         reports.append(discriminator_report)
         self.steps += 1
-        if self.average is not None:
-            self.average.update(self.generator)
+        if self.ema is not None:
+            self.ema.update(self.generator)
         return {name: value for report in reports for name, value in report.items()}, fake
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class Trainer:
         }
         if self.encoder is not None:
             state["E"] = self.encoder.state_dict()
-        if self.average is not None:
-            state["G_average"] = self.average.network.state_dict()
+        if self.ema is not None:
+            state["G_ema"] = self.ema.network.state_dict()
         return state
 
     def broken_weight(self) -> str | None:
@@ -132,8 +132,8 @@ class Trainer:
         networks = {"G": self.generator, "D": self.discriminator}
         if self.encoder is not None:
             networks["E"] = self.encoder
-        if self.average is not None:
-            networks["G_average"] = self.average.network
+        if self.ema is not None:
+            networks["G_ema"] = self.ema.network
         for name, network in networks.items():
             if name not in state:
                 raise UserError(f"{source} holds no {name}; resume with the options it was trained with")

@@ -212,10 +212,10 @@ class _Run:
         broken = self.trainer.broken_weight()
         if broken is not None:
             raise self._diverged(f"{broken} is not finite")
-        average = self.trainer.average
-        if average is not None and self.config.ema_bn_batches:
+        ema = self.trainer.ema
+        if ema is not None and self.config.ema_bn_batches:
             batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
-            average.reestimate(batch.segmap.to(self.device) for batch in batches)
+            ema.reestimate(batch.segmap.to(self.device) for batch in batches)
         random_states = _gather_random_states(self.device, self.world_size)
         if self.rank == 0:
             state: dict[str, Any] = {

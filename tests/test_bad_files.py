@@ -118,7 +118,7 @@ CONTINUED: dict[str, tuple[list[str], list[str]]] = {
     "grey": (["--output_nc", "1"], ["another architecture", "conv_img.weight has shape (3, ", "output_nc"]),
     "batch_size": (["--batch_size", "4"], ["--batch_size 2, not 4", "continue with the same"]),
     "accumulate": (["--accumulate", "2"], ["--accumulate 1, not 2"]),
-    "average": (["--ema_decay", "0.9"], ["holds no G_average", "trained with"]),
+    "average": (["--ema_decay", "0.9"], ["holds no G_ema", "trained with"]),
     "epoch": (["--which_epoch", "7"], ["7.safetensors", "does not exist", "--which_epoch"]),
     "without its option": ([], ["already holds a trained model", "--continue_train", "--name"]),
 }

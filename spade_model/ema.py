@@ -1,4 +1,4 @@
-"""The moving average of a generator's weights."""
+"""The exponential moving average (EMA) of a generator's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from spade_kernels.functional import Segmap
 
 
-class Average:
+class EMA:
     """A second generator whose parameters follow the trained one's.
 
     Args:
