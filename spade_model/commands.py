@@ -37,7 +37,7 @@ RENAMED = {
 }
 """The original's options that have another name here; both are understood."""
 
-GONE = {
+REMOVED_OPTIONS = {
     "--gpu_ids": "choose with --device cpu|cuda; for several GPUs start with torchrun",
     "--model": "there is one model",
     "--netD": "there is one discriminator, multiscale",
@@ -174,8 +174,8 @@ def _translate(arguments: list[str]) -> list[str]:
             result.append(argument)
             continue
         name = "--" + name[2:].replace("-", "_")
-        if name in GONE:
-            raise UserError(f"{name} is not an option here: {GONE[name]}")
+        if name in REMOVED_OPTIONS:
+            raise UserError(f"{name} is not an option here: {REMOVED_OPTIONS[name]}")
         result.append(RENAMED.get(name, name) + equals + value)
     return result
 

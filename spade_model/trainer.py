@@ -113,7 +113,7 @@ class Trainer:
             state["G_ema"] = self.ema.network.state_dict()
         return state
 
-    def broken_weight(self) -> str | None:
+    def first_nonfinite(self) -> str | None:
         """The first weight or norm statistic that is not finite, by network and name; None when all are."""
         networks = nn.ModuleDict({"G": self.generator, "D": self.discriminator})
         if self.encoder is not None:
@@ -171,7 +171,7 @@ class Trainer:
                 fake = self.generator(batch.segmap, z)
             with self._last_only([self._parallel_discriminator], i == len(batches) - 1):
                 with self._autocast():
-                    on_fake, on_real = self._judge(self._parallel_discriminator, fake, batch)
+                    on_fake, on_real = self._discriminate(self._parallel_discriminator, fake, batch)
                     mode = self.config.gan_mode
                     terms = {
                         "D_Fake": losses.gan_loss(on_fake, mode, is_real=False, for_discriminator=True),
@@ -193,7 +193,7 @@ class Trainer:
             # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
             terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * world_size() * config.accumulate
         fake = self._parallel_generator(batch.segmap, z)
-        on_fake, on_real = self._judge(self.discriminator, fake, batch)
+        on_fake, on_real = self._discriminate(self.discriminator, fake, batch)
         terms["GAN"] = losses.gan_loss(on_fake, config.gan_mode, is_real=True, for_discriminator=False)
         if not config.no_ganFeat_loss:
             terms["GAN_Feat"] = losses.feature_matching_loss(on_fake, on_real) * config.lambda_feat
@@ -212,7 +212,7 @@ class Trainer:
         with torch.autocast(self.device.type, enabled=False):
             return losses.r1_penalty(self.discriminator(batch.segmap, image), image)
 
-    def _judge(self, discriminator: nn.Module, fake: Tensor, batch: Batch):
+    def _discriminate(self, discriminator: nn.Module, fake: Tensor, batch: Batch):
         real = batch.image
         assert real is not None
         if fake.shape != real.shape:

@@ -209,7 +209,7 @@ class _Run:
         self.page.add(step, ["input label", "synthesized image", "real image"], rows)
 
     def _save(self, *names: str) -> None:
-        broken = self.trainer.broken_weight()
+        broken = self.trainer.first_nonfinite()
         if broken is not None:
             raise self._diverged(f"{broken} is not finite")
         ema = self.trainer.ema

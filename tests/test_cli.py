@@ -184,9 +184,9 @@ def test_dashes_and_underscores_are_the_same(parsed):
     )
 
 
-@pytest.mark.parametrize("option", commands.GONE)
+@pytest.mark.parametrize("option", commands.REMOVED_OPTIONS)
 def test_options_that_are_gone_say_what_to_do(spade, option):
-    assert_refused(spade("train", option, "1"), f"{option} is not an option here: {commands.GONE[option]}")
+    assert_refused(spade("train", option, "1"), f"{option} is not an option here: {commands.REMOVED_OPTIONS[option]}")
 
 
 @pytest.mark.parametrize("option", ["--config", "--load_from_opt_file"])
