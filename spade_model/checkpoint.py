@@ -158,7 +158,7 @@ def _read_tree(file: Any, path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a training checkpoint: its saved state is {type(tree).__name__}, not options")
-    return {_RENAMED.get(name, name): value for name, value in tree.items()}
+    return {_RENAMED.get(str(name), str(name)): value for name, value in tree.items()}
 
 
 def _take_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
