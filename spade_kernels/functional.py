@@ -310,7 +310,7 @@ def _check_weights(weights: Weights) -> None:
 def _taps(segmap: LabelMap, weight: Tensor) -> Tensor:
     """(codes, k*k, out): the convolution's response to each code at each tap."""
     by_channel = _by_tap(weight)
-    return segmap.weigh(by_channel.flatten(1)).view(segmap.num_codes, *by_channel.shape[1:])
+    return segmap.codebook_matmul(by_channel.flatten(1)).view(segmap.num_codes, *by_channel.shape[1:])
 
 
 def _by_tap(weight: Tensor) -> Tensor:

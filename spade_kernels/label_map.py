@@ -104,7 +104,7 @@ class LabelMap(Packable):
             classes = torch.stack((off, on), 1).flatten(0, 1)
         return F.pad(classes, (0, 0, 1, 0))
 
-    def weigh(self, rows: torch.Tensor) -> torch.Tensor:
+    def codebook_matmul(self, rows: torch.Tensor) -> torch.Tensor:
         """codebook @ rows, (num_codes, D), of float weight rows (channels, D). Differentiable in `rows`.
 
         Raises:

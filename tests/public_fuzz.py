@@ -87,7 +87,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LabelMap.windows": (MAP.windows, {"size": (8, 8), "kernel_size": 3, "stride": 1, "padding": 1}),
     "LabelMap.window_index": (MAP.window_index, {"size": (4, 4), "kernel_size": 3}),
     "LabelMap.prepare": (MAP.prepare, {"sizes": [(4, 4)], "kernel_size": 3, "gradients": True}),
-    "LabelMap.weigh": (MAP.weigh, {"rows": torch.randn(5, 3)}),
+    "LabelMap.codebook_matmul": (MAP.codebook_matmul, {"rows": torch.randn(5, 3)}),
     "LabelMap.codebook": (MAP.codebook, {"dtype": torch.float32}),
     "LabelMap.one_hot": (MAP.one_hot, {"dtype": torch.float32}),
     "LabelMap.to": (MAP.to, {"device": "cpu", "non_blocking": False}),

@@ -106,8 +106,12 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "window index: even kernel": (ValueError, lambda: MAP.window_index((8, 8), 4), ["kernel_size", "odd", "4"]),
     "window index: too large": (ValueError, lambda: MAP.window_index((2**20, 2**20), 3), ["2^28 pixels"]),
     "prepare: size": (ValueError, lambda: MAP.prepare([(8, 8), (-1, 8)]), ["height", "at least 1", "-1"]),
-    "weigh: too few rows": (ValueError, lambda: MAP.weigh(torch.zeros(2, 5)), ["(3, D)", "(2, 5)"]),
-    "weigh: integers": (ValueError, lambda: MAP.weigh(torch.zeros(3, 5, dtype=torch.int64)), ["float", "torch.int64"]),
+    "codebook_matmul: too few rows": (ValueError, lambda: MAP.codebook_matmul(torch.zeros(2, 5)), ["(3, D)", "(2, 5)"]),
+    "codebook_matmul: integers": (
+        ValueError,
+        lambda: MAP.codebook_matmul(torch.zeros(3, 5, dtype=torch.int64)),
+        ["float", "torch.int64"],
+    ),
     "edges of another shape": (
         ValueError,
         lambda: LabelMap(LABELS, 3, LABELS[:1].bool()),

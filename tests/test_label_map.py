@@ -409,7 +409,7 @@ def test_weigh_is_the_product_with_the_codebook(edges, pooled):
     label_map = label_map.avg_pool() if pooled else label_map
     rows = torch.randn(label_map.channels, 7, dtype=torch.float64)
     expected = label_map.codebook(torch.float64) @ rows
-    assert torch.equal(label_map.weigh(rows), expected)
+    assert torch.equal(label_map.codebook_matmul(rows), expected)
 
 
 @pytest.mark.parametrize("edges", [False, True])

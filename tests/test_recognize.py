@@ -81,7 +81,7 @@ def test_two_classes_at_a_pixel_are_noticed():
     planes[1, :2, 7, 8] = 1
     planes[1, 2:, 7, 8] = 0
     assert recognize.recognize(planes) is None
-    # Planes 1 and 2 together weigh as much as plane 4 alone.
+    # Planes 1 and 2 together codebook_matmul as much as plane 4 alone.
     planes[1, :, 7, 8] = torch.tensor([0.0, 1, 1, 0, 0, 0])
     assert recognize.recognize(planes) is None
 
