@@ -15,7 +15,7 @@ from spade_kernels import backends, checks, ops
 from spade_kernels.convolution import PackedConv2d, convolve, is_packable
 from spade_kernels.label_map import LabelMap, WindowIndex
 from spade_kernels.normalization import Statistics, check_input
-from spade_kernels.recognize import recognize
+from spade_kernels.one_hot import detect_one_hot
 
 Segmap = LabelMap | Tensor
 Gain = float | Tensor
@@ -42,7 +42,7 @@ def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> S
             segmap = segmap[:, 0]
         segmap = LabelMap(segmap, channels)
     elif isinstance(segmap, Tensor) and segmap.dim() == 4:
-        label_map = recognize(segmap)
+        label_map = detect_one_hot(segmap)
         segmap = segmap if label_map is None else label_map
     if isinstance(segmap, LabelMap):
         count, given = segmap.shape[0], segmap.channels

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spade_kernels import LabelMap, freeze
 from spade_kernels.convolution import Conv2d
-from spade_kernels.recognize import recognize
+from spade_kernels.one_hot import detect_one_hot
 from spade_kernels.testing import random_label_map, random_spade, stock_spade
 from spade_model.benchmark.stock import stock_generator
 from spade_model.networks import SPADEGenerator
@@ -173,7 +173,7 @@ def test_what_a_transform_meets_first_is_kept_for_all(kind):
     gradient = torch.func.grad(run)(x)
     for segmap in [*seen, given]:
         torch.testing.assert_close(torch.func.vmap(torch.func.grad(run))(x.unsqueeze(0))[0], gradient)
-        known = recognize(segmap) if kind == "one-hot" else segmap
+        known = detect_one_hot(segmap) if kind == "one-hot" else segmap
         if isinstance(known, LabelMap):
             pickle.dumps(known)
             tensors = [*known.window_index((H, W), 3).segments(), (known.codes,)]

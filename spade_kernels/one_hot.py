@@ -1,4 +1,4 @@
-"""One-hot float tensors, as users of SPADE layers have them, recognised as the label maps they are."""
+"""One-hot float tensors, as users of SPADE layers have them, detected as label maps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Answer(NamedTuple):
 _answers = WeakTensorKeyDictionary()
 
 
-def recognize(planes: Tensor) -> LabelMap | None:
+def detect_one_hot(planes: Tensor) -> LabelMap | None:
     """The label map with exactly these condition vectors, or None.
 
     The answer is remembered with the tensor until PyTorch counts a change of it, so that the layers of one forward pass

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spade_kernels import SPADE, LabelMap, recognize
+from spade_kernels import SPADE, LabelMap
+from spade_kernels import one_hot as one_hot_module
 from spade_kernels.functional import as_condition, conv2d
 from spade_kernels.testing import forward_backward, random_label_map, random_labels, random_spade
 
@@ -34,8 +35,8 @@ def one_hot(seed: int = 0, **condition: bool) -> Tensor:
     return random_label_map("noise", SHAPE, CLASSES, seed=seed, **condition).one_hot().contiguous()
 
 
-def recognized(planes: Tensor) -> LabelMap:
-    label_map = recognize.recognize(planes)
+def detected(planes: Tensor) -> LabelMap:
+    label_map = one_hot_module.detect_one_hot(planes)
     assert label_map is not None
     assert label_map.channels == planes.shape[1]
     assert torch.equal(label_map.one_hot(planes.dtype), planes)
@@ -46,24 +47,24 @@ def recognized(planes: Tensor) -> LabelMap:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_exactly_what_was_given(dtype, layout, condition):
-    recognized(LAYOUTS[layout](one_hot(**condition).to(dtype)))
+    detected(LAYOUTS[layout](one_hot(**condition).to(dtype)))
 
 
 @pytest.mark.parametrize("planes", [torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3, 4), torch.eye(12).view(1, 12, 3, 4)])
 def test_one_plane_and_one_of_every_class(planes):
-    recognized(planes)
-    recognized(planes[:, -1:])
+    detected(planes)
+    detected(planes[:, -1:])
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.bfloat16, 300), (torch.float16, 2100)])
 def test_more_classes_than_the_dtype_has_integers(dtype, classes):
-    recognized(F.one_hot(random_labels("noise", SHAPE, classes), classes).permute(0, 3, 1, 2).to(dtype))
+    detected(F.one_hot(random_labels("noise", SHAPE, classes), classes).permute(0, 3, 1, 2).to(dtype))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_many_classes_in_autocast(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        recognized(F.one_hot(random_labels("noise", SHAPE, 300), 300).permute(0, 3, 1, 2).float())
+        detected(F.one_hot(random_labels("noise", SHAPE, 300), 300).permute(0, 3, 1, 2).float())
 
 
 @pytest.mark.parametrize("value", [0.5, 2.0, -1.0, 1e-30, 1 + 2**-20, float("nan"), float("inf"), -float("inf")])
@@ -73,17 +74,17 @@ def test_one_other_value_is_noticed(pixel, plane, value):
     image, y, x = pixel
     planes = one_hot(edges=True)
     planes[image, plane, y, x] = value
-    assert recognize.recognize(planes) is None
+    assert one_hot_module.detect_one_hot(planes) is None
 
 
 def test_two_classes_at_a_pixel_are_noticed():
     planes = one_hot(edges=True)
     planes[1, :2, 7, 8] = 1
     planes[1, 2:, 7, 8] = 0
-    assert recognize.recognize(planes) is None
+    assert one_hot_module.detect_one_hot(planes) is None
     # Planes 1 and 2 together codebook_matmul as much as plane 4 alone.
     planes[1, :, 7, 8] = torch.tensor([0.0, 1, 1, 0, 0, 0])
-    assert recognize.recognize(planes) is None
+    assert one_hot_module.detect_one_hot(planes) is None
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -102,8 +103,8 @@ class Counted:
     """Counts the conversions."""
 
     def __init__(self, monkeypatch):
-        self.count, self._read = 0, recognize.read_one_hot
-        monkeypatch.setattr(recognize, "read_one_hot", self)
+        self.count, self._read = 0, one_hot_module.read_one_hot
+        monkeypatch.setattr(one_hot_module, "read_one_hot", self)
 
     def __call__(self, planes: Tensor, edges: bool) -> LabelMap | None:
         self.count += 1
@@ -122,9 +123,9 @@ def test_the_layers_of_a_forward_pass_convert_once(conversions, inference):
         planes = one_hot()
         for layer in layers:
             layer(torch.randn(2, 4, 7, 6), planes)
-        found = {id(recognized(planes)) for _ in range(2)}
+        found = {id(detected(planes)) for _ in range(2)}
         assert len(found) == conversions.count == 1
-        recognized(planes.clone())
+        detected(planes.clone())
     assert conversions.count == 2
 
 
@@ -150,11 +151,11 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed(change):
     planes = one_hot()
-    before = recognized(planes)
+    before = detected(planes)
     CHANGES[change](planes, one_hot(seed=1))
-    assert not torch.equal(recognized(planes).codes, before.codes)
+    assert not torch.equal(detected(planes).codes, before.codes)
     planes[0, 0, 0, 1] = 0.5
-    assert recognize.recognize(planes) is None
+    assert one_hot_module.detect_one_hot(planes) is None
 
 
 def in_inference_mode() -> tuple[Tensor, Callable[[Tensor], object]]:
@@ -176,21 +177,21 @@ def from_numpy() -> tuple[Tensor, Callable[[Tensor], object]]:
 @pytest.mark.parametrize("make", [in_inference_mode, from_numpy])
 def test_changes_that_pytorch_does_not_count_are_noticed(make):
     planes, change = make()
-    kept = recognized(planes)
-    assert recognized(planes) is kept
+    kept = detected(planes)
+    assert detected(planes) is kept
     other = one_hot(edges=True)
     other[1, -1, 3, 4] = 1 - other[1, -1, 3, 4]
     change(other)
-    assert recognized(planes) is not kept
+    assert detected(planes) is not kept
     for value in (0.5, 1.0):
         other[1, :2, 3, 4] = value
         change(other)
-        assert recognize.recognize(planes) is None
+        assert one_hot_module.detect_one_hot(planes) is None
 
 
 def test_neither_keeps_the_other_alive():
     planes = one_hot()
-    label_map = weakref.ref(recognized(planes))
+    label_map = weakref.ref(detected(planes))
     tensor = weakref.ref(planes)
     gc.collect()
     assert label_map() is not None
@@ -202,19 +203,19 @@ def test_neither_keeps_the_other_alive():
 def test_threads():
     planes = [one_hot(seed) for seed in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(recognized, planes * 20))
+        list(pool.map(detected, planes * 20))
 
 
 def test_gradients_for_the_condition():
     planes = one_hot().double().requires_grad_()
     assert as_condition(planes, CLASSES) is planes
     with torch.no_grad():
-        recognized(planes)
+        detected(planes)
     assert as_condition(planes, CLASSES) is planes
     conv2d(as_condition(planes, CLASSES), torch.ones(1, CLASSES, 3, 3).double()).sum().backward()
     assert planes.grad is not None
     with forward_ad.dual_level():
-        assert recognize.recognize(forward_ad.make_dual(planes.detach(), torch.ones_like(planes))) is None
+        assert one_hot_module.detect_one_hot(forward_ad.make_dual(planes.detach(), torch.ones_like(planes))) is None
 
 
 def seen_in(transform: Callable[[Callable[[Tensor], Tensor], Tensor], object]) -> list[LabelMap | None]:
@@ -222,7 +223,7 @@ def seen_in(transform: Callable[[Callable[[Tensor], Tensor], Tensor], object]) -
     seen = []
 
     def function(planes: Tensor) -> Tensor:
-        seen.append(recognize.recognize(planes))
+        seen.append(one_hot_module.detect_one_hot(planes))
         return planes + 1
 
     transform(function, one_hot())
@@ -239,8 +240,10 @@ def test_nothing_is_recognised_where_values_cannot_be_read():
     assert seen_in(lambda function, planes: make_fx(function)(planes)) == [None]
     assert seen_in(lambda function, planes: torch.func.vmap(function)(planes.unsqueeze(0))) == [None]
     assert seen_in(in_fake_mode) == [None]
-    assert recognize.recognize(one_hot().to("meta")) is None
-    assert recognize.recognize(one_hot()[:0]) is None
-    assert recognize.recognize(one_hot().to(torch.float8_e5m2)) is None
-    compiled = torch.compile(lambda planes: planes.sum() if recognize.recognize(planes) is None else 0, backend="eager")
+    assert one_hot_module.detect_one_hot(one_hot().to("meta")) is None
+    assert one_hot_module.detect_one_hot(one_hot()[:0]) is None
+    assert one_hot_module.detect_one_hot(one_hot().to(torch.float8_e5m2)) is None
+    compiled = torch.compile(
+        lambda planes: planes.sum() if one_hot_module.detect_one_hot(planes) is None else 0, backend="eager"
+    )
     assert compiled(one_hot()) != 0
