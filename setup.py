@@ -25,7 +25,7 @@ CPU_SOURCES = [
     "cpu/conv_ops.cpp",
     "cpu/window_index.cpp",
     "cpu/gemm.cpp",
-    "cpu/rows.cpp",
+    "cpu/gather_sum.cpp",
     "cpu/modulation_table.cpp",
     "cpu/channel_stats.cpp",
     "cpu/modulate.cpp",

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from spade_kernels.triton import channel_stats, hidden_rows, modulate, modulation_table
+from spade_kernels.triton import channel_stats, gather_sum, modulate, modulation_table
 from spade_kernels.triton.variants import Variant, recording
 
 # Channels and side of what a layer makes, and how many times the side of its input: SPADEGenerator with ngf 64 at
@@ -53,12 +53,12 @@ def _layer(channels: int, side: int, upsample: int, dtype: torch.dtype) -> None:
                 modulate.modulate_input_grad(grad, *normalized, means, means, slope, upsample)
     _table(channels, rows, num_hidden, table_dtype)
     # The network's first convolution, and the dense path's.
-    _hidden_rows(num_hidden, _CODES, 9, channels, table_dtype, relu=False)
-    _hidden_rows(pixels, num_hidden, 1, channels, torch.float32, relu=False)
+    _gather_sum(num_hidden, _CODES, 9, channels, table_dtype, relu=False)
+    _gather_sum(pixels, num_hidden, 1, channels, torch.float32, relu=False)
 
 
 def _table(channels: int, rows: int, num_hidden: int, dtype: torch.dtype) -> None:
-    _hidden_rows(num_hidden, _CODES, 9, _HIDDEN, dtype, relu=True)
+    _gather_sum(num_hidden, _CODES, 9, _HIDDEN, dtype, relu=True)
     hidden, weight = _empty(num_hidden, _HIDDEN, dtype=dtype), _empty(channels, _HIDDEN, 3, 3)
     for precision in ("tf32", "ieee") if dtype == torch.float32 else ("tf32",):
         joint = _empty(2 * channels, 9, _HIDDEN, dtype=dtype)
@@ -67,10 +67,10 @@ def _table(channels: int, rows: int, num_hidden: int, dtype: torch.dtype) -> Non
     modulation_table.modulation_table_grad(_empty(rows, 2 * channels, dtype=dtype), hidden, weight, weight, *groups)
 
 
-def _hidden_rows(rows: int, ids: int, taps: int, width: int, dtype: torch.dtype, relu: bool) -> None:
+def _gather_sum(rows: int, ids: int, taps: int, width: int, dtype: torch.dtype, relu: bool) -> None:
     bias = _empty(width) if relu else None
-    made = hidden_rows.hidden_rows(_empty(ids, taps, width, dtype=dtype), bias, _ids(rows, taps), None, None, relu)
-    hidden_rows.hidden_rows_grad(made, made, _ids(rows * taps), _ids(ids * taps + 1), taps, relu)
+    made = gather_sum.gather_sum(_empty(ids, taps, width, dtype=dtype), bias, _ids(rows, taps), None, None, relu)
+    gather_sum.gather_sum_grad(made, made, _ids(rows * taps), _ids(ids * taps + 1), taps, relu)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -226,18 +226,18 @@ void check_window_index(const Tensor& ids, Sizes sizes, int64_t kernel_size, int
   }
 }
 
-void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
-                       const MaybeTensor& offsets) {
-  const Arguments a("hidden_rows", taps);
+void check_gather_sum(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
+                      const MaybeTensor& offsets) {
+  const Arguments a("gather_sum", taps);
   a.floats("taps", taps, {kAny, kAny, kAny});
   a.floats("bias", bias, {taps.size(2)});
   a.index("windows", windows, {size_of(windows, 0), taps.size(1)}, 0, taps.size(0));
   a.segments(indices, offsets, taps.size(0) * taps.size(1), windows.numel());
 }
 
-void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
-                            int64_t num_taps) {
-  const Arguments a("hidden_rows_grad", grad);
+void check_gather_sum_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
+                           int64_t num_taps) {
+  const Arguments a("gather_sum_grad", grad);
   a.integer("num_taps", num_taps, 1, kMostEntries);
   a.floats("grad", grad, {size_of(grad, 0), kAny});
   a.floats("rows", rows, {grad.size(0), grad.size(1)});

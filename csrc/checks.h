@@ -15,10 +15,10 @@ namespace spade {
 
 void check_window_index(const Tensor& ids, torch::headeronly::IntHeaderOnlyArrayRef sizes, int64_t kernel_size,
                         int64_t stride, int64_t padding, int64_t levels);
-void check_hidden_rows(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
-                       const MaybeTensor& offsets);
-void check_hidden_rows_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
-                            int64_t num_taps);
+void check_gather_sum(const Tensor& taps, const MaybeTensor& bias, const Tensor& windows, const MaybeTensor& indices,
+                      const MaybeTensor& offsets);
+void check_gather_sum_grad(const Tensor& grad, const Tensor& rows, const Tensor& indices, const Tensor& offsets,
+                           int64_t num_taps);
 void check_modulation_table(const Tensor& hidden, const Tensor& gamma, const Tensor& beta, const Tensor& bias,
                             const Tensor& windows, const MaybeTensor& packed_weight, const MaybeTensor& indices,
                             const MaybeTensor& offsets);

@@ -23,7 +23,7 @@ struct WindowIndexParams {
 };
 
 // rows[r] = act(bias + sum over t of taps[windows[r, t], t]).
-struct SumOfTapsParams {
+struct GatherSumParams {
   const void* taps;        // (codes, num_taps, width), acc
   const void* bias;        // (width), acc, or null
   const int64_t* windows;  // (rows, num_taps)

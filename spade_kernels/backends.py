@@ -25,8 +25,8 @@ from spade_kernels import checks, reference
 # By design, for all dtypes: no device has been measured. Triton's tables of float64 are the reference's.
 _ON_CUDA = {
     "window_index": ("cuda",),
-    "hidden_rows": ("triton",),
-    "hidden_rows_grad": ("triton",),
+    "gather_sum": ("triton",),
+    "gather_sum_grad": ("triton",),
     "modulation_table": ("triton",),
     "modulation_table_grad": ("triton",),
     "pack_modulation_weight": ("triton",),

@@ -190,14 +190,14 @@ def _window_index(a, ids, sizes, kernel_size, stride, padding, levels):
             a.fail(reason)
 
 
-def _hidden_rows(a, taps, bias, windows, indices, offsets, relu):
+def _gather_sum(a, taps, bias, windows, indices, offsets, relu):
     a.floats("taps", taps, (_ANY, _ANY, _ANY))
     a.floats("bias", bias, (taps.shape[2],))
     a.index("windows", windows, (_size(windows, 0), taps.shape[1]), 0, taps.shape[0])
     a.segments(indices, offsets, taps.shape[0] * taps.shape[1], windows.numel())
 
 
-def _hidden_rows_grad(a, grad, rows, indices, offsets, num_taps, relu):
+def _gather_sum_grad(a, grad, rows, indices, offsets, num_taps, relu):
     a.integer("num_taps", num_taps, 1, _MOST_ENTRIES)
     a.floats("grad", grad, (_size(grad, 0), _ANY))
     a.floats("rows", rows, grad.shape)
@@ -355,8 +355,8 @@ _CHECKS: dict[str, Callable[..., None]] = {
     function.__name__.removeprefix("_"): function
     for function in (
         _window_index,
-        _hidden_rows,
-        _hidden_rows_grad,
+        _gather_sum,
+        _gather_sum_grad,
         _modulation_table,
         _modulation_table_grad,
         _pack_modulation_weight,

@@ -274,9 +274,9 @@ def conv2d(
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     taps, bias = _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide)
-    rows = ops.hidden_rows(taps, bias, seen.windows, *uses, False)
+    rows = ops.gather_sum(taps, bias, seen.windows, *uses, False)
     # Every pixel's row is a window of one tap.
-    pixel_rows = ops.hidden_rows(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
+    pixel_rows = ops.gather_sum(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
     return pixel_rows.to(_dtype_of_convolution(weight)).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
 
 
@@ -352,7 +352,7 @@ def _window_table(
     else:
         taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(wide)
         bias = _joint_bias(weights, wide)
-    hidden = ops.hidden_rows(taps, hidden_bias, index.hidden.windows, *segments[0], True)
+    hidden = ops.gather_sum(taps, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = kept.packed_weight if kept else None

@@ -26,8 +26,8 @@ _library = torch.library.Library("spade_kernels", "DEF")
 
 _SCHEMAS = {
     "window_index": "(Tensor ids, SymInt[] sizes, int kernel_size, int stride, int padding, int levels) -> Tensor[]",
-    "hidden_rows": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? indices, Tensor? offsets, bool relu) -> Tensor",
-    "hidden_rows_grad": (
+    "gather_sum": "(Tensor taps, Tensor? bias, Tensor windows, Tensor? indices, Tensor? offsets, bool relu) -> Tensor",
+    "gather_sum_grad": (
         "(Tensor grad, Tensor rows, Tensor indices, Tensor offsets, int num_taps, bool relu) -> (Tensor, Tensor)"
     ),
     "modulation_table": (
@@ -152,11 +152,11 @@ def window_index(
     return list(zip(found[::3], found[1::3], found[2::3], strict=True))
 
 
-def hidden_rows(
+def gather_sum(
     taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
-    """The first convolution at every distinct window: `reference.hidden_rows`."""
-    return _call(_ops.hidden_rows, taps, bias, windows, indices, offsets, relu)
+    """The first convolution at every distinct window: `reference.gather_sum`."""
+    return _call(_ops.gather_sum, taps, bias, windows, indices, offsets, relu)
 
 
 def modulation_table(
@@ -294,12 +294,12 @@ def _(ids, sizes, kernel_size, stride, padding, levels):
     return found
 
 
-@_fake("hidden_rows")
+@_fake("gather_sum")
 def _(taps, bias, windows, indices, offsets, relu):
     return taps.new_empty(windows.shape[0], taps.shape[2])
 
 
-@_fake("hidden_rows_grad")
+@_fake("gather_sum_grad")
 def _(grad, rows, indices, offsets, num_taps, relu):
     acc = _accumulation_dtype(grad)
     codes = (offsets.shape[0] - 1) // num_taps
@@ -430,26 +430,26 @@ def _stand_in(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> 
         return torch.zeros(shape, dtype=dtype, device=like.device, requires_grad=True)
 
 
-def _hidden_rows_setup(ctx, inputs, output):
+def _gather_sum_setup(ctx, inputs, output):
     taps, bias, windows, indices, offsets, ctx.relu = inputs
     ctx.shape, ctx.dtype, ctx.bias_dtype = taps.shape, taps.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(output, windows, indices, offsets)
 
 
-def _hidden_rows_backward(ctx, grad):
+def _gather_sum_backward(ctx, grad):
     rows, windows, indices, offsets = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad = grad * (rows > 0) if ctx.relu else grad
         # Without its ReLU the operator is linear.
         floats = _stand_in(ctx.shape, ctx.dtype, rows), _stand_in(ctx.shape[2:], ctx.bias_dtype, rows)
         arguments = (*floats, windows, indices, offsets, False)
-        return _plain_gradients("hidden_rows", arguments, ctx.needs_input_grad, (grad,))
-    _require_groups("hidden_rows", indices, offsets)
-    taps, bias = _ops.hidden_rows_grad(grad, rows, indices, offsets, ctx.shape[1], ctx.relu)
+        return _plain_gradients("gather_sum", arguments, ctx.needs_input_grad, (grad,))
+    _require_groups("gather_sum", indices, offsets)
+    taps, bias = _ops.gather_sum_grad(grad, rows, indices, offsets, ctx.shape[1], ctx.relu)
     return taps.to(ctx.dtype), None if ctx.bias_dtype is None else bias.to(ctx.bias_dtype), None, None, None, None
 
 
-_autograd("hidden_rows", _hidden_rows_setup, _hidden_rows_backward)
+_autograd("gather_sum", _gather_sum_setup, _gather_sum_backward)
 
 
 def _modulation_table_setup(ctx, inputs, output):
@@ -560,7 +560,7 @@ def _normalization_means(
         means = products.view(images, pixels, -1).sum(1) / pixels
     else:
         every = torch.arange(len(products), device=products.device)
-        means = _ops.hidden_rows_grad(products, products, every, image_offsets, 1, False)[0].view(images, -1) / pixels
+        means = _ops.gather_sum_grad(products, products, every, image_offsets, 1, False)[0].view(images, -1) / pixels
     of_scale, of_shift = means.split(channels, 1)
     return of_shift, of_scale
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from spade_kernels import reference
 from spade_kernels.reference import accumulator, channel_stats, joint_weight
 
-__all__ = ["channel_stats", "conv3x3", "hidden_rows", "modulate", "modulation_table"]
+__all__ = ["channel_stats", "conv3x3", "gather_sum", "modulate", "modulation_table"]
 
 
-def hidden_rows(
+def gather_sum(
     taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
-    rows = _sum_of_taps(accumulator(taps), windows)
+    rows = _gather_sum(accumulator(taps), windows)
     rows = rows if bias is None else rows + bias
     return (rows.relu() if relu else rows).to(taps.dtype)
 
@@ -38,7 +38,7 @@ def modulation_table(
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
     taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
-    return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
+    return (_gather_sum(taps, windows) + bias).to(hidden.dtype)
 
 
 def modulate(
@@ -64,7 +64,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(acc, weight.to(acc.dtype), bias.to(acc.dtype), padding=1).to(x.dtype)
 
 
-def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+def _gather_sum(taps: Tensor, windows: Tensor) -> Tensor:
     """(rows, D): sum over t of taps[windows[:, t], t]."""
     first, *others = map(F.embedding, windows.unbind(1), taps.unbind(1))
     return sum(others, first)

@@ -58,7 +58,7 @@ def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[
     return windows, row.view(-1, height, width), image_offsets
 
 
-def hidden_rows(
+def gather_sum(
     taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
     """(rows, D): the first convolution at each distinct window, sum over t of taps[windows[:, t], t], + bias, relu.
@@ -68,13 +68,13 @@ def hidden_rows(
         windows: (rows, T) int64 codes.
         indices, offsets: uses of each (code, tap) by the windows; needed by the backward only.
     """
-    rows = _sum_of_taps(accumulator(taps), windows)
+    rows = _gather_sum(accumulator(taps), windows)
     if bias is not None:
         rows = rows + bias
     return (rows.relu() if relu else rows).to(taps.dtype)
 
 
-def hidden_rows_grad(
+def gather_sum_grad(
     grad: Tensor, rows: Tensor, indices: Tensor, offsets: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `taps` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
@@ -110,7 +110,7 @@ def modulation_table(
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
     taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
-    return (_sum_of_taps(taps, windows) + bias).to(hidden.dtype)
+    return (_gather_sum(taps, windows) + bias).to(hidden.dtype)
 
 
 def modulation_table_grad(
@@ -386,7 +386,7 @@ def _number_by_first_occurrence(keys: Tensor) -> tuple[Tensor, Tensor]:
     return row, first
 
 
-def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+def _gather_sum(taps: Tensor, windows: Tensor) -> Tensor:
     """(rows, D): sum over t of taps[windows[:, t], t]."""
     steps = torch.arange(taps.shape[1], device=windows.device)
     return F.embedding_bag(windows * taps.shape[1] + steps, taps.flatten(0, 1), mode="sum")

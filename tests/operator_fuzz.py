@@ -56,7 +56,7 @@ _FREE = {
 # The calls that are valid without one of their arguments. Where all windows differ, as here, the table without
 # pixel_row is that of a dense condition.
 _OPTIONAL = {
-    *(("hidden_rows", "bias"), ("conv", "add"), ("modulate_conv", "add"), ("modulate", "image_offsets")),
+    *(("gather_sum", "bias"), ("conv", "add"), ("modulate_conv", "add"), ("modulate", "image_offsets")),
     *(("modulate_conv", "pixel_row"), ("modulate_input_grad", "pixel_row")),
 }
 _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones

@@ -23,7 +23,7 @@ REGISTERS = {"_gather_gemm": 255}  # which hold a tile of the table
 REGISTERS_OTHERWISE = 128
 # What reads the tensors that are large, of which each kernel has a variant for aligned channels.
 WIDE_LOADS = {
-    "triton": {"_part_stats", "_stats_grad", "_sum_of_taps", "_gather_gemm", "_sum_pieces", "_modulate", "_input_grad"}
+    "triton": {"_part_stats", "_stats_grad", "_gather_sum", "_gather_gemm", "_sum_pieces", "_modulate", "_input_grad"}
     | {"_table_grad_pieces", "_table_grad_of_pixels"},
     "cuda": {"PieceStats", "Gradient", "Forward", "InputGrad", "SumPieces"},
 }

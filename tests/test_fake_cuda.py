@@ -64,9 +64,9 @@ def test_passes_over_x(upsample, channels_last, dtype):
 def test_tables(dtype):
     calls = torch.ops.spade_kernels
     taps, windows = empty(5, 9, HIDDEN, dtype=dtype), ids(ROWS, 9)
-    hidden = ops.hidden_rows(taps, empty(HIDDEN), windows, None, None, True)
+    hidden = ops.gather_sum(taps, empty(HIDDEN), windows, None, None, True)
     assert (hidden.shape, hidden.dtype) == ((ROWS, HIDDEN), dtype)
-    d_taps, d_bias = calls.hidden_rows_grad(hidden, hidden, ids(ROWS * 9), ids(5 * 9 + 1), 9, True)
+    d_taps, d_bias = calls.gather_sum_grad(hidden, hidden, ids(ROWS * 9), ids(5 * 9 + 1), 9, True)
     assert [(t.shape, t.dtype) for t in (d_taps, d_bias)] == [
         ((5, 9, HIDDEN), torch.float32),
         ((HIDDEN,), torch.float32),

@@ -52,8 +52,8 @@ class Problem:
         weights = (self.gamma, self.beta)
         return {
             "window_index": (self.label_map.codes, [H + 1, W, H, W], K, 1, K // 2, 2),
-            "hidden_rows": (self.taps, self.bias, hidden.windows, *hidden.tap_segments, True),
-            "hidden_rows_grad": (self.hidden.detach(), self.hidden, *hidden.tap_segments, K * K, True),
+            "gather_sum": (self.taps, self.bias, hidden.windows, *hidden.tap_segments, True),
+            "gather_sum_grad": (self.hidden.detach(), self.hidden, *hidden.tap_segments, K * K, True),
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.tap_segments),
             "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.tap_segments),
             "pack_modulation_weight": (self.gamma.detach(), self.beta.detach()),
@@ -83,7 +83,7 @@ class Problem:
 
 WITHOUT_DERIVATIVES = ["pack_modulation_weight", "pack_conv_weight", "conv", "conv 1x1", "modulate_conv"]
 OPS = [
-    *("window_index", "hidden_rows", "hidden_rows_grad", "modulation_table", "modulation_table_grad"),
+    *("window_index", "gather_sum", "gather_sum_grad", "modulation_table", "modulation_table_grad"),
     *WITHOUT_DERIVATIVES,
     *("channel_stats", "channel_stats_grad", "modulate", "modulate_table_grad", "modulate_input_grad"),
     *("conv3x3", "conv3x3_input_grad", "conv3x3_weight_grad"),
@@ -122,16 +122,16 @@ def check_derivatives(run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: 
     torch.testing.assert_close(again, once, rtol=1e-11, atol=1e-11)
 
 
-def test_gradient_of_hidden_rows():
+def test_gradient_of_gather_sum():
     p = Problem(requires_grad=True)
     windows, uses = p.index.hidden.windows, p.index.hidden.tap_segments
     outside = torch.ones(p.label_map.num_codes, 1, 1, **DOUBLE)
     outside[0] = 0
     for relu in (False, True):
         check_derivatives(
-            lambda taps, bias, relu=relu: ops.hidden_rows(taps * outside, bias, windows, *uses, relu), p.taps, p.bias
+            lambda taps, bias, relu=relu: ops.gather_sum(taps * outside, bias, windows, *uses, relu), p.taps, p.bias
         )
-    check_derivatives(lambda taps: ops.hidden_rows(taps * outside, None, windows, *uses, True), p.taps)
+    check_derivatives(lambda taps: ops.gather_sum(taps * outside, None, windows, *uses, True), p.taps)
 
 
 def test_gradient_of_modulation_table():
@@ -205,7 +205,7 @@ def test_statistics_that_require_grad_raise():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("op", ["hidden_rows", "modulation_table", "modulate"])
+@pytest.mark.parametrize("op", ["gather_sum", "modulation_table", "modulate"])
 def test_backward_without_groups_raises(op):
     p = Problem(requires_grad=True)
     segments = {id(t) for windows in p.index for t in (*windows.tap_segments, *windows.row_segments)}

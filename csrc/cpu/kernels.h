@@ -5,7 +5,7 @@
 
 namespace spade {
 
-void sum_of_taps(Dtype dtype, const SumOfTapsParams& params);
+void gather_sum(Dtype dtype, const GatherSumParams& params);
 void segment_sum(Dtype dtype, const SegmentSumParams& params);
 // out[i] = condition[i] > 0 ? values[i] : 0, in acc.
 void where_positive(Dtype dtype, const void* condition, const void* values, int64_t count, void* out);

@@ -104,21 +104,21 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   return results;
 }
 
-Tensor hidden_rows_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
-                      const MaybeTensor& indices, const MaybeTensor& offsets, bool relu) {
-  check_hidden_rows(taps_in, bias_in, windows_in, indices, offsets);
+Tensor gather_sum_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
+                     const MaybeTensor& indices, const MaybeTensor& offsets, bool relu) {
+  check_gather_sum(taps_in, bias_in, windows_in, indices, offsets);
   const ScalarType acc = accumulator(taps_in);
   const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
   const MaybeTensor bias = dense(bias_in, acc);
   const Tensor rows = torch::stable::new_empty(taps, {windows.size(0), taps.size(2)});
-  sum_of_taps(dtype_of(rows), {taps.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(),
-                               windows.size(0), windows.size(1), taps.size(2), relu});
+  gather_sum(dtype_of(rows), {taps.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(), windows.size(0),
+                              windows.size(1), taps.size(2), relu});
   return dense(rows, taps_in.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> hidden_rows_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& indices_in,
-                                               const Tensor& offsets_in, int64_t num_taps, bool relu) {
-  check_hidden_rows_grad(grad, rows, indices_in, offsets_in, num_taps);
+std::tuple<Tensor, Tensor> gather_sum_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& indices_in,
+                                              const Tensor& offsets_in, int64_t num_taps, bool relu) {
+  check_gather_sum_grad(grad, rows, indices_in, offsets_in, num_taps);
   const ScalarType acc = accumulator(grad);
   const Tensor indices = dense(indices_in), offsets = dense(offsets_in);
   Tensor masked = dense(grad, acc);
@@ -259,8 +259,8 @@ Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
   m.impl("window_index", TORCH_BOX(&spade::window_index_op));
-  m.impl("hidden_rows", TORCH_BOX(&spade::hidden_rows_op));
-  m.impl("hidden_rows_grad", TORCH_BOX(&spade::hidden_rows_grad_op));
+  m.impl("gather_sum", TORCH_BOX(&spade::gather_sum_op));
+  m.impl("gather_sum_grad", TORCH_BOX(&spade::gather_sum_grad_op));
   m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
   m.impl("pack_modulation_weight", TORCH_BOX(&spade::pack_modulation_weight_op));
   m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));

@@ -80,11 +80,11 @@ def test_fakes_have_the_kernels_layouts(device):
     where = (table, rows.pixel_row)
     index = mask.window_index(SIZE, 3)
     taps, gamma = torch.randn(mask.num_codes, 9, 16, device=device), torch.randn(CHANNELS, 16, 3, 3, device=device)
-    hidden = ops.hidden_rows(taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)
+    hidden = ops.gather_sum(taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)
     of_table = (hidden, gamma, gamma)
     for operator, arguments in (
-        ("hidden_rows", (taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)),
-        ("hidden_rows_grad", (hidden, hidden, *index.hidden.tap_segments, 9, True)),
+        ("gather_sum", (taps, taps[0, 0], index.hidden.windows, *index.hidden.tap_segments, True)),
+        ("gather_sum_grad", (hidden, hidden, *index.hidden.tap_segments, 9, True)),
         ("modulation_table", (*of_table, table[0], rows.windows, None, *rows.tap_segments)),
         ("modulation_table_grad", (table, *of_table, *rows.tap_segments)),
         ("channel_stats", (x,)),

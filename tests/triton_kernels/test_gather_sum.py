@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spade_kernels import ops, reference
 from spade_kernels.testing import assert_within_budget
-from spade_kernels.triton import hidden_rows as kernels
+from spade_kernels.triton import gather_sum as kernels
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
@@ -44,10 +44,10 @@ class Problem:
 
     def results(self, backend, relu: bool, bias: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         taps, vector, grad = (t.to(dtype or t.dtype) for t in (self.taps, self.bias, self.grad))
-        rows = backend.hidden_rows(taps, vector if bias else None, self.windows, None, None, relu)
+        rows = backend.gather_sum(taps, vector if bias else None, self.windows, None, None, relu)
         # In the backward rows are given: those of a wider dtype are not 0 in the same places.
-        given = reference.hidden_rows(self.taps, self.bias, self.windows, None, None, False).to(taps.dtype)
-        gradients = backend.hidden_rows_grad(grad, given, *self.segments, self.num_taps, relu)
+        given = reference.gather_sum(self.taps, self.bias, self.windows, None, None, False).to(taps.dtype)
+        gradients = backend.gather_sum_grad(grad, given, *self.segments, self.num_taps, relu)
         return dict(zip(("rows", "taps", "bias"), (rows, *gradients), strict=True))
 
 
@@ -90,8 +90,8 @@ def test_nan_passes_through_relu(device):
 def test_no_rows(device):
     problem = Problem(SIZES["odd"], device)
     windows, grad = problem.windows[:0], problem.grad[:0]
-    assert kernels.hidden_rows(problem.taps, None, windows, None, None, True).shape == (0, 20)
-    taps, bias = kernels.hidden_rows_grad(grad, grad, *ops.segments_by_tap(windows, 5), 25, True)
+    assert kernels.gather_sum(problem.taps, None, windows, None, None, True).shape == (0, 20)
+    taps, bias = kernels.gather_sum_grad(grad, grad, *ops.segments_by_tap(windows, 5), 25, True)
     assert (taps == 0).all()
     assert (bias == 0).all()
 

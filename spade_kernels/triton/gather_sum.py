@@ -12,10 +12,10 @@ from spade_kernels.triton.tiles import at, channel_tile
 from spade_kernels.triton.variants import launch
 
 
-def hidden_rows(
+def gather_sum(
     taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
 ) -> Tensor:
-    """`reference.hidden_rows`."""
+    """`reference.gather_sum`."""
     taps, windows = taps.contiguous(), windows.contiguous()
     rows, num_taps, width = windows.shape[0], taps.shape[1], taps.shape[2]
     bias = None if bias is None else bias.contiguous()
@@ -27,14 +27,14 @@ def hidden_rows(
     # where every channel needs an address of its own, do not fit into registers.
     unroll = num_taps if num_taps <= 9 and width % 8 == 0 else 1
     how = {"TAPS": num_taps, "RELU": relu, "UNROLL": unroll}
-    launch(_sum_of_taps, grid, taps, bias, windows, out, rows, width, **how, **blocks)
+    launch(_gather_sum, grid, taps, bias, windows, out, rows, width, **how, **blocks)
     return out
 
 
-def hidden_rows_grad(
+def gather_sum_grad(
     grad: Tensor, rows: Tensor, indices: Tensor, offsets: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """`reference.hidden_rows_grad`."""
+    """`reference.gather_sum_grad`."""
     if relu:
         grad = torch.where(rows > 0, grad, 0)
     # Few codes stand for most pixels; where hidden rows stand for codes (the dense path), most are in few windows.
@@ -44,7 +44,7 @@ def hidden_rows_grad(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _sum_of_taps(
+def _gather_sum(
     taps,
     bias,
     windows,

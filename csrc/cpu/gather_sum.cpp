@@ -1,4 +1,4 @@
-// Sums over rows of a table: the forward of hidden_rows, and the segment sum of every backward.
+// Sums over rows of a table: the forward of gather_sum, and the segment sum of every backward.
 #include "kernels.h"
 #include "segments.h"
 
@@ -11,7 +11,7 @@ constexpr int64_t kValuePiece = 8192;
 constexpr int64_t kSegmentPiece = 256;  // entries summed in one go; longer segments are cut
 
 template <class A>
-SPADE_INLINE void add_taps(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+SPADE_INLINE void add_taps(const GatherSumParams& p, int64_t begin, int64_t end) {
   const A* taps = static_cast<const A*>(p.taps);
   const A* bias = static_cast<const A*>(p.bias);
   for (int64_t r = begin; r < end; ++r) {
@@ -36,10 +36,10 @@ SPADE_INLINE void add_taps(const SumOfTapsParams& p, int64_t begin, int64_t end)
   }
 }
 
-SPADE_TARGET_CLONES void add_taps_f32(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+SPADE_TARGET_CLONES void add_taps_f32(const GatherSumParams& p, int64_t begin, int64_t end) {
   add_taps<float>(p, begin, end);
 }
-SPADE_TARGET_CLONES void add_taps_f64(const SumOfTapsParams& p, int64_t begin, int64_t end) {
+SPADE_TARGET_CLONES void add_taps_f64(const GatherSumParams& p, int64_t begin, int64_t end) {
   add_taps<double>(p, begin, end);
 }
 
@@ -86,7 +86,7 @@ void where_positive(Dtype dtype, const void* condition, const void* values, int6
                       : where_positive<float>(condition, values, count, out);
 }
 
-void sum_of_taps(Dtype dtype, const SumOfTapsParams& p) {
+void gather_sum(Dtype dtype, const GatherSumParams& p) {
   parallel_for_chunks(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {
     dtype == Dtype::f64 ? add_taps_f64(p, begin, end) : add_taps_f32(p, begin, end);
   });
