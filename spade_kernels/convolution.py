@@ -97,8 +97,8 @@ class Conv2d(Freezable, nn.Conv2d):
         """The weight over its spectral norm as of the last power iteration."""
         # In float32: one rounding of sigma would scale the whole result.
         original = self.weight_orig
-        wide = torch.promote_types(original.dtype, torch.float32)
-        weight, u, v = (t.to(wide) for t in (original, self.weight_u, self.weight_v))
+        acc_dtype = torch.promote_types(original.dtype, torch.float32)
+        weight, u, v = (t.to(acc_dtype) for t in (original, self.weight_u, self.weight_v))
         return (weight / torch.dot(u, torch.mv(weight.flatten(1), v))).to(original.dtype)
 
     @torch.no_grad()

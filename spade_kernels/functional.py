@@ -111,9 +111,9 @@ class KeptWeights:
     def __init__(self, weights: Weights):
         self._weights = weights
         self.packed_weight = ops.pack_modulation_weight(weights.gamma[0].detach(), weights.beta[0].detach())
-        wide = torch.promote_types(weights.gamma[1].dtype, torch.float32)
-        self.hidden_bias = weights.shared[1].detach().to(wide, copy=True)
-        self.bias = _joint_bias(weights, wide)
+        acc_dtype = torch.promote_types(weights.gamma[1].dtype, torch.float32)
+        self.hidden_bias = weights.shared[1].detach().to(acc_dtype, copy=True)
+        self.bias = _joint_bias(weights, acc_dtype)
         self._taps: dict[tuple, Tensor] = {}
         self._dense: tuple[PackedConv2d, PackedConv2d] | None = None
 
@@ -272,8 +272,8 @@ def conv2d(
     if torch.is_grad_enabled():
         uses, pixels = seen.tap_segments, seen.row_segments
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    taps, bias = _taps(segmap, weight.to(wide)), None if bias is None else bias.to(wide)
+    acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    taps, bias = _taps(segmap, weight.to(acc_dtype)), None if bias is None else bias.to(acc_dtype)
     rows = ops.gather_sum(taps, bias, seen.windows, *uses, False)
     # Every pixel's row is a window of one tap.
     pixel_rows = ops.gather_sum(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
@@ -346,18 +346,18 @@ def _window_table(
     kept: KeptWeights | None,
 ) -> Tensor:
     """(rows, 2C): scale and shift of every distinct window, times gain."""
-    wide = torch.promote_types(dtype, torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     if kept:
         taps, hidden_bias, bias = kept.taps(segmap), kept.hidden_bias, kept.bias
     else:
-        taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(wide)
-        bias = _joint_bias(weights, wide)
+        taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
+        bias = _joint_bias(weights, acc_dtype)
     hidden = ops.gather_sum(taps, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = kept.packed_weight if kept else None
     # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
-    gamma, beta = (w if w.dtype == wide else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
+    gamma, beta = (w if w.dtype == acc_dtype else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
     return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 
 

@@ -18,7 +18,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(2, 3, 5, 7), (1, 20, 29, 31), (2, 16, 64, 64), (2, 130, 19, 18), (1, 1, 97, 101), (2, 1, 1, 1)]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -31,7 +31,7 @@ def named(stats: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 def test_error(shape, dtype, device):
     x = torch.randn(shape).mul(3).add(1).to(device, dtype)
     got = named(channel_stats(x))
-    assert {t.dtype for t in got.values()} == {wide(dtype)}
+    assert {t.dtype for t in got.values()} == {acc_dtype(dtype)}
     assert_within_budget(got, named(reference.channel_stats(x)), named(reference.channel_stats(x.double())))
 
 
@@ -76,7 +76,7 @@ def test_same_bits_every_time_and_in_every_layout(shape, device):
 @pytest.mark.parametrize("shape", [(2, 20, 5, 7), (1, 130, 4, 5), (1, 1, 1, 1)])
 def test_gradient(shape, dtype, layout, device):
     x = torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    stats = [torch.randn(shape[:2]).to(device, wide(dtype)) for _ in range(3)]
+    stats = [torch.randn(shape[:2]).to(device, acc_dtype(dtype)) for _ in range(3)]
     got = channel_stats_grad(x, *stats)
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=LAYOUTS[layout])

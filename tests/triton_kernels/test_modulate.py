@@ -44,13 +44,13 @@ class Problem:
         upsample: int = 1,
         whole: bool = False,
     ):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.how = (slope, upsample)
         n, c, h, w = shape
         size = (n, upsample * h, upsample * w)
         pixels = n * size[1] * size[2]
 
-        def random(*of: int, dtype: torch.dtype = wide) -> Tensor:
+        def random(*of: int, dtype: torch.dtype = acc_dtype) -> Tensor:
             values = torch.randn(of)
             return (values.mul(2).round() if whole else values).to(device, dtype)
 
@@ -59,7 +59,7 @@ class Problem:
         self.mean, self.rstd = random(*of_stats), random(*of_stats).abs() + 1
         self.mean_shift, self.mean_scale = random(*of_stats), random(*of_stats)
         count = {"one": 1, "many": 25, "long": 9, "every pixel": pixels}[rows]
-        self.table = random(count, 2 * c, dtype=table_dtype or wide)
+        self.table = random(count, 2 * c, dtype=table_dtype or acc_dtype)
         self.pixel_row = self.indices = self.offsets = None
         if rows != "every pixel":
             # The last row is no pixel's, as rows that only fill up a batch are not.

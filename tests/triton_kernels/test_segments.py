@@ -55,10 +55,12 @@ def _probes(request, monkeypatch):
 @pytest.mark.parametrize("name", LENGTHS)
 def test_error(name, dtype, long, device):
     problem = Problem(LENGTHS[name], 20, 1, device, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     got = problem.run(long=long)
-    assert got.dtype == wide
-    assert_within_budget({"sums": got}, {"sums": problem.expected(wide)}, {"sums": problem.expected(torch.float64)})
+    assert got.dtype == acc_dtype
+    assert_within_budget(
+        {"sums": got}, {"sums": problem.expected(acc_dtype)}, {"sums": problem.expected(torch.float64)}
+    )
 
 
 @pytest.mark.usefixtures("_probes")
