@@ -58,7 +58,7 @@ class LabelMap(Packable):
         self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
         self.codes = codes
         self._pooled_codebook: torch.Tensor | None = None
-        self._kept: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     @property
     def channels(self) -> int:
@@ -120,7 +120,7 @@ class LabelMap(Packable):
         if rows.is_cuda and not torch.compiler.is_compiling() and not _products_are_coarser(rows.dtype):
             # One launch, and one in the backward, instead of a dozen that a compiler would make one of.
             with torch.autocast("cuda", enabled=False):
-                return _kept_codebook(self, rows.dtype) @ rows
+                return _cached_codebook(self, rows.dtype) @ rows
         # The product with a one-hot codebook copies rows, and adds the edge's.
         classes = F.pad(rows[: self.num_labels], (0, 0, 0, 1))
         if self.edges is not None:
@@ -141,10 +141,10 @@ class LabelMap(Packable):
         height, width = size = _pair(size)
         self._check_windows(size, kernel_size, stride, padding, levels=1)
         key = ("codes", height, width, kernel_size, stride, padding)
-        if key not in self._kept:
+        if key not in self._cache:
             with torch.inference_mode(False), transforms.outside():
-                self._kept[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
-        return self._kept[key]
+                self._cache[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
+        return self._cache[key]
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
         """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept.
@@ -155,7 +155,7 @@ class LabelMap(Packable):
         """
         key = _pair(size)
         self._index([key], kernel_size)
-        return WindowIndex(*(self._kept[name] for name in _index_keys(key, kernel_size)))
+        return WindowIndex(*(self._cache[name] for name in _index_keys(key, kernel_size)))
 
     def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int = 3, gradients: bool = True) -> LabelMap:
         """Builds what SPADE layers with kernel_size need at each of the `sizes` (h, w), ahead of their forward pass.
@@ -175,7 +175,7 @@ class LabelMap(Packable):
 
     def _index(self, sizes: Iterable[tuple[int, int]], kernel_size: int) -> None:
         """Builds the window indexes that are not there."""
-        missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self._kept]
+        missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self._cache]
         if not missing:
             return
         for size in missing:
@@ -186,7 +186,7 @@ class LabelMap(Packable):
             found = WindowIndex.of(self.codes, self.num_codes, missing, kernel_size)
         for size, index in zip(missing, found, strict=True):
             for key, windows in zip(_index_keys(size, kernel_size), index, strict=True):
-                self._kept.setdefault(key, windows)
+                self._cache.setdefault(key, windows)
 
     def _check_windows(
         self, size: tuple[int, int], kernel_size: int, stride: int, padding: int, *, levels: int
@@ -203,7 +203,7 @@ class LabelMap(Packable):
         Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
         discriminator's coarser scales need no one-hot planes either.
         """
-        if "pooled" not in self._kept:
+        if "pooled" not in self._cache:
             seen = self.windows(self.shape[1:], 3, 2, 1)
             with torch.inference_mode(False), transforms.outside():
                 inside = (seen.windows > 0).sum(1, keepdim=True)
@@ -211,8 +211,8 @@ class LabelMap(Packable):
                 pooled = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
             if backends.is_captured(codebook):
                 return pooled
-            self._kept["pooled"] = pooled
-        return self._kept["pooled"]
+            self._cache["pooled"] = pooled
+        return self._cache["pooled"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
         """The same label map on `device`: itself if it is there, else a copy, made in one transfer."""
@@ -280,7 +280,7 @@ class LabelMap(Packable):
         # One by one: torch.compile of torch 2.11 traces no update of __dict__.
         other.labels, other.num_labels, other.edges = self.labels, self.num_labels, self.edges
         other.codes, other._pooled_codebook = transforms.constant(codes), codebook
-        other.ignore_index, other._kept = self.ignore_index, {}
+        other.ignore_index, other._cache = self.ignore_index, {}
         return other
 
 
@@ -338,7 +338,7 @@ def _products_are_coarser(dtype: torch.dtype) -> bool:
 _codebooks: dict[tuple, torch.Tensor] = {}
 
 
-def _kept_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
+def _cached_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
     """Its codebook, the same for all label maps of its kind."""
     kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
     if kind in _codebooks:
@@ -442,7 +442,7 @@ def _unflatten(parts: Iterable[Any], context: tuple[int, int | None]) -> LabelMa
     for name, part in zip(_PARTS, parts, strict=True):
         setattr(label_map, name, part)
     label_map.num_labels, label_map.ignore_index = context
-    label_map._kept = {}
+    label_map._cache = {}
     return label_map
 
 

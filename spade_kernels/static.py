@@ -77,13 +77,13 @@ def _copy_each(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def _held(label_map: LabelMap) -> dict:
     """Which window indexes it holds, and which segments of them."""
     return {
-        key: isinstance(kept, Windows) and (kept._tap_segments is None, kept._row_segments is None)
-        for key, kept in label_map._kept.items()
+        key: isinstance(cached, Windows) and (cached._tap_segments is None, cached._row_segments is None)
+        for key, cached in label_map._cache.items()
     }
 
 
 def _windows_of(label_map: LabelMap) -> list[Windows]:
-    return [kept for kept in label_map._kept.values() if isinstance(kept, Windows)]
+    return [cached for cached in label_map._cache.values() if isinstance(cached, Windows)]
 
 
 def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> None:
@@ -101,7 +101,7 @@ def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
     Raises:
         ValueError: there are more than the place has room for.
     """
-    keys = {key: kept for key, kept in place._kept.items() if isinstance(kept, Windows)}
+    keys = {key: cached for key, cached in place._cache.items() if isinstance(cached, Windows)}
     of_rows = [key for key in keys if key[0] == "hidden rows"]
     for kernel_size in {key[3] for key in of_rows}:
         label_map.prepare([key[1:3] for key in of_rows if key[3] == kernel_size], kernel_size, gradients=False)
@@ -128,14 +128,14 @@ def _with_room(example: LabelMap) -> LabelMap:
         raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
     twin = example._with_codes(example.codes, None)
     twin.labels = example.labels.long()  # The same layout whatever integers the labels came as.
-    for key, windows in example._kept.items():
+    for key, windows in example._cache.items():
         if not isinstance(windows, Windows):
             continue
         num_ids = windows.num_ids
         if key[0] == "hidden rows":
             hidden = example.window_index(key[1:3], key[3]).hidden
             num_ids = _bucket(hidden) + 1
-        twin._kept[key] = windows.padded(_bucket(windows), num_ids)
+        twin._cache[key] = windows.padded(_bucket(windows), num_ids)
     _build_segments_like(_windows_of(example), _windows_of(twin))
     return twin
 

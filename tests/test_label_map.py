@@ -418,11 +418,11 @@ def test_the_kept_codebook(edges, monkeypatch):
     monkeypatch.setattr(label_map_module, "_codebooks", {})
     of_kind = [random_label_map("blobs", (1, 4, 4), 5, edges=edges, seed=seed) for seed in (0, 1)]
     other = random_label_map("blobs", (1, 4, 4), 5, edges=not edges)
-    first, second = (label_map_module._kept_codebook(label_map, torch.float32) for label_map in of_kind)
+    first, second = (label_map_module._cached_codebook(label_map, torch.float32) for label_map in of_kind)
     assert first is second
     assert torch.equal(first, of_kind[0].codebook())
-    assert torch.equal(label_map_module._kept_codebook(other, torch.float32), other.codebook())
-    assert label_map_module._kept_codebook(other, torch.float64).dtype == torch.float64
+    assert torch.equal(label_map_module._cached_codebook(other, torch.float32), other.codebook())
+    assert label_map_module._cached_codebook(other, torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
