@@ -70,9 +70,9 @@ class Conv2d(Freezable, nn.Conv2d):
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:
-            kept = self.kept if is_plain(self, Conv2d) else None
-            if kept is not None:
-                return kept(x, add)
+            packed = self.packed() if is_plain(self, Conv2d) else None
+            if packed is not None:
+                return packed(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, Modulated) else x
         if not _has_stride_1_and_zero_padding(self):
@@ -84,7 +84,7 @@ class Conv2d(Freezable, nn.Conv2d):
             y = convolve(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
         return y if add is None else y + add
 
-    def derive(self) -> PackedConv2d | None:
+    def pack(self) -> PackedConv2d | None:
         if not is_plain(self, Conv2d):
             return None
         return PackedConv2d(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Modules that keep what they derive from their weights while the weights stand still."""
+"""Freezing: modules that pack their weights for inference, and the rule for when packed weights are valid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from spade_kernels import transforms
 
 
-class _Kept(NamedTuple):
-    """What a module keeps, and the parts and weights it was derived from: where they are, and their versions."""
+class _Packed(NamedTuple):
+    """Packed weights, and the parts and weights they were packed from: where these are, and their versions."""
 
     value: Any
-    of: tuple[tuple[dict, str, Any, int], ...]
+    sources: tuple[tuple[dict, str, Any, int], ...]
 
     # A copy of a module is not frozen, however it is made: its parts and weights are others.
     def __deepcopy__(self, memo: dict) -> None:
@@ -26,62 +26,60 @@ class _Kept(NamedTuple):
 
 
 class Freezable(nn.Module):
-    """Base of modules with something to derive from their weights: `derive()` says what.
+    """Base of modules that can be frozen: `pack()` returns packed weights, `packed()` the valid ones.
 
-    `freeze()` keeps it; `train()`, loading a state dict and moving, of the module or one that contains it, let it go,
-    and a change of a weight that PyTorch counts has it derived again. What is kept has no derivatives, so it is used
-    where no gradients are recorded only.
+    Packed weights are valid from `freeze()` on, until the module or one that contains it is put into training mode,
+    moved, or loads a state dict. Within that time, a weight that is replaced, or changed in a way that PyTorch counts,
+    has them packed again. A change that PyTorch does not count, through `.data` or in inference mode, goes unnoticed,
+    and compiled code notices none.
     """
 
-    _kept: _Kept | None = None
+    _packed: _Packed | None = None
 
-    def derive(self) -> Any:
-        """What `kept` returns while the module is frozen: an object that says whether it `is_traceable`, or None."""
+    def pack(self) -> Any:
+        """Packed weights: an object with an attribute `is_traceable`; None if this module cannot be packed."""
         raise NotImplementedError
 
-    @property
-    def kept(self) -> Any:
-        """What the weights come to, or None where they have to be read: not frozen, recording gradients, in a
-        transform of torch.func, or exported.
+    def packed(self) -> Any:
+        """The valid packed weights. They have no derivatives.
 
-        Compiled code reads it as long as it `is_traceable`.
+        Returns:
+            None if the module is not frozen or cannot be packed, and where the weights have to be read: while gradients
+            are recorded, within a transform of torch.func, in exported code, and in compiled code unless the packed
+            weights are traceable.
         """
-        if self._kept is None or torch.is_grad_enabled() or transforms.are_active():
+        if self._packed is None or torch.is_grad_enabled() or transforms.are_active():
             return None
         if not torch.compiler.is_compiling():
-            if not all(of.get(name) is value and _version(value) == at for of, name, value, at in self._kept.of):
+            if not all(of.get(name) is value and _version(value) == at for of, name, value, at in self._packed.sources):
                 self.freeze()
-        elif _is_exporting() or self._kept.value is None or not self._kept.value.is_traceable:
+        elif _is_exporting() or self._packed.value is None or not self._packed.value.is_traceable:
             return None
-        return self._kept.value
+        return self._packed.value
 
     def freeze(self) -> None:
-        """Keeps what the weights come to.
-
-        A change that PyTorch does not count, through `.data` or in inference mode, goes unnoticed until `train()`, and
-        compiled code notices none.
-        """
+        """Packs the weights."""
         with torch.no_grad():
-            value = self.derive()
-        self._kept = _Kept(value, tuple((of, name, of[name], _version(of[name])) for of, name in self._sources()))
+            value = self.pack()
+        self._packed = _Packed(value, tuple((of, name, of[name], _version(of[name])) for of, name in self._sources()))
 
     def _sources(self) -> Iterator[tuple[dict, str]]:
-        """Where a module has its parts and weights: what `derive` can have read."""
+        """Where the module has the parts and weights that `pack` can have read."""
         for module in self.modules():
             for of in (module._modules, module._parameters, module._buffers):
                 yield from ((of, name) for name in of)
 
     def train(self, mode: bool = True):
         if mode:
-            self._kept = None
+            self._packed = None
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._kept = None
+        self._packed = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._kept = None
+        self._packed = None
         return super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -95,12 +93,11 @@ def _is_exporting() -> bool:
 
 
 def freeze(module: nn.Module) -> None:
-    """Puts the module into eval mode and keeps what its layers derive from their weights, for inference.
+    """Puts the module into eval mode and packs the weights of its layers, for inference. `module.train()` undoes it.
 
-    SPADE layers keep their weights packed; `Conv2d` keeps its weight with the spectral norm folded in and, on CPU, laid
-    out for the fastest convolution there: a 3 x 3 one with transformed weights (`reference.conv`), which take 16/9 of
-    the memory and spread an Inf or NaN by one more pixel. Wrapped, hooked and replaced modules keep nothing. Undone by
-    `module.train()`.
+    SPADE layers pack the weights of their convolutions. `Conv2d` folds the spectral norm into its weight and, on a CPU,
+    packs it for the fastest convolution there: a 3 x 3 one with transformed weights (`reference.conv`), which take 16/9
+    of the memory and spread an Inf or NaN by one more pixel. Wrapped, hooked and replaced modules pack nothing.
 
     Raises:
         TypeError: not a module. ValueError: it holds no such layer.

@@ -102,10 +102,10 @@ class Weights(NamedTuple):
     beta: tuple[Tensor, Tensor]
 
 
-class KeptWeights:
-    """What a layer otherwise makes of its weights in every call. Without derivatives; for weights that stand still.
+class PackedWeights:
+    """Packed weights of a frozen SPADE layer, reused across calls. Not differentiable.
 
-    What depends on the condition is made for the first one of its kind, and kept unless compiled code made it.
+    What depends on the condition is computed for the first one of its kind and cached, unless by compiled code.
     """
 
     def __init__(self, weights: Weights):
@@ -119,7 +119,7 @@ class KeptWeights:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether calls leave it as it is; those of the packed convolutions do not."""
+        """True if calls do not change it; those of packed convolutions do."""
         return not is_packable(self._weights.shared[0])
 
     def taps(self, segmap: LabelMap) -> Tensor:
@@ -181,7 +181,7 @@ def spade(
     slope: float = 1.0,
     gain: Gain | None = None,
     upsample: int = 1,
-    kept: KeptWeights | None = None,
+    packed: PackedWeights | None = None,
 ) -> Tensor:
     """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
 
@@ -197,12 +197,12 @@ def spade(
         gain: positive number, or a tensor of one (whose value is not checked: that would wait for a GPU), which
             normalize(x) * (1 + gamma) + beta is multiplied by; None is 1.
         upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
-        kept: of the same weights, where no gradient is wanted.
+        packed: of the same weights, where no gradient is wanted.
 
     Returns:
         (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
     """
-    return modulated(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, kept=kept).tensor()
+    return modulated(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, packed=packed).tensor()
 
 
 def modulated(
@@ -214,7 +214,7 @@ def modulated(
     slope: float = 1.0,
     gain: Gain | None = None,
     upsample: int = 1,
-    kept: KeptWeights | None = None,
+    packed: PackedWeights | None = None,
 ) -> ops.Modulated:
     """`spade`, but for the last pass over x."""
     gain = as_gain(gain)
@@ -226,14 +226,14 @@ def modulated(
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
     dtype = _table_dtype(x, weights.shared[0])
     if gain is not None or dtype != weights.shared[0].dtype:
-        kept = None
+        packed = None
     how: tuple = (slope, upsample, stats.stats_scope)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
-    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, kept is not None):
-        table = _dense_table(segmap, size, weights, gain, kept)
+    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, packed is not None):
+        table = _dense_table(segmap, size, weights, gain, packed)
         return ops.Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     segments = index.segments() if torch.is_grad_enabled() else ((None, None),) * 3
-    table = _window_table(segmap, index, segments, dtype, weights, gain, kept)
+    table = _window_table(segmap, index, segments, dtype, weights, gain, packed)
     rows = index.modulation
     return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *segments[2], *how)
 
@@ -343,38 +343,38 @@ def _window_table(
     dtype: torch.dtype,
     weights: Weights,
     gain: Gain | None,
-    kept: KeptWeights | None,
+    packed: PackedWeights | None,
 ) -> Tensor:
     """(rows, 2C): scale and shift of every distinct window, times gain."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
-    if kept:
-        taps, hidden_bias, bias = kept.taps(segmap), kept.hidden_bias, kept.bias
+    if packed:
+        taps, hidden_bias, bias = packed.taps(segmap), packed.hidden_bias, packed.bias
     else:
         taps, hidden_bias = _taps(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
         bias = _joint_bias(weights, acc_dtype)
     hidden = ops.gather_sum(taps, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
-    packed_weight = kept.packed_weight if kept else None
+    packed_weight = packed.packed_weight if packed else None
     # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
     gamma, beta = (w if w.dtype == acc_dtype else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
     return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 
 
 def _dense_table(
-    segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Gain | None, kept: KeptWeights | None
+    segmap: Segmap, size: tuple[int, int], weights: Weights, gain: Gain | None, packed: PackedWeights | None
 ) -> Tensor:
     """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
     padding = weights.shared[0].shape[-1] // 2
-    packed = kept.dense() if kept else None
-    if packed and isinstance(segmap, Tensor):
+    convolutions = packed.dense() if packed else None
+    if convolutions and isinstance(segmap, Tensor):
         planes = _resized(segmap, size).to(weights.shared[0].dtype)
-        hidden = packed[0](planes.contiguous(memory_format=torch.channels_last))
+        hidden = convolutions[0](planes.contiguous(memory_format=torch.channels_last))
     else:
         segmap = segmap.to(weights.shared[0].dtype) if isinstance(segmap, Tensor) else segmap
         hidden = conv2d(segmap, *weights.shared, padding=padding, size=size).relu()
-    if packed:
-        table = packed[1](hidden)
+    if convolutions:
+        table = convolutions[1](hidden)
     else:
         weight, bias = _joint_weight(weights), _joint_bias(weights, weights.gamma[1].dtype)
         table = convolve(hidden, times(weight, gain), times(bias, gain), [padding] * 2)

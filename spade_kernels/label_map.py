@@ -132,7 +132,7 @@ class LabelMap(Packable):
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
 
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
-        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and kept.
+        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and cached.
 
         Raises:
             TypeError: an argument is not an integer, or size not a pair.
@@ -147,7 +147,7 @@ class LabelMap(Packable):
         return self._cache[key]
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
-        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and kept.
+        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and cached.
 
         Raises:
             TypeError: an argument is not an integer, or size not a pair.

@@ -13,7 +13,7 @@ from torch import nn
 from spade_kernels import functional
 from spade_kernels.convolution import Conv2d, is_plain
 from spade_kernels.freezing import Freezable
-from spade_kernels.functional import Gain, KeptWeights, Segmap, Weights
+from spade_kernels.functional import Gain, PackedWeights, Segmap, Weights
 from spade_kernels.label_map import LabelMap
 from spade_kernels.normalization import (
     Moments,
@@ -109,14 +109,14 @@ class SPADE(Freezable):
         stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
         if as_built:
             return functional.modulated(
-                x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, kept=self.kept
+                x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, packed=self.packed()
             )
         n, c, h, w = x.shape
         table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
         return Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_scope)
 
-    def derive(self) -> KeptWeights | None:
-        return KeptWeights(self._weights()) if self._is_as_built() else None
+    def pack(self) -> PackedWeights | None:
+        return PackedWeights(self._weights()) if self._is_as_built() else None
 
     def _is_as_built(self) -> bool:
         """Whether the condition goes through three convolutions and a ReLU and nothing else, as kernels take it."""
@@ -202,7 +202,7 @@ def convolved(
         y = conv(_activated(norm, x, segmap, slope, how))
         return y if add is None else y + add
     assert isinstance(conv, Conv2d)
-    if conv.kept is not None:
+    if conv.packed() is not None:
         return conv(norm.modulated(x, segmap, slope, **how), add=add)
     weight, gain = conv.weight_and_gain()
     return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)

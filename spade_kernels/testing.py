@@ -90,8 +90,8 @@ def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, slope: float = 1.0) -> 
         normalized = F.instance_norm(x, eps=norm.eps)
     else:
         assert isinstance(norm, nn.BatchNorm2d)
-        kept = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-        normalized = F.batch_norm(x, *kept, training=norm.training, eps=norm.eps)
+        statistics = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        normalized = F.batch_norm(x, *statistics, training=norm.training, eps=norm.eps)
     hidden = layer.mlp_shared(F.interpolate(planes, size=x.shape[2:], mode="nearest"))
     y = normalized * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
     return y if slope == 1 else F.leaky_relu(y, slope)

@@ -54,7 +54,7 @@ class Windows(Packable):
 
     @property
     def tap_segments(self) -> Segments:
-        """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and kept."""
+        """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and cached."""
         if self._tap_segments is not None:
             return self._tap_segments
         with torch.inference_mode(False), transforms.outside():
@@ -65,7 +65,7 @@ class Windows(Packable):
 
     @property
     def row_segments(self) -> Segments:
-        """Pixels of each row. Built once, and kept."""
+        """Pixels of each row. Built once, and cached."""
         if self._row_segments is not None:
             return self._row_segments
         with torch.inference_mode(False), transforms.outside():

@@ -107,7 +107,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Conv2d": (CONV, {"x": X, "weight": None, "add": None}),
     "functional.spade": (
         functional.spade,
-        {"x": X, "segmap": LABELS, "stats": STATS, "weights": WEIGHTS, "slope": 1.0, "upsample": 1, "kept": None},
+        {"x": X, "segmap": LABELS, "stats": STATS, "weights": WEIGHTS, "slope": 1.0, "upsample": 1, "packed": None},
     ),
     "functional.conv2d": (
         functional.conv2d,

@@ -46,9 +46,9 @@ def change_weights(network: nn.Module) -> None:
 
 def is_frozen(network: nn.Module) -> bool:
     with torch.no_grad():
-        kept = {part.kept is not None for part in network.modules() if isinstance(part, Freezable)}
-    assert len(kept) == 1, "some parts are frozen, others are not"
-    return kept.pop()
+        frozen = {part.packed() is not None for part in network.modules() if isinstance(part, Freezable)}
+    assert len(frozen) == 1, "some parts are frozen, others are not"
+    return frozen.pop()
 
 
 def fresh(network: SPADEGenerator) -> SPADEGenerator:
@@ -348,5 +348,5 @@ def test_a_copy_of_a_frozen_module_with_parametrized_weights():
     x = torch.randn(1, 8, 16, 16)
     expected = conv(x)
     twin = copy.deepcopy(conv)
-    assert twin.kept is None
+    assert twin.packed() is None
     assert relative_error(twin(x), expected) < LIMITS[torch.float32]

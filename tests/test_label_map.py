@@ -413,7 +413,7 @@ def test_weigh_is_the_product_with_the_codebook(edges, pooled):
 
 
 @pytest.mark.parametrize("edges", [False, True])
-def test_the_kept_codebook(edges, monkeypatch):
+def test_the_cached_codebook(edges, monkeypatch):
     """What a GPU multiplies by: the same tensor for all label maps of a kind, and none of another."""
     monkeypatch.setattr(label_map_module, "_codebooks", {})
     of_kind = [random_label_map("blobs", (1, 4, 4), 5, edges=edges, seed=seed) for seed in (0, 1)]
