@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spade_kernels import backends, ops, transforms
 from spade_kernels.freezing import Freezable
 from spade_kernels.normalization import has_hooks
-from spade_kernels.ops import Modulated
+from spade_kernels.ops import DeferredModulation
 
 _EPS = 1e-12
 
@@ -61,7 +61,9 @@ class Conv2d(Freezable, nn.Conv2d):
         weight = self.weight_orig
         return _with_gain(weight, *self._iterate(weight))
 
-    def forward(self, x: Tensor | Modulated, weight: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | DeferredModulation, weight: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
@@ -74,7 +76,7 @@ class Conv2d(Freezable, nn.Conv2d):
             if packed is not None:
                 return packed(x, add)
             weight = self._normalized()
-        x = x.tensor() if isinstance(x, Modulated) else x
+        x = x.tensor() if isinstance(x, DeferredModulation) else x
         if not _has_stride_1_and_zero_padding(self):
             y = self._conv_forward(x, weight, self.bias)
         elif _would_copy_weight(x, weight, self.padding):  # type: ignore[arg-type]
@@ -190,9 +192,9 @@ class PackedConv2d:
         """Whether calls leave it as it is."""
         return not self._packable
 
-    def __call__(self, x: Tensor | Modulated, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None = None) -> Tensor:
         """The convolution of x, plus `add`."""
-        packs = self._packs(x.x if isinstance(x, Modulated) else x)
+        packs = self._packs(x.x if isinstance(x, DeferredModulation) else x)
         if isinstance(self._weight, Tensor) and packs:
             for way in (_Panels, _OneDNN):
                 if way.fits(self._weight, self._padding, x.shape):
@@ -200,7 +202,7 @@ class PackedConv2d:
                     break
         if isinstance(self._weight, _Panels) and packs:
             return self._weight(x, add)
-        x = x.tensor() if isinstance(x, Modulated) else x
+        x = x.tensor() if isinstance(x, DeferredModulation) else x
         if isinstance(self._weight, _OneDNN) and packs:
             return self._weight(x, add)
         return self._unpacked(x, add)
@@ -229,7 +231,7 @@ class _Panels:
         known = [*kernel, *padding] in ([3, 3, 1, 1], [1, 1, 0, 0]) and backends.is_compiled_on_cpu()
         return known and out >= 32 and channels >= 16 and shape[2] * shape[3] >= 128
 
-    def __call__(self, x: Tensor | Modulated, add: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             return ops.conv(x, self._panels, self._bias, add, self._relu)
         how = (x.pixel_row, x.slope, x.upsample)

@@ -202,10 +202,10 @@ def spade(
     Returns:
         (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
     """
-    return modulated(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, packed=packed).tensor()
+    return defer_spade(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, packed=packed).tensor()
 
 
-def modulated(
+def defer_spade(
     x: Tensor,
     segmap: Segmap,
     stats: Statistics,
@@ -215,8 +215,8 @@ def modulated(
     gain: Gain | None = None,
     upsample: int = 1,
     packed: PackedWeights | None = None,
-) -> ops.Modulated:
-    """`spade`, but for the last pass over x."""
+) -> ops.DeferredModulation:
+    """`spade` without its last pass over x, which a convolution can fuse."""
     gain = as_gain(gain)
     check_input(x, weights.gamma[0].shape[0])
     _check_weights(weights)
@@ -231,11 +231,13 @@ def modulated(
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, packed is not None):
         table = _dense_table(segmap, size, weights, gain, packed)
-        return ops.Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
+        return ops.DeferredModulation(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
     segments = index.segments() if torch.is_grad_enabled() else ((None, None),) * 3
     table = _window_table(segmap, index, segments, dtype, weights, gain, packed)
     rows = index.modulation
-    return ops.Modulated(x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *segments[2], *how)
+    return ops.DeferredModulation(
+        x, stats.mean, stats.rstd, table, rows.pixel_row, rows.image_offsets, *segments[2], *how
+    )
 
 
 def conv2d(

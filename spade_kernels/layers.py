@@ -24,7 +24,7 @@ from spade_kernels.normalization import (
     is_parameter_free,
     statistics,
 )
-from spade_kernels.ops import Modulated
+from spade_kernels.ops import DeferredModulation
 from spade_kernels.transforms import channels_last
 
 _HIDDEN = 128
@@ -83,9 +83,9 @@ class SPADE(Freezable):
         Raises:
             TypeError, ValueError: an argument does not fit, or what `mlp_gamma` or `mlp_beta` returns.
         """
-        return self.modulated(x, segmap, slope, gain=gain, upsample=upsample, moments=moments).tensor()
+        return self.defer(x, segmap, slope, gain=gain, upsample=upsample, moments=moments).tensor()
 
-    def modulated(
+    def defer(
         self,
         x: torch.Tensor,
         segmap: Segmap,
@@ -94,8 +94,8 @@ class SPADE(Freezable):
         gain: Gain | None = None,
         upsample: int = 1,
         moments: Moments | None = None,
-    ) -> Modulated:
-        """`forward`, but for the last pass over x."""
+    ) -> DeferredModulation:
+        """`forward` without its last pass over x, which a convolution can fuse."""
         # Checked first: what is refused must not have moved the running statistics.
         as_built, gain = self._is_as_built(), functional.as_gain(gain)
         check_input(x, self.norm_nc)
@@ -108,12 +108,14 @@ class SPADE(Freezable):
         x = channels_last(x)
         stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
         if as_built:
-            return functional.modulated(
+            return functional.defer_spade(
                 x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, packed=self.packed()
             )
         n, c, h, w = x.shape
         table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
-        return Modulated(x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_scope)
+        return DeferredModulation(
+            x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_scope
+        )
 
     def pack(self) -> PackedWeights | None:
         return PackedWeights(self._weights()) if self._is_as_built() else None
@@ -177,7 +179,7 @@ def _fitted(name: str, value: torch.Tensor, hidden: torch.Tensor, shape: Sequenc
         ) from error
 
 
-def convolved(
+def spade_conv(
     conv: nn.Module,
     norm: nn.Module,
     x: torch.Tensor,
@@ -203,7 +205,7 @@ def convolved(
         return y if add is None else y + add
     assert isinstance(conv, Conv2d)
     if conv.packed() is not None:
-        return conv(norm.modulated(x, segmap, slope, **how), add=add)
+        return conv(norm.defer(x, segmap, slope, **how), add=add)
     weight, gain = conv.weight_and_gain()
     return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
 

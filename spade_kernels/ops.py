@@ -209,8 +209,8 @@ def modulate(
     )
 
 
-class Modulated(NamedTuple):
-    """What `modulate` would make of its arguments, for a convolution that makes it where it needs it."""
+class DeferredModulation(NamedTuple):
+    """A deferred `modulate`: its arguments only, so that a convolution can fuse it."""
 
     x: Tensor
     mean: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 import spade_kernels as sk
 from spade_kernels import backends, functional, ops
 from spade_kernels.convolution import Conv2d, PackedConv2d
-from spade_kernels.layers import SPADE, convolved
+from spade_kernels.layers import SPADE, spade_conv
 from spade_kernels.testing import (
     assert_within_budget,
     forward_backward,
@@ -309,7 +309,7 @@ def test_a_frozen_convolution_follows_the_backend(k):
     try:
         for name in ("cpu", "reference", "auto"):
             sk.use_backend(name)
-            assert relative_error(convolved(conv, norm, x, segmap, 0.2, upsample=2), expected) < 1e-6
+            assert relative_error(spade_conv(conv, norm, x, segmap, 0.2, upsample=2), expected) < 1e-6
     finally:
         sk.use_backend("auto")
 
@@ -320,11 +320,11 @@ def test_hooks_of_a_frozen_norm_are_called():
     norm, conv = frozen_pair()
     x, segmap = torch.randn(2, 16, 16, 16), random_label_map("blobs", (2, 32, 32), 5)
     seen: list[Tensor] = []
-    expected = convolved(conv, norm, x, segmap)
+    expected = spade_conv(conv, norm, x, segmap)
     handle = norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert relative_error(convolved(conv, norm, x, segmap), expected) < 1e-6
+    assert relative_error(spade_conv(conv, norm, x, segmap), expected) < 1e-6
     handle.remove()
-    convolved(conv, norm, x, segmap)
+    spade_conv(conv, norm, x, segmap)
     assert len(seen) == 1
     assert seen[0].shape == x.shape
 
@@ -337,7 +337,7 @@ def test_a_convolution_of_what_is_not_made_yet_has_gradients(k):
     norm, conv = SPADE("spadeinstance3x3", 16, 5).double(), Conv2d(16, 32, k, padding=k // 2).double()
     x, segmap = torch.randn(2, 16, 9, 9, dtype=torch.float64), random_label_map("blobs", (2, 32, 32), 5)
     gradients = []
-    for run in (lambda x: conv(norm.modulated(x, segmap, 0.2)), lambda x: conv(norm(x, segmap, 0.2))):
+    for run in (lambda x: conv(norm.defer(x, segmap, 0.2)), lambda x: conv(norm(x, segmap, 0.2))):
         leaf = x.clone().requires_grad_()
         run(leaf).square().sum().backward()
         gradients.append(leaf.grad)

@@ -11,7 +11,7 @@ from torch import nn
 from spade_kernels import SPADE, LabelMap, freeze
 from spade_kernels.convolution import Conv2d
 from spade_kernels.functional import Segmap, as_condition, conv2d
-from spade_kernels.layers import as_planes, convolved, keeps_size, parameter_dtype
+from spade_kernels.layers import as_planes, keeps_size, parameter_dtype, spade_conv
 from spade_kernels.normalization import moments
 from spade_kernels.transforms import channels_last
 from spade_model.errors import UserError
@@ -24,7 +24,7 @@ DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
 class SPADEResnetBlock(nn.Module):
     """Residual block of two SPADE layers, with a third in the shortcut where the width changes.
 
-    Its modules can be wrapped, hooked or replaced: others than its own are called as they are; see `convolved`.
+    Its modules can be wrapped, hooked or replaced: others than its own are called as they are; see `spade_conv`.
 
     Args:
         fin, fout: channels in and out. norm_G: [spectral]spade<norm><k>x<k>. semantic_nc: condition channels.
@@ -49,11 +49,11 @@ class SPADEResnetBlock(nn.Module):
         taken = moments(self.norm_0.param_free_norm, x) if isinstance(self.norm_0, SPADE) else None
         common: dict[str, Any] = {"upsample": upsample, "moments": taken}
         if self.learned_shortcut:
-            shortcut = convolved(self.conv_s, self.norm_s, x, segmap, **common)
+            shortcut = spade_conv(self.conv_s, self.norm_s, x, segmap, **common)
         else:
             shortcut = _double(x) if upsample == 2 else x
-        dx = convolved(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
-        return convolved(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
+        dx = spade_conv(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
+        return spade_conv(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
 
 
 class SPADEGenerator(nn.Module):
