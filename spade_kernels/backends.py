@@ -154,20 +154,19 @@ def is_compiled_on_cpu() -> bool:
 
 
 def is_captured(t: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what is made of t now holds nothing until the graph runs."""
+    """True while a CUDA graph is being captured: the tensor has no values yet."""
     return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
-def may_keep(made: torch.Tensor) -> bool:
-    """Whether calls to come can use what this one made: not if a CUDA graph or compiled code makes it in every run.
+def is_cacheable(t: torch.Tensor) -> bool:
+    """True if later calls can use the tensor: not if a CUDA graph or compiled code computes it anew in every run."""
+    return not torch.compiler.is_compiling() and not is_captured(t)
 
-    On a GPU this waits until it is made: those calls may come on other streams.
-    """
-    if torch.compiler.is_compiling() or is_captured(made):
-        return False
-    if made.is_cuda:
-        torch.cuda.current_stream(made.device).synchronize()
-    return True
+
+def synchronize(t: torch.Tensor) -> None:
+    """Waits until the tensor is computed, so that calls on other streams can use it."""
+    if t.is_cuda:
+        torch.cuda.current_stream(t.device).synchronize()
 
 
 def can_run_reference() -> str | None:

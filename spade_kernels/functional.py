@@ -131,7 +131,8 @@ class PackedWeights:
         if kind in self._taps:
             return self._taps[kind]
         taps = _taps(segmap, weight)
-        if backends.may_keep(taps):
+        if backends.is_cacheable(taps):
+            backends.synchronize(taps)
             self._taps[kind] = taps
         return taps
 
@@ -142,7 +143,8 @@ class PackedWeights:
         weight, bias = self._weights.shared
         joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
         dense = PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
-        if backends.may_keep(joint):
+        if backends.is_cacheable(joint):
+            backends.synchronize(joint)
             self._dense = dense
         return dense
 

@@ -345,7 +345,8 @@ def _cached_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
         return _codebooks[kind]
     with torch.inference_mode(False), transforms.outside():
         codebook = label_map.codebook(dtype)
-    if backends.may_keep(codebook):
+    if backends.is_cacheable(codebook):
+        backends.synchronize(codebook)
         _codebooks[kind] = codebook
     return codebook
 
