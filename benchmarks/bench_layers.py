@@ -73,7 +73,7 @@ def _forward(provider: str, channels: int, condition: LabelMap | Tensor, memory_
     if provider == "ours":
         if not training:
             freeze(ours)
-        return lambda x: ours(x, condition, slope=SLOPE), ours
+        return lambda x: ours(x, condition, negative_slope=SLOPE), ours
     layer = StockSPADE(channels, planes.shape[1]).train(training)
     layer.load_state_dict(ours.state_dict())
     if provider != "eager":

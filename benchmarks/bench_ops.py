@@ -43,12 +43,12 @@ def recorded(mask: sk.LabelMap, ngf: int) -> dict[str, tuple]:
     convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)
     with _Recorder() as recorder:
-        spade_conv(convolution, layer, x, fresh(mask), slope=0.2).square().mean().backward()
+        spade_conv(convolution, layer, x, fresh(mask), negative_slope=0.2).square().mean().backward()
     sk.freeze(layer)
     sk.freeze(convolution)
     with torch.no_grad(), _Recorder() as frozen:
-        convolution(layer(x, fresh(mask), slope=0.2))
-        spade_conv(convolution, layer, x, fresh(mask), slope=0.2)
+        convolution(layer(x, fresh(mask), negative_slope=0.2))
+        spade_conv(convolution, layer, x, fresh(mask), negative_slope=0.2)
     return recorder.calls | {name: call for name, call in frozen.calls.items() if "conv" in name}
 
 

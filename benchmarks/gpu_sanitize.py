@@ -73,7 +73,7 @@ def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str
     layer = random_spade(f"spade{norm}3x3", channels, CLASSES + 1).train()
     x = torch.randn(2, channels, side, side, requires_grad=True)
     with torch.enable_grad(), Recorder() as recorder, use_path(path):
-        y = layer(x, mask, slope=0.2, upsample=upsample)
+        y = layer(x, mask, negative_slope=0.2, upsample=upsample)
         y.backward(torch.randn_like(y))
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()

@@ -46,11 +46,11 @@ def _layer(channels: int, side: int, upsample: int, dtype: torch.dtype) -> None:
     for (where, count), taken in product(((pixel_row, rows), (None, pixels)), (1, _BATCH)):
         stats = _empty(taken, channels)
         normalized = x, stats, stats, _empty(count, 2 * channels, dtype=table_dtype), where
-        for slope in (0.2, 1.0):
-            modulate.modulate(*normalized, None, None, None, slope, upsample, "none")
-            modulate.modulate_table_grad(grad, *normalized, _ids(pixels), _ids(count + 1), slope, upsample)
+        for negative_slope in (0.2, 1.0):
+            modulate.modulate(*normalized, None, None, None, negative_slope, upsample, "none")
+            modulate.modulate_table_grad(grad, *normalized, _ids(pixels), _ids(count + 1), negative_slope, upsample)
             for means in (stats, None):
-                modulate.modulate_input_grad(grad, *normalized, means, means, slope, upsample)
+                modulate.modulate_input_grad(grad, *normalized, means, means, negative_slope, upsample)
     _table(channels, rows, num_hidden, table_dtype)
     # The network's first convolution, and the dense path's.
     _gather_sum(num_hidden, _CODES, 9, channels, table_dtype, relu=False)

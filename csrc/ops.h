@@ -106,7 +106,7 @@ struct ModulateParams {
   int64_t images, height, width, channels, num_rows;  // height and width of x
   int64_t upsample;                                   // 1 or 2
   int64_t stats_stride, means_stride;                 // 0 where one row of statistics serves all images, else channels
-  double slope;
+  double negative_slope;
 };
 
 // y = act(convolution of x + bias + add), 3 x 3 with padding 1 or 1 x 1, all in acc.

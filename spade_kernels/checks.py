@@ -241,7 +241,9 @@ def _channel_stats_grad(a, x, mean, grad_mean, grad_m2):
         a.floats(name, stats, x.shape[:2])
 
 
-def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope):
+def _modulate(
+    a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, negative_slope, upsample, stats_scope
+):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     if image_offsets is not None:
         a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
@@ -253,7 +255,7 @@ def _modulate(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offset
     )
 
 
-def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, indices, offsets, slope, upsample):
+def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, indices, offsets, negative_slope, upsample):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     _check_grad_of_y(a, grad, x, upsample)
     together = (indices is None) == (pixel_row is None)
@@ -261,7 +263,7 @@ def _modulate_table_grad(a, grad, x, mean, rstd, table, pixel_row, indices, offs
     a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
 
 
-def _modulate_input_grad(a, grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsample):
+def _modulate_input_grad(a, grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, negative_slope, upsample):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     _check_grad_of_y(a, grad, x, upsample)
     together = (mean_shift is None) == (mean_scale is None)
@@ -298,7 +300,7 @@ def _conv3x3_weight_grad(a, grad, x):
     a.floats("x", x, (grad.shape[0], _ANY, *grad.shape[2:]))
 
 
-def _modulate_conv(a, x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add):
+def _modulate_conv(a, x, mean, rstd, table, pixel_row, negative_slope, upsample, packed_weight, bias, add):
     _check_modulation(a, x, mean, rstd, table, pixel_row, upsample)
     images, channels, height, width = x.shape
     if isinstance(height, int) and isinstance(width, int):

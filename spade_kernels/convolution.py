@@ -234,7 +234,7 @@ class _Panels:
     def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             return ops.conv(x, self._panels, self._bias, add, self._relu)
-        how = (x.pixel_row, x.slope, x.upsample)
+        how = (x.pixel_row, x.negative_slope, x.upsample)
         return ops.modulate_conv(x.x, x.mean, x.rstd, x.table, *how, self._panels, self._bias, add)
 
     def dense(self) -> Tensor:

@@ -180,14 +180,14 @@ def spade(
     stats: Statistics,
     weights: Weights,
     *,
-    slope: float = 1.0,
+    negative_slope: float = 1.0,
     gain: Gain | None = None,
     upsample: int = 1,
     packed: PackedWeights | None = None,
 ) -> Tensor:
     """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
 
-        y = leaky_relu((normalize(x) * (1 + gamma) + beta) * gain, slope)
+        y = leaky_relu((normalize(x) * (1 + gamma) + beta) * gain, negative_slope)
         gamma, beta = conv(relu(conv(resize(segmap))))
 
     Args:
@@ -195,7 +195,7 @@ def spade(
             weights enter products as bfloat16 beside a bfloat16 x on a GPU, else in float32 (tf32 as torch is set).
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         stats: of x, from `normalization.statistics`.
-        slope: leaky ReLU folded in; 1 is none.
+        negative_slope: leaky ReLU folded in; 1 is none.
         gain: positive number, or a tensor of one (whose value is not checked: that would wait for a GPU), which
             normalize(x) * (1 + gamma) + beta is multiplied by; None is 1.
         upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
@@ -204,7 +204,9 @@ def spade(
     Returns:
         (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
     """
-    return defer_spade(x, segmap, stats, weights, slope=slope, gain=gain, upsample=upsample, packed=packed).tensor()
+    return defer_spade(
+        x, segmap, stats, weights, negative_slope=negative_slope, gain=gain, upsample=upsample, packed=packed
+    ).tensor()
 
 
 def defer_spade(
@@ -213,7 +215,7 @@ def defer_spade(
     stats: Statistics,
     weights: Weights,
     *,
-    slope: float = 1.0,
+    negative_slope: float = 1.0,
     gain: Gain | None = None,
     upsample: int = 1,
     packed: PackedWeights | None = None,
@@ -229,7 +231,7 @@ def defer_spade(
     dtype = _table_dtype(x, weights.shared[0])
     if gain is not None or dtype != weights.shared[0].dtype:
         packed = None
-    how: tuple = (slope, upsample, stats.stats_scope)
+    how: tuple = (negative_slope, upsample, stats.stats_scope)
     index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weights.shared[0].shape[-1])
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, packed is not None):
         table = _dense_table(segmap, size, weights, gain, packed)

@@ -61,7 +61,7 @@ class SPADE(Freezable):
         self,
         x: torch.Tensor,
         segmap: Segmap,
-        slope: float = 1.0,
+        negative_slope: float = 1.0,
         *,
         gain: Gain | None = None,
         upsample: int = 1,
@@ -74,7 +74,7 @@ class SPADE(Freezable):
             segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W). A
                 one-hot tensor is read once, and again when PyTorch counts a change of it. It does not count writes
                 through `.data` or NumPy: pass a new tensor or a LabelMap after those.
-            slope: of a leaky ReLU applied to the result; 1 is none.
+            negative_slope: of a leaky ReLU applied to the result; 1 is none.
             gain: positive number the result is multiplied by: a Python number or a tensor of one, whose value is not
                 checked. A negative one multiplies what the leaky ReLU is applied to.
             upsample: 2 for a result twice as large, as if x had been upsampled (nearest) before.
@@ -83,13 +83,13 @@ class SPADE(Freezable):
         Raises:
             TypeError, ValueError: an argument does not fit, or what `mlp_gamma` or `mlp_beta` returns.
         """
-        return self.defer(x, segmap, slope, gain=gain, upsample=upsample, moments=moments).tensor()
+        return self.defer(x, segmap, negative_slope, gain=gain, upsample=upsample, moments=moments).tensor()
 
     def defer(
         self,
         x: torch.Tensor,
         segmap: Segmap,
-        slope: float = 1.0,
+        negative_slope: float = 1.0,
         *,
         gain: Gain | None = None,
         upsample: int = 1,
@@ -109,12 +109,19 @@ class SPADE(Freezable):
         stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
         if as_built:
             return functional.defer_spade(
-                x, segmap, stats, self._weights(), slope=slope, gain=gain, upsample=upsample, packed=self.packed()
+                x,
+                segmap,
+                stats,
+                self._weights(),
+                negative_slope=negative_slope,
+                gain=gain,
+                upsample=upsample,
+                packed=self.packed(),
             )
         n, c, h, w = x.shape
         table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
         return DeferredModulation(
-            x, stats.mean, stats.rstd, table, None, None, None, None, slope, upsample, stats.stats_scope
+            x, stats.mean, stats.rstd, table, None, None, None, None, negative_slope, upsample, stats.stats_scope
         )
 
     def pack(self) -> PackedWeights | None:
@@ -184,42 +191,44 @@ def spade_conv(
     norm: nn.Module,
     x: torch.Tensor,
     segmap: Segmap,
-    slope: float = 1.0,
+    negative_slope: float = 1.0,
     add: torch.Tensor | None = None,
     *,
     upsample: int = 1,
     moments: Moments | None = None,
 ) -> torch.Tensor:
-    """conv(leaky_relu(norm(x, segmap), slope)) + add, with fewer passes over x and the convolution's weight.
+    """conv(leaky_relu(norm(x, segmap), negative_slope)) + add, with fewer passes over x and the convolution's weight.
 
     In training the convolution's spectral norm is divided out of the norm's small table. Frozen, compiled CPU kernels
     make the norm's result where the convolution reads it: no tensor of that size exists.
 
     Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
-    and the condition and without the slope. A norm that is no SPADE takes x at its full size, and the condition as a
+    and the condition and without the negative slope. A norm that is no SPADE takes x at its full size, and the condition as a
     tensor (N, channels, H, W).
     """
     how: dict[str, Any] = {"upsample": upsample, "moments": moments}
     if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
-        y = conv(_activated(norm, x, segmap, slope, how))
+        y = conv(_activated(norm, x, segmap, negative_slope, how))
         return y if add is None else y + add
     assert isinstance(conv, Conv2d)
     if conv.packed() is not None:
-        return conv(norm.defer(x, segmap, slope, **how), add=add)
+        return conv(norm.defer(x, segmap, negative_slope, **how), add=add)
     weight, gain = conv.weight_and_gain()
-    return conv(norm(x, segmap, slope, gain=gain, **how), weight, add)
+    return conv(norm(x, segmap, negative_slope, gain=gain, **how), weight, add)
 
 
-def _activated(norm: nn.Module, x: torch.Tensor, segmap: Segmap, slope: float, how: dict[str, Any]) -> torch.Tensor:
-    """leaky_relu(norm(x, segmap), slope), whatever the norm is."""
+def _activated(
+    norm: nn.Module, x: torch.Tensor, segmap: Segmap, negative_slope: float, how: dict[str, Any]
+) -> torch.Tensor:
+    """leaky_relu(norm(x, segmap), negative_slope), whatever the norm is."""
     if _is_plain_spade(norm):
-        return norm(x, segmap, slope, **how)
+        return norm(x, segmap, negative_slope, **how)
     if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
         y = norm(x, segmap, **how)
     else:
         x = F.interpolate(x, scale_factor=how["upsample"]) if how["upsample"] > 1 else x
         y = norm(x, as_planes(segmap, x.dtype))
-    return y if slope == 1 else F.leaky_relu(y, slope)
+    return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
 
 
 def _is_plain_spade(norm: nn.Module) -> TypeGuard[SPADE]:

@@ -43,15 +43,15 @@ _SCHEMAS = {
     "channel_stats_grad": "(Tensor x, Tensor mean, Tensor grad_mean, Tensor grad_m2) -> Tensor",
     "modulate": (
         "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? image_offsets, Tensor? indices,"
-        " Tensor? offsets, float slope, int upsample, str stats_scope) -> Tensor"
+        " Tensor? offsets, float negative_slope, int upsample, str stats_scope) -> Tensor"
     ),
     "modulate_table_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? indices,"
-        " Tensor? offsets, float slope, int upsample) -> Tensor"
+        " Tensor? offsets, float negative_slope, int upsample) -> Tensor"
     ),
     "modulate_input_grad": (
         "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, Tensor? mean_shift,"
-        " Tensor? mean_scale, float slope, int upsample) -> Tensor"
+        " Tensor? mean_scale, float negative_slope, int upsample) -> Tensor"
     ),
     "pack_conv_weight": "(Tensor weight) -> Tensor",
     "conv": "(Tensor x, Tensor packed_weight, Tensor bias, Tensor? add, bool relu) -> Tensor",
@@ -59,7 +59,7 @@ _SCHEMAS = {
     "conv3x3_input_grad": "(Tensor grad, Tensor weight) -> Tensor",
     "conv3x3_weight_grad": "(Tensor grad, Tensor x) -> (Tensor, Tensor)",
     "modulate_conv": (
-        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, float slope, int upsample,"
+        "(Tensor x, Tensor mean, Tensor rstd, Tensor table, Tensor? pixel_row, float negative_slope, int upsample,"
         " Tensor packed_weight, Tensor bias, Tensor? add) -> Tensor"
     ),
 }
@@ -192,7 +192,7 @@ def modulate(
     image_offsets: Tensor | None = None,
     indices: Tensor | None = None,
     offsets: Tensor | None = None,
-    slope: float = 1.0,
+    negative_slope: float = 1.0,
     upsample: int = 1,
     stats_scope: str = "none",
 ) -> Tensor:
@@ -205,7 +205,18 @@ def modulate(
             a gradient for mean and rstd themselves raises.
     """
     return _call(
-        _ops.modulate, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope
+        _ops.modulate,
+        x,
+        mean,
+        rstd,
+        table,
+        pixel_row,
+        image_offsets,
+        indices,
+        offsets,
+        negative_slope,
+        upsample,
+        stats_scope,
     )
 
 
@@ -220,7 +231,7 @@ class DeferredModulation(NamedTuple):
     image_offsets: Tensor | None
     indices: Tensor | None
     offsets: Tensor | None
-    slope: float
+    negative_slope: float
     upsample: int
     stats_scope: str
 
@@ -250,14 +261,16 @@ def modulate_conv(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
     packed_weight: Tensor,
     bias: Tensor,
     add: Tensor | None = None,
 ) -> Tensor:
     """`conv` of what `modulate` makes of x: `reference.modulate_conv`. No derivatives."""
-    return _call(_ops.modulate_conv, x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add)
+    return _call(
+        _ops.modulate_conv, x, mean, rstd, table, pixel_row, negative_slope, upsample, packed_weight, bias, add
+    )
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -338,17 +351,17 @@ def _(x, mean, grad_mean, grad_m2):
 
 
 @_fake("modulate")
-def _(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, slope, upsample, stats_scope):
+def _(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, negative_slope, upsample, stats_scope):
     return _channels_last_like(x, upsample)
 
 
 @_fake("modulate_table_grad")
-def _(grad, x, mean, rstd, table, pixel_row, indices, offsets, slope, upsample):
+def _(grad, x, mean, rstd, table, pixel_row, indices, offsets, negative_slope, upsample):
     return table.new_empty(table.shape, dtype=_accumulation_dtype(x))
 
 
 @_fake("modulate_input_grad")
-def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, slope, upsample):
+def _(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, negative_slope, upsample):
     return _channels_last_like(x)
 
 
@@ -381,7 +394,7 @@ def _(grad, x):
 
 
 @_fake("modulate_conv")
-def _(x, mean, rstd, table, pixel_row, slope, upsample, packed_weight, bias, add):
+def _(x, mean, rstd, table, pixel_row, negative_slope, upsample, packed_weight, bias, add):
     return _channels_last_like(x, upsample, bias.shape[0])
 
 
@@ -488,7 +501,19 @@ _autograd("channel_stats", _channel_stats_setup, _channel_stats_backward)
 
 
 def _modulate_setup(ctx, inputs, output):
-    x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, ctx.slope, ctx.upsample, ctx.stats_scope = inputs
+    (
+        x,
+        mean,
+        rstd,
+        table,
+        pixel_row,
+        image_offsets,
+        indices,
+        offsets,
+        ctx.negative_slope,
+        ctx.upsample,
+        ctx.stats_scope,
+    ) = inputs
     ctx.save_for_backward(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets)
 
 
@@ -498,7 +523,7 @@ def _modulate_backward(ctx, grad):
     # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
     tensors = ctx.saved_tensors
     x, mean, rstd, table, pixel_row, image_offsets, indices, offsets = tensors
-    how = (ctx.slope, ctx.upsample)
+    how = (ctx.negative_slope, ctx.upsample)
     if torch.is_grad_enabled():
         arguments = (*tensors, *how, ctx.stats_scope)
         return _plain_gradients("modulate", arguments, ctx.needs_input_grad, (grad,))

@@ -50,13 +50,13 @@ def modulate(
     image_offsets: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
     stats_scope: str,
 ) -> Tensor:
     if stats_scope != "none":
         mean, rstd = _following(accumulator(x), mean, rstd, stats_scope)
-    return reference.modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
+    return reference.modulate(x, mean, rstd, table, pixel_row, None, None, None, negative_slope, upsample, "none")
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -171,16 +171,16 @@ def modulate(
     image_offsets: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
     stats_scope: str,
 ) -> Tensor:
-    """leaky_relu((x - mean) * rstd * scale + shift, slope), scale and shift gathered from the table.
+    """leaky_relu((x - mean) * rstd * scale + shift, negative_slope), scale and shift gathered from the table.
 
     Args:
         x: (N, C, h / upsample, w / upsample); mean, rstd: (N, C) or (1, C).
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
-        slope: of the leaky ReLU; 1 is none.
+        negative_slope: of the leaky ReLU; 1 is none.
         upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
         image_offsets, indices, offsets, stats_scope: needed by the backward only; see `ops.modulate`.
 
@@ -188,7 +188,7 @@ def modulate(
         (N, C, h, w) in x's dtype, channels-last.
     """
     y, _, _ = _affine(x, mean, rstd, table, pixel_row, upsample)
-    y = F.leaky_relu(y, slope) if slope != 1 else y
+    y = F.leaky_relu(y, negative_slope) if negative_slope != 1 else y
     return y.to(x.dtype).permute(0, 3, 1, 2)
 
 
@@ -201,12 +201,12 @@ def modulate_table_grad(
     pixel_row: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
 ) -> Tensor:
     """Gradient of the table, (rows, 2C), in the accumulation dtype: sums over each row's pixels."""
     y, xhat, _ = _affine(x, mean, rstd, table, pixel_row, upsample)
-    d_shift = _through_leaky_relu(grad, y, slope)
+    d_shift = _through_leaky_relu(grad, y, negative_slope)
     per_pixel = torch.cat((d_shift * xhat, d_shift), -1).flatten(0, 2)
     if pixel_row is None:
         return per_pixel
@@ -224,7 +224,7 @@ def modulate_input_grad(
     pixel_row: Tensor | None,
     mean_shift: Tensor | None,
     mean_scale: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
 ) -> Tensor:
     """Gradient of x, channels-last, in x's dtype.
@@ -234,7 +234,7 @@ def modulate_input_grad(
             statistics were taken; None where mean and rstd do not depend on x.
     """
     y, xhat, scale = _affine(x, mean, rstd, table, pixel_row, upsample)
-    d_xhat = _through_leaky_relu(grad, y, slope) * scale
+    d_xhat = _through_leaky_relu(grad, y, negative_slope) * scale
     if mean_shift is not None and mean_scale is not None:
         d_xhat = d_xhat - mean_shift[:, None, None] - xhat * mean_scale[:, None, None]
     d_x = d_xhat * rstd[:, None, None]
@@ -285,14 +285,14 @@ def modulate_conv(
     rstd: Tensor,
     table: Tensor,
     pixel_row: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
     packed_weight: Tensor,
     bias: Tensor,
     add: Tensor | None,
 ) -> Tensor:
     """`conv` of what `modulate` makes of x, which a backend need not store."""
-    y = modulate(x, mean, rstd, table, pixel_row, None, None, None, slope, upsample, "none")
+    y = modulate(x, mean, rstd, table, pixel_row, None, None, None, negative_slope, upsample, "none")
     return conv(y, packed_weight, bias, add, False)
 
 
@@ -406,6 +406,6 @@ def _affine(
     return xhat * scale + shift, xhat, scale
 
 
-def _through_leaky_relu(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+def _through_leaky_relu(grad: Tensor, y: Tensor, negative_slope: float) -> Tensor:
     grad = grad.permute(0, 2, 3, 1).to(y.dtype).contiguous()
-    return grad if slope == 1 else torch.where(y > 0, grad, grad * slope)
+    return grad if negative_slope == 1 else torch.where(y > 0, grad, grad * negative_slope)

@@ -79,7 +79,7 @@ def random_spade(config_text: str, norm_nc: int, label_nc: int, seed: int = 0) -
     return layer
 
 
-def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, slope: float = 1.0) -> Tensor:
+def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, negative_slope: float = 1.0) -> Tensor:
     """What `layer` computes, in plain PyTorch operators; leaves its running statistics as they are.
 
     Args:
@@ -94,7 +94,7 @@ def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, slope: float = 1.0) -> 
         normalized = F.batch_norm(x, *statistics, training=norm.training, eps=norm.eps)
     hidden = layer.mlp_shared(F.interpolate(planes, size=x.shape[2:], mode="nearest"))
     y = normalized * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
-    return y if slope == 1 else F.leaky_relu(y, slope)
+    return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
 
 
 def forward_backward(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

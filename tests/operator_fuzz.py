@@ -66,7 +66,7 @@ _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones
     "levels": ([1], [0, -1, 3, 2**31, 2**62]),
     "num_taps": ([], [0, -1, 4, 1, 2**31, 2**62]),
     "upsample": ([], [0, -1, 2, 3, 2**31, 2**62]),
-    "slope": ([0.0, -1.0, float("nan"), float("inf")], []),
+    "negative_slope": ([0.0, -1.0, float("nan"), float("inf")], []),
     "relu": ([True, False], []),
     "stats_scope": (["none", "image", "batch"], ["", "images", "no\0ne"]),
     "sizes": ([[1, 1], [64, 2], []], [[5], [5, 4, 3], [0, 4], [5, -1], [2**20, 2**20], [2**62, 2], [-(2**63), 4]]),

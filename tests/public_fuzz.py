@@ -101,13 +101,21 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SPADE": (sk.SPADE, {"config_text": "spadebatch3x3", "norm_nc": 16, "label_nc": 5}),
     "SPADE.forward": (
         lambda **arguments: LAYER(**arguments).sum().backward(),
-        {"x": X, "segmap": MAP, "slope": 1.0, "gain": None, "upsample": 1, "moments": None},
+        {"x": X, "segmap": MAP, "negative_slope": 1.0, "gain": None, "upsample": 1, "moments": None},
     ),
     "SyncBatchNorm2d": (sk.SyncBatchNorm2d(16), {"input": X}),
     "Conv2d": (CONV, {"x": X, "weight": None, "add": None}),
     "functional.spade": (
         functional.spade,
-        {"x": X, "segmap": LABELS, "stats": STATS, "weights": WEIGHTS, "slope": 1.0, "upsample": 1, "packed": None},
+        {
+            "x": X,
+            "segmap": LABELS,
+            "stats": STATS,
+            "weights": WEIGHTS,
+            "negative_slope": 1.0,
+            "upsample": 1,
+            "packed": None,
+        },
     ),
     "functional.conv2d": (
         functional.conv2d,

@@ -71,7 +71,7 @@ def test_equals_the_stock_convolution_of_what_is_modulated(k, channels, out, siz
     pixel_row = None if dense else index.pixel_row
     for images in (1, 2):
         mean, rstd = (torch.rand(images, channels, dtype=torch.float64) + 0.5 for _ in range(2))
-        y = ops.modulate(p.x, mean, rstd, table, pixel_row, slope=0.2, upsample=upsample)
+        y = ops.modulate(p.x, mean, rstd, table, pixel_row, negative_slope=0.2, upsample=upsample)
         add = torch.randn_like(p.stock(y))
         got = ops.modulate_conv(p.x, mean, rstd, table, pixel_row, 0.2, upsample, p.packed_weight, p.bias, add)
         assert relative_error(got, p.stock(y) + add) < 1e-12

@@ -276,11 +276,21 @@ class Modulation:
     """Inputs of a modulate call, and its three passes by the kernels and by the reference."""
 
     def __init__(
-        self, library, shape, dtype, table_dtype, pixel_row=None, num_rows=0, *, upsample=1, slope=0.2, one=False
+        self,
+        library,
+        shape,
+        dtype,
+        table_dtype,
+        pixel_row=None,
+        num_rows=0,
+        *,
+        upsample=1,
+        negative_slope=0.2,
+        one=False,
     ):
         n, c, height, width = shape
         acc = accumulator(dtype)
-        self.library, self.shape, self.how = library, shape, (slope, upsample)
+        self.library, self.shape, self.how = library, shape, (negative_slope, upsample)
         self.size = (height * upsample, width * upsample)
         self.pixel_row = None if pixel_row is None else pixel_row.view(n, *self.size)
         rows = num_rows if pixel_row is not None else n * height * width * upsample**2
@@ -307,11 +317,17 @@ class Modulation:
             guarded(*self.table.shape, dtype=accumulator(self.x.dtype)),
             guarded(n, height, width, c, dtype=self.x.dtype),
         )
-        slope, upsample = self.how
+        negative_slope, upsample = self.how
         for number, out in enumerate(outputs):
             dtypes = (DTYPE_NUMBERS[self.x.dtype], DTYPE_NUMBERS[self.table.dtype])
             self.library.modulate(
-                number, *dtypes, pointers, pointer(out), sizes, ctypes.c_double(slope), ctypes.c_int64(upsample)
+                number,
+                *dtypes,
+                pointers,
+                pointer(out),
+                sizes,
+                ctypes.c_double(negative_slope),
+                ctypes.c_int64(upsample),
             )
             assert_written_within(out)
         return {"y": images_of(outputs[0]), "table": outputs[1], "x": images_of(outputs[2])}
@@ -352,7 +368,7 @@ def test_modulate(pixels_library, dtype, table_dtype, channels, upsample):
     count = 2 * 9 * 7 * upsample**2
     call = (pixels_library, shape, dtype, table_dtype)
     Modulation(*call, uneven_rows(count, 50), 50, upsample=upsample).check()
-    Modulation(*call, upsample=upsample, slope=1.0, one=True).check(means=False)
+    Modulation(*call, upsample=upsample, negative_slope=1.0, one=True).check(means=False)
 
 
 @pytest.mark.parametrize("indices", ["forwards", "backwards"])

@@ -39,14 +39,16 @@ def segmaps(label_map: LabelMap, dtype: torch.dtype) -> list[LabelMap | Tensor]:
     return forms
 
 
-def check_layer(layer: SPADE, x: Tensor, label_map: LabelMap, dtype: torch.dtype, slope: float = 1.0, **how) -> None:
+def check_layer(
+    layer: SPADE, x: Tensor, label_map: LabelMap, dtype: torch.dtype, negative_slope: float = 1.0, **how
+) -> None:
     """Every form of the condition, and a dense one, keeps the error budget, for the output and every gradient."""
     planes = label_map.one_hot(torch.float64)
-    check_condition(layer, x, planes, segmaps(label_map, dtype), dtype, slope, **how)
+    check_condition(layer, x, planes, segmaps(label_map, dtype), dtype, negative_slope, **how)
     with functional.use_path("dense"):
-        check_condition(layer, x, planes, [label_map], dtype, slope, **how)
+        check_condition(layer, x, planes, [label_map], dtype, negative_slope, **how)
     dense = (planes + torch.rand_like(planes)).to(dtype)
-    check_condition(layer, x, dense.double(), [dense], dtype, slope, **how)
+    check_condition(layer, x, dense.double(), [dense], dtype, negative_slope, **how)
 
 
 def check_condition(
@@ -55,20 +57,22 @@ def check_condition(
     planes: Tensor,
     forms: Sequence[LabelMap | Tensor],
     dtype: torch.dtype,
-    slope: float,
+    negative_slope: float,
     upsample: int = 1,
 ) -> None:
     layer, x = copy.deepcopy(layer).to(dtype), x.to(dtype)
     grad = torch.randn(*x.shape[:2], x.shape[2] * upsample, x.shape[3] * upsample, dtype=dtype)
 
     def stock(layer: SPADE, planes: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: stock_spade(layer, F.interpolate(x, scale_factor=upsample), planes, slope)
+        return lambda x: stock_spade(layer, F.interpolate(x, scale_factor=upsample), planes, negative_slope)
 
     exact_layer = copy.deepcopy(layer).double()
     exact = forward_backward(stock(exact_layer, planes), exact_layer, x.double(), grad)
     expected = forward_backward(stock(layer, planes.to(dtype)), layer, x, grad)
     for segmap in forms:
-        got = forward_backward(lambda x, segmap=segmap: layer(x, segmap, slope, upsample=upsample), layer, x, grad)
+        got = forward_backward(
+            lambda x, segmap=segmap: layer(x, segmap, negative_slope, upsample=upsample), layer, x, grad
+        )
         assert all(value.dtype == dtype for value in got.values())
         assert got["y"].is_contiguous(memory_format=torch.channels_last)
         assert_within_budget(got, expected, exact)
@@ -105,8 +109,8 @@ def test_upsampling_is_folded(norm, training, dtype):
     layer = random_spade(f"spade{norm}3x3", 32, CLASSES).train(training)
     x = torch.randn(2, 32, 9, 7) + 0.5
     # In low precision rounding decides the sign of y near zero, in the stock layer too: few pixels make all the error.
-    slope = 0.2 if dtype == torch.float64 else 1.0
-    check_layer(layer, x, random_label_map("blobs", (2, 12, 12), CLASSES), dtype, slope, upsample=2)
+    negative_slope = 0.2 if dtype == torch.float64 else 1.0
+    check_layer(layer, x, random_label_map("blobs", (2, 12, 12), CLASSES), dtype, negative_slope, upsample=2)
 
 
 def test_upsampled_running_statistics():

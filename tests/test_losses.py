@@ -11,11 +11,14 @@ from spade_model.networks import MultiscaleDiscriminator
 
 
 def test_r1_penalty_is_half_the_squared_gradient_of_the_mean_score():
-    image, slope = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randn(3, 4, 6)
+    image, negative_slope = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randn(3, 4, 6)
     # An image's score is the mean of 24 patches of one scale, and of 6 of the other.
-    scores = [(image * slope).sum(1, keepdim=True), (image * slope)[..., ::2, ::2].sum(1, keepdim=True)]
-    gradient = slope / 24
-    gradient[:, ::2, ::2] += slope[:, ::2, ::2] / 6
+    scores = [
+        (image * negative_slope).sum(1, keepdim=True),
+        (image * negative_slope)[..., ::2, ::2].sum(1, keepdim=True),
+    ]
+    gradient = negative_slope / 24
+    gradient[:, ::2, ::2] += negative_slope[:, ::2, ::2] / 6
     expected = (gradient / 2).square().sum() / 2
     torch.testing.assert_close(r1_penalty([[image, score] for score in scores], image), expected)
 

@@ -164,17 +164,17 @@ def statistics_of(x: Tensor, stats_scope: str) -> Statistics:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("slope", [1.0, 0.2])
+@pytest.mark.parametrize("negative_slope", [1.0, 0.2])
 @pytest.mark.parametrize("stats_scope", STATS_SCOPES)
 @pytest.mark.parametrize("dense", [False, True])
-def test_gradient_of_modulate(dense, stats_scope, slope, layout):
+def test_gradient_of_modulate(dense, stats_scope, negative_slope, layout):
     p = Problem(LAYOUTS[layout], requires_grad=True)
     rows = p.index.modulation
     where = (None,) * 4 if dense else (rows.pixel_row, rows.image_offsets, *rows.row_segments)
 
     def run(x: Tensor, table: Tensor) -> Tensor:
         stats = statistics_of(x, stats_scope)
-        return ops.modulate(x, stats.mean, stats.rstd, table, *where, slope, 1, stats.stats_scope)
+        return ops.modulate(x, stats.mean, stats.rstd, table, *where, negative_slope, 1, stats.stats_scope)
 
     check_derivatives(run, p.x, p.dense_table if dense else p.table)
 

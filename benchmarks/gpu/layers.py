@@ -139,7 +139,7 @@ class _Layers:
             ours.train(self.training)
             if not self.training:
                 freeze(ours)
-            return ours, lambda x: ours(x, self.mask, slope=SLOPE)
+            return ours, lambda x: ours(x, self.mask, negative_slope=SLOPE)
         layer = StockSPADE(ours.mlp_gamma.out_channels, self.mask.channels)
         layer.load_state_dict(ours.state_dict())
         layer.train(self.training)

@@ -69,7 +69,7 @@ def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
     x = torch.randn(size, generator=generator, device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     with Recorder() as recorder, use_path("windows"):
-        y = layer(x, mask, slope=0.2, upsample=upsample)
+        y = layer(x, mask, negative_slope=0.2, upsample=upsample)
         y.backward(torch.randn(y.shape, generator=generator, device=device, dtype=dtype))
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()

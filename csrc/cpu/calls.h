@@ -43,7 +43,7 @@ struct __attribute__((visibility("hidden"))) ModulateCall {  // as torch's Tenso
   ModulateParams params{};
 
   ModulateCall(const Tensor& x_in, const Tensor& mean_in, const Tensor& rstd_in, const Tensor& table_in,
-               const MaybeTensor& pixel_row_in, double slope, int64_t upsample)
+               const MaybeTensor& pixel_row_in, double negative_slope, int64_t upsample)
       : x(channels_last(x_in)),
         mean(dense(mean_in, accumulator(x_in))),
         rstd(dense(rstd_in, accumulator(x_in))),
@@ -61,7 +61,7 @@ struct __attribute__((visibility("hidden"))) ModulateCall {  // as torch's Tenso
     params.upsample = upsample;
     params.num_rows = table.size(0);
     params.stats_stride = mean.size(0) == 1 ? 0 : x.size(1);
-    params.slope = slope;
+    params.negative_slope = negative_slope;
   }
 
   void set_grad(const Tensor& grad_in) {

@@ -103,12 +103,12 @@ Tensor conv_op(const Tensor& x, const Tensor& packed_weight_in, const Tensor& bi
 }
 
 Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
-                        const MaybeTensor& pixel_row, double slope, int64_t upsample, const Tensor& packed_weight_in,
-                        const Tensor& bias, const MaybeTensor& add) {
+                        const MaybeTensor& pixel_row, double negative_slope, int64_t upsample,
+                        const Tensor& packed_weight_in, const Tensor& bias, const MaybeTensor& add) {
   check_modulate_conv(x_in, mean, rstd, table, pixel_row, upsample, packed_weight_in, bias, add);
   const ScalarType acc = accumulator(x_in);
   const Tensor panels = dense(packed_weight_in, acc);
-  const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, slope, upsample);
+  const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, negative_slope, upsample);
   ConvParams p{};
   p.modulated = &call.params;
   p.images = call.params.images;

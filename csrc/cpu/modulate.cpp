@@ -44,12 +44,12 @@ struct Pixel {
 template <class T>
 SPADE_INLINE void forward(const ModulateParams& p, int64_t begin, int64_t end, T* y, int64_t row) {
   using A = acc_t<T>;
-  const A slope = static_cast<A>(p.slope);
+  const A negative_slope = static_cast<A>(p.negative_slope);
   for (int64_t i = begin; i < end; ++i, y += row) {
     const Pixel<T> pixel(p, i);
     for (int64_t c = 0; c < p.channels; ++c) {
       const A value = pixel.xhat(c) * pixel.scale[c] + pixel.shift[c];
-      y[c] = static_cast<T>(value > 0 ? value : value * slope);
+      y[c] = static_cast<T>(value > 0 ? value : value * negative_slope);
     }
   }
 }
@@ -58,14 +58,14 @@ SPADE_INLINE void forward(const ModulateParams& p, int64_t begin, int64_t end, T
 template <class T>
 SPADE_INLINE void add_table_grad(const ModulateParams& p, int64_t i, acc_t<T>* sum) {
   using A = acc_t<T>;
-  const A slope = static_cast<A>(p.slope);
+  const A negative_slope = static_cast<A>(p.negative_slope);
   const Pixel<T> pixel(p, i);
   const T* grad = static_cast<const T*>(p.grad) + i * p.channels;
   A *d_scale = sum, *d_shift = sum + p.channels;
   // Neither a branch nor a pointer that may overlap, or the compiler takes channel after channel.
 #pragma GCC ivdep
   for (int64_t c = 0; c < p.channels; ++c) {
-    const A xhat = pixel.xhat(c), kept = xhat * pixel.scale[c] + pixel.shift[c] > 0 ? A(1) : slope;
+    const A xhat = pixel.xhat(c), kept = xhat * pixel.scale[c] + pixel.shift[c] > 0 ? A(1) : negative_slope;
     const A d = static_cast<A>(grad[c]) * kept;
     d_scale[c] += d * xhat;
     d_shift[c] += d;
@@ -82,7 +82,7 @@ SPADE_INLINE void table_grad_of_entries(const ModulateParams& p, int64_t begin, 
 template <class T, int shared>
 SPADE_INLINE void input_grad_of(const ModulateParams& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const A slope = static_cast<A>(p.slope);
+  const A negative_slope = static_cast<A>(p.negative_slope);
   for (int64_t i = begin; i < end; ++i) {
     const Place at = place_of(i, p.height, p.width);
     const int64_t width = 2 * p.width, corner = ((at.image * p.height + at.y) * width + at.x) * 2;
@@ -105,7 +105,7 @@ SPADE_INLINE void input_grad_of(const ModulateParams& p, int64_t begin, int64_t 
 #pragma GCC unroll 4
       for (int s = 0; s < shared; ++s) {
         const A dy = static_cast<A>(grad[s][c]);
-        A d = (xhat * scale[s][c] + shift[s][c] > 0 ? dy : dy * slope) * scale[s][c];
+        A d = (xhat * scale[s][c] + shift[s][c] > 0 ? dy : dy * negative_slope) * scale[s][c];
         if (p.mean_shift) d -= mean_shift[c] + xhat * mean_scale[c];
         sum += d;
       }

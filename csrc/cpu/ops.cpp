@@ -210,9 +210,9 @@ std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_scope) {
+                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, std::string stats_scope) {
   check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
   modulate(dtype_of(x), call.params);
@@ -221,9 +221,9 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
-                              const MaybeTensor& offsets, double slope, int64_t upsample) {
+                              const MaybeTensor& offsets, double negative_slope, int64_t upsample) {
   check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   call.set_grad(grad);
   if (indices) call.indices = dense(*indices);
   if (offsets) call.offsets = dense(*offsets);
@@ -237,9 +237,9 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 
 Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
-                              const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+                              const MaybeTensor& mean_scale, double negative_slope, int64_t upsample) {
   check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   call.set_grad(grad);
   if (mean_shift && mean_scale) {
     call.mean_shift = dense(*mean_shift, accumulator(x));

@@ -33,14 +33,14 @@ struct Forward {
     stats.load(p, t.z, channel);
 #pragma unroll
     for (int i = 0; i < kPixels * kShown; ++i) rows[i].load(p, row[i], channel);
-    const A slope = static_cast<A>(p.slope);
+    const A negative_slope = static_cast<A>(p.negative_slope);
 #pragma unroll
     for (int i = 0; i < kPixels * kShown; ++i) {
       Values<T, V> y;
 #pragma unroll
       for (int c = 0; c < V; ++c) {
         const A value = rows[i].apply(stats.xhat(x[i / kShown], c), c);
-        y.at[c] = static_cast<T>(value > 0 ? value : value * slope);
+        y.at[c] = static_cast<T>(value > 0 ? value : value * negative_slope);
       }
       y.store(p.out, at[i] * p.channels + channel);
     }
@@ -76,7 +76,7 @@ struct InputGrad {
       mean_shift.load(p.mean_shift, t.z * p.means_stride + channel);
       mean_scale.load(p.mean_scale, t.z * p.means_stride + channel);
     }
-    const A slope = static_cast<A>(p.slope);
+    const A negative_slope = static_cast<A>(p.negative_slope);
 #pragma unroll
     for (int c = 0; c < V; ++c) {
       const A xhat = stats.xhat(x, c);
@@ -84,7 +84,7 @@ struct InputGrad {
 #pragma unroll
       for (int s = 0; s < kShown; ++s) {
         const A dy = static_cast<A>(grad[s].at[c]);
-        const A d = (rows[s].apply(xhat, c) > 0 ? dy : dy * slope) * static_cast<A>(rows[s].scale.at[c]);
+        const A d = (rows[s].apply(xhat, c) > 0 ? dy : dy * negative_slope) * static_cast<A>(rows[s].scale.at[c]);
         sum += p.mean_shift ? d - mean_shift.at[c] - xhat * mean_scale.at[c] : d;
       }
       x.at[c] = static_cast<T>(sum * stats.rstd.at[c]);

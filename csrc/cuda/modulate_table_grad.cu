@@ -57,7 +57,7 @@ struct SumPieces {
     const int64_t piece = static_cast<int64_t>(t.x) * t.rows + t.row, begin = piece << cut.piece_bits;
     const int64_t end = min((piece + 1) << cut.piece_bits, cut.entries);
     if (channel >= p.channels || begin >= end) return;
-    const A slope = static_cast<A>(p.slope);
+    const A negative_slope = static_cast<A>(p.negative_slope);
     const uint32_t pixels = static_cast<uint32_t>(p.height * p.width * upsample * upsample);
     int64_t current = -1;
     uint32_t image_begin = 0;
@@ -95,7 +95,7 @@ struct SumPieces {
 #pragma unroll
         for (int c = 0; c < V; ++c) {
           const A xhat = stats.xhat(x[i], c), dy = static_cast<A>(grad[i].at[c]);
-          const A d = row.apply(xhat, c) > 0 ? dy : dy * slope;
+          const A d = row.apply(xhat, c) > 0 ? dy : dy * negative_slope;
           d_scale.at[c] += d * xhat;
           d_shift.at[c] += d;
         }

@@ -107,7 +107,7 @@ Tensor channel_stats_grad_op(const Tensor& x_in, const Tensor& mean_in, const Te
 class ModulateCall {
  public:
   ModulateCall(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table_in,
-               const MaybeTensor& pixel_row, double slope, int64_t upsample)
+               const MaybeTensor& pixel_row, double negative_slope, int64_t upsample)
       : launch(x_in), x(channels_last(x_in)), dtype(dtype_of(x)) {
     params.x = x.const_data_ptr();
     params.images = x.size(0);
@@ -115,7 +115,7 @@ class ModulateCall {
     params.height = x.size(2);
     params.width = x.size(3);
     params.upsample = upsample;
-    params.slope = slope;
+    params.negative_slope = negative_slope;
     params.stats_stride = add_stats(mean, params.mean);
     add_stats(rstd, params.rstd);
 
@@ -169,9 +169,9 @@ class ModulateCall {
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                   const MaybeTensor& offsets, double slope, int64_t upsample, std::string stats_scope) {
+                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, std::string stats_scope) {
   check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
   call.params.out = y.mutable_data_ptr();
   modulate(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
@@ -181,9 +181,9 @@ Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
 
 Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
-                              const MaybeTensor& offsets, double slope, int64_t upsample) {
+                              const MaybeTensor& offsets, double negative_slope, int64_t upsample) {
   check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   call.add_grad(grad);
   call.add_groups(indices, offsets);
   const Dtype table_dtype = dtype_of(call.table);
@@ -199,9 +199,9 @@ Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor&
 
 Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                               const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
-                              const MaybeTensor& mean_scale, double slope, int64_t upsample) {
+                              const MaybeTensor& mean_scale, double negative_slope, int64_t upsample) {
   check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
-  ModulateCall call(x, mean, rstd, table, pixel_row, slope, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   call.add_grad(grad);
   call.add_means(mean_shift, mean_scale);
   const Tensor d_x = empty_channels_last(x);

@@ -34,14 +34,14 @@ def modulate(
     image_offsets: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
     stats_scope: str,
 ) -> Tensor:
     """`reference.modulate`."""
     x, y = channels_last(x), empty_channels_last(x, upsample)
     arguments = (x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), y)
-    _over_pixels(_modulate, x, *arguments, *_sizes(x), _stride(mean), SLOPE=slope, UPSAMPLE=upsample)
+    _over_pixels(_modulate, x, *arguments, *_sizes(x), _stride(mean), SLOPE=negative_slope, UPSAMPLE=upsample)
     return y
 
 
@@ -54,14 +54,14 @@ def modulate_table_grad(
     pixel_row: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
 ) -> Tensor:
     """`reference.modulate_table_grad`."""
     x, table = channels_last(x), table.contiguous()
     arguments = (channels_last(grad), x, *_stats(mean, rstd), table)
     out = torch.empty(table.shape, dtype=accumulator(x.dtype), device=x.device)
-    how: dict[str, Any] = {"SLOPE": slope, "UPSAMPLE": upsample}
+    how: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
     if pixel_row is None:
         _over_pixels(_table_grad_of_pixels, x, *arguments, out, *_sizes(x), _stride(mean), **how)
         return out
@@ -94,7 +94,7 @@ def modulate_input_grad(
     pixel_row: Tensor | None,
     mean_shift: Tensor | None,
     mean_scale: Tensor | None,
-    slope: float,
+    negative_slope: float,
     upsample: int,
 ) -> Tensor:
     """`reference.modulate_input_grad`."""
@@ -103,7 +103,7 @@ def modulate_input_grad(
     arguments = (channels_last(grad), x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), *means, out)
     strides = (_stride(mean), 0 if mean_shift is None else _stride(mean_shift))
     # Half as many pixels where a sum is held beside them: more do not fit into registers.
-    how: dict[str, Any] = {"SLOPE": slope, "UPSAMPLE": upsample}
+    how: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
     _over_pixels(_input_grad, x, *arguments, *_sizes(x), *strides, **how, fraction=upsample)
     return out
 

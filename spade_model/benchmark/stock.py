@@ -16,7 +16,7 @@ from spade_kernels import LabelMap
 from spade_model.networks import SPADEGenerator
 
 Variant = Literal["eager", "tuned", "spade-free"]
-_HIDDEN, _SLOPE = 128, 0.2
+_HIDDEN, _NEGATIVE_SLOPE = 128, 0.2
 
 
 def one_hot(
@@ -96,8 +96,8 @@ class StockBlock(nn.Module):
 
     def forward(self, x: Tensor, planes: Tensor) -> Tensor:
         shortcut = x if self.conv_s is None else self.conv_s(self.norm_s(x, planes))
-        dx = self.conv_0(F.leaky_relu(self.norm_0(x, planes), _SLOPE))
-        dx = self.conv_1(F.leaky_relu(self.norm_1(dx, planes), _SLOPE))
+        dx = self.conv_0(F.leaky_relu(self.norm_0(x, planes), _NEGATIVE_SLOPE))
+        dx = self.conv_1(F.leaky_relu(self.norm_1(dx, planes), _NEGATIVE_SLOPE))
         return shortcut + dx
 
     def delete_spade(self) -> None:
@@ -144,7 +144,7 @@ class StockGenerator(nn.Module):
         x = others[0](x, planes)
         for block in others[1:]:
             x = block(_double(x), planes)
-        return self.conv_img(F.leaky_relu(x, _SLOPE)).tanh()
+        return self.conv_img(F.leaky_relu(x, _NEGATIVE_SLOPE)).tanh()
 
     def become(self, variant: Variant) -> StockGenerator:
         """Changes the modules for the variant, and for the mode (train or eval) that the network is in now.

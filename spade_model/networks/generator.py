@@ -16,7 +16,7 @@ from spade_kernels.normalization import moments
 from spade_kernels.transforms import channels_last
 from spade_model.errors import UserError
 
-_SLOPE = 0.2
+_NEGATIVE_SLOPE = 0.2
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
 """How often each `num_upsampling_layers` doubles the first feature map."""
 
@@ -52,8 +52,8 @@ class SPADEResnetBlock(nn.Module):
             shortcut = spade_conv(self.conv_s, self.norm_s, x, segmap, **common)
         else:
             shortcut = _double(x) if upsample == 2 else x
-        dx = spade_conv(self.conv_0, self.norm_0, x, segmap, _SLOPE, **common)
-        return spade_conv(self.conv_1, self.norm_1, dx, segmap, _SLOPE, add=shortcut)
+        dx = spade_conv(self.conv_0, self.norm_0, x, segmap, _NEGATIVE_SLOPE, **common)
+        return spade_conv(self.conv_1, self.norm_1, dx, segmap, _NEGATIVE_SLOPE, add=shortcut)
 
 
 class SPADEGenerator(nn.Module):
@@ -133,7 +133,7 @@ class SPADEGenerator(nn.Module):
             x = block(x, segmap, upsample=2)
         if self.num_upsampling_layers == "most":
             x = self.up_4(x, segmap, upsample=2)
-        return self.conv_img(F.leaky_relu(x, _SLOPE)).tanh()
+        return self.conv_img(F.leaky_relu(x, _NEGATIVE_SLOPE)).tanh()
 
     def freeze(self) -> None:
         """For inference: eval mode, spectral norm folded, weights packed. Undone by `train()`; see `freeze`."""

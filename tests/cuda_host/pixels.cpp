@@ -27,7 +27,7 @@ void channel_stats_grad(int dtype, const void* x, const void* mean, const void* 
 
 // pass: 0 forward, 1 the table's gradient, 2 that of x. sizes: shape of x, rows of the table, of statistics, of means.
 void modulate(int pass, int dtype, int table_dtype, const void* const* inputs, void* out, const int64_t* sizes,
-              double slope, int64_t upsample) {
+              double negative_slope, int64_t upsample) {
   ModulateParams p{};
   p.x = inputs[0];
   p.grad = inputs[1];
@@ -48,7 +48,7 @@ void modulate(int pass, int dtype, int table_dtype, const void* const* inputs, v
   p.stats_stride = sizes[5] == 1 ? 0 : p.channels;
   p.means_stride = sizes[6] == 1 ? 0 : p.channels;
   p.upsample = upsample;
-  p.slope = slope;
+  p.negative_slope = negative_slope;
   const Dtype x = Dtype(dtype), table = Dtype(table_dtype);
   if (pass == 0) return modulate(x, table, p, nullptr);
   if (pass == 2) return modulate_input_grad(x, table, p, nullptr);

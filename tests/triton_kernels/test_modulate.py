@@ -40,12 +40,12 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         table_dtype: torch.dtype | None = None,
         stats: str = "image",
-        slope: float = 0.2,
+        negative_slope: float = 0.2,
         upsample: int = 1,
         whole: bool = False,
     ):
         acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.how = (slope, upsample)
+        self.how = (negative_slope, upsample)
         n, c, h, w = shape
         size = (n, upsample * h, upsample * w)
         pixels = n * size[1] * size[2]
@@ -103,11 +103,11 @@ def test_error(shape, rows, upsample, device):
 
 
 @pytest.mark.parametrize("upsample", [1, 2])
-@pytest.mark.parametrize("slope", [1.0, 0.2, 0.0])
+@pytest.mark.parametrize("negative_slope", [1.0, 0.2, 0.0])
 @pytest.mark.parametrize("stats", ["image", "batch"])
 @pytest.mark.parametrize("rows", ["many", "every pixel"])
-def test_error_of_every_option(rows, stats, slope, upsample, device):
-    assert_right(Problem((2, 20, 3, 4), device, rows, stats=stats, slope=slope, upsample=upsample))
+def test_error_of_every_option(rows, stats, negative_slope, upsample, device):
+    assert_right(Problem((2, 20, 3, 4), device, rows, stats=stats, negative_slope=negative_slope, upsample=upsample))
 
 
 @pytest.mark.parametrize("table", ["like x", "wide"])
@@ -121,7 +121,7 @@ def test_error_of_every_dtype(dtype, rows, table, device):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_exact(shape, rows, upsample, device):
-    problem = Problem(shape, device, rows, slope=0.5, upsample=upsample, whole=True)
+    problem = Problem(shape, device, rows, negative_slope=0.5, upsample=upsample, whole=True)
     assert_equal(problem.results(kernels), problem.results(reference))
 
 
@@ -129,7 +129,7 @@ def test_exact(shape, rows, upsample, device):
 def test_long_rows_are_cut(probes, monkeypatch, device):
     """Into several pieces, whose sums are exact for whole numbers; of few probes, a piece's row is found in rounds."""
     monkeypatch.setattr(segments, "_PROBES", probes)
-    problem = Problem((2, 3, 24, 25), device, "long", slope=0.5, whole=True)
+    problem = Problem((2, 3, 24, 25), device, "long", negative_slope=0.5, whole=True)
     assert problem.offsets.diff().max() > 4 * PIECE
     assert_equal(problem.results(kernels), problem.results(reference))
 

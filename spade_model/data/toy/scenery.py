@@ -67,8 +67,8 @@ def _paint_mountain(
     x, y = canvas.x[:, region[1]], canvas.y[region[0]]
     if not x.size or not y.size:
         return
-    slope = np.clip(1 - np.abs(x - centre) / half_width, 0, 1) ** 1.15
-    crest = foot - peak * slope * (1 + 0.45 * profile(random, x.size, 4)[None, :])
+    negative_slope = np.clip(1 - np.abs(x - centre) / half_width, 0, 1) ** 1.15
+    crest = foot - peak * negative_slope * (1 + 0.45 * profile(random, x.size, 4)[None, :])
     # The line between the lit and the shaded side wanders down from the peak.
     down = (y - (foot - peak)) / peak
     wander = 0.3 * half_width * profile(random, y.size, 3)[:, None] + 0.12 * half_width * down
