@@ -24,8 +24,8 @@ class Conv2d(Freezable, nn.Conv2d):
     Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
     (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, `weight` is the normalized weight, for reading.
 
-    A training step can spare its passes over the weight: `weight_and_gain()` has the norm beside the weight, whoever
-    makes the input multiplies it by the gain (a SPADE layer on its small table), and `forward(x, weight)` takes both.
+    A training step can spare its passes over the weight: `weight_and_inv_sigma()` has the norm beside the weight, whoever
+    makes the input multiplies it by the inv_sigma (a SPADE layer on its small table), and `forward(x, weight)` takes both.
     """
 
     weight_orig: nn.Parameter
@@ -50,8 +50,8 @@ class Conv2d(Freezable, nn.Conv2d):
             return self._over_norm()
         return super().__getattr__(name)
 
-    def weight_and_gain(self) -> tuple[Tensor | None, Tensor | None]:
-        """What `forward(x * gain, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
+    def weight_and_inv_sigma(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `forward(x * inv_sigma, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
 
         In training with spectral norm, after one power iteration: the parameter, and one over its norm, a positive
         number. Both have derivatives of every order.
@@ -59,7 +59,7 @@ class Conv2d(Freezable, nn.Conv2d):
         if not (self.spectral and self.training):
             return None, None
         weight = self.weight_orig
-        return _with_gain(weight, *self._iterate(weight))
+        return _with_inv_sigma(weight, *self._iterate(weight))
 
     def forward(
         self, x: Tensor | DeferredModulation, weight: Tensor | None = None, add: Tensor | None = None
@@ -68,7 +68,7 @@ class Conv2d(Freezable, nn.Conv2d):
 
         Args:
             x: a tensor, or the arguments of `ops.modulate`: its result is convolved then.
-            weight: of `weight_and_gain`, whose gain x has been multiplied by.
+            weight: of `weight_and_inv_sigma`, whose inv_sigma x has been multiplied by.
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:
@@ -92,8 +92,8 @@ class Conv2d(Freezable, nn.Conv2d):
         return PackedConv2d(self._normalized().detach(), self.bias, self.padding)  # type: ignore[arg-type]
 
     def _normalized(self) -> Tensor:
-        weight, gain = self.weight_and_gain()
-        return self.weight if weight is None or gain is None else weight * gain
+        weight, inv_sigma = self.weight_and_inv_sigma()
+        return self.weight if weight is None or inv_sigma is None else weight * inv_sigma
 
     def _over_norm(self) -> Tensor:
         """The weight over its spectral norm as of the last power iteration."""
@@ -275,28 +275,28 @@ class _OneDNN:
         return self._weight.to_dense()
 
 
-def _with_gain(weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def _with_inv_sigma(weight: Tensor, u: Tensor, v: Tensor, inv_sigma: Tensor) -> tuple[Tensor, Tensor]:
     if not transforms.are_active():
-        return _WithGain.apply(weight, u, v, gain)
+        return _WithInvSigma.apply(weight, u, v, inv_sigma)
     with torch.autocast(weight.device.type, enabled=False):
         return weight, torch.dot(u, torch.mv(weight.flatten(1), v)).reciprocal()
 
 
-class _WithGain(torch.autograd.Function):
+class _WithInvSigma(torch.autograd.Function):
     """(weight, 1 / sigma) of a weight (out, in, k, k), u, v and 1 / sigma, where sigma = u . (W v).
 
     The weight is passed through so that its two gradients meet here: d sigma / dW = u v^T is added in one pass.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        gain = gain.clone()
+    def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, inv_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        inv_sigma = inv_sigma.clone()
         # The result, not the argument: it depends on the weight, which second derivatives need.
-        ctx.save_for_backward(u, v, gain)
-        return weight.view_as(weight), gain
+        ctx.save_for_backward(u, v, inv_sigma)
+        return weight.view_as(weight), inv_sigma
 
     @staticmethod
-    def backward(ctx, d_weight: Tensor, d_gain: Tensor):
-        u, v, gain = ctx.saved_tensors
-        matrix = torch.addr(d_weight.flatten(1), u * (-d_gain * gain.square()), v)
+    def backward(ctx, d_weight: Tensor, d_inv_sigma: Tensor):
+        u, v, inv_sigma = ctx.saved_tensors
+        matrix = torch.addr(d_weight.flatten(1), u * (-d_inv_sigma * inv_sigma.square()), v)
         return matrix.view(d_weight.shape), None, None, None

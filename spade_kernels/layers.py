@@ -213,8 +213,8 @@ def spade_conv(
     assert isinstance(conv, Conv2d)
     if conv.packed() is not None:
         return conv(norm.defer(x, segmap, negative_slope, **how), add=add)
-    weight, gain = conv.weight_and_gain()
-    return conv(norm(x, segmap, negative_slope, gain=gain, **how), weight, add)
+    weight, inv_sigma = conv.weight_and_inv_sigma()
+    return conv(norm(x, segmap, negative_slope, gain=inv_sigma, **how), weight, add)
 
 
 def _activated(

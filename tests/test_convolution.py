@@ -45,7 +45,7 @@ def is_stored_as_usual(weight: Tensor) -> bool:
 
 def through_gain(conv: Conv2d, x: Tensor) -> Tensor:
     """As a residual block calls it."""
-    weight, gain = conv.weight_and_gain()
+    weight, gain = conv.weight_and_inv_sigma()
     return conv(x if gain is None else x * gain, weight)
 
 
@@ -99,7 +99,7 @@ def test_eval_divides_by_a_negative_sigma(kernel_size, padding, bias):
     for module in (ours, stock):
         module.eval()
     x = image()
-    assert ours.weight_and_gain() == (None, None)
+    assert ours.weight_and_inv_sigma() == (None, None)
     assert_same(step(ours, ours, x), step(stock, stock, x))
 
 
@@ -134,7 +134,7 @@ def test_without_spectral_norm_it_is_a_convolution(kernel_size, padding, bias):
     ours = Conv2d(FIN, FOUT, kernel_size, padding=padding, bias=bias).to(DOUBLE)
     ours.load_state_dict(stock.state_dict())
     assert is_stored_as_usual(ours.weight)
-    assert ours.weight_and_gain() == (None, None)
+    assert ours.weight_and_inv_sigma() == (None, None)
     x = image()
     assert_same(step(lambda x: through_gain(ours, x), ours, x), step(stock, stock, x))
     stock.load_state_dict(ours.state_dict())
