@@ -24,8 +24,9 @@ class Conv2d(Freezable, nn.Conv2d):
     Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
     (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, `weight` is the normalized weight, for reading.
 
-    A training step can spare its passes over the weight: `weight_and_inv_sigma()` has the norm beside the weight, whoever
-    makes the input multiplies it by the inv_sigma (a SPADE layer on its small table), and `forward(x, weight)` takes both.
+    Dividing the weight by its spectral norm sigma takes passes over it in every training step. They are saved if the
+    input is multiplied by 1 / sigma instead, as a SPADE layer does on its small table: `weight_and_inv_sigma()` returns
+    both, and `forward(x, weight)` takes the weight as it is.
     """
 
     weight_orig: nn.Parameter
@@ -51,10 +52,12 @@ class Conv2d(Freezable, nn.Conv2d):
         return super().__getattr__(name)
 
     def weight_and_inv_sigma(self) -> tuple[Tensor | None, Tensor | None]:
-        """What `forward(x * inv_sigma, weight)` needs to equal `forward(x)`; (None, None) where only `forward(x)` will do.
+        """The weight and 1 / sigma, such that `forward(x * inv_sigma, weight)` equals `forward(x)`.
 
-        In training with spectral norm, after one power iteration: the parameter, and one over its norm, a positive
-        number. Both have derivatives of every order.
+        It makes one power iteration. Both results have derivatives of every order, and 1 / sigma is positive.
+
+        Returns:
+            (None, None) in evaluation mode and without spectral norm, where `forward(x)` alone is the way.
         """
         if not (self.spectral and self.training):
             return None, None
@@ -67,8 +70,8 @@ class Conv2d(Freezable, nn.Conv2d):
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
-            x: a tensor, or the arguments of `ops.modulate`: its result is convolved then.
-            weight: of `weight_and_inv_sigma`, whose inv_sigma x has been multiplied by.
+            x: a tensor, or a deferred modulation, whose result is convolved.
+            weight: of `weight_and_inv_sigma`, where x has been multiplied by the other result; None for the layer's own.
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:

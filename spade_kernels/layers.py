@@ -203,8 +203,8 @@ def spade_conv(
     make the norm's result where the convolution reads it: no tensor of that size exists.
 
     Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
-    and the condition and without the negative slope. A norm that is no SPADE takes x at its full size, and the condition as a
-    tensor (N, channels, H, W).
+    and the condition and without the activation. A norm that is no SPADE takes x at its full size, and the condition
+    as a tensor (N, channels, H, W).
     """
     how: dict[str, Any] = {"upsample": upsample, "moments": moments}
     if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
