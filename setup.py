@@ -1,18 +1,20 @@
 """Builds the package; metadata is in pyproject.toml.
 
 SPADE_KERNELS_BUILD chooses what is compiled: `cpu`, `cuda` (both), `none`, or `auto` (the default): what this machine
-has the compilers for, and an install without it where they fail. Needs --no-build-isolation, so that the torch that is
-installed is the torch that is built against.
+can compile, and an install without the rest. Needs --no-build-isolation, so that the torch that is installed is the
+torch that is built against; a build environment of pip's own would download another, of gigabytes.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 
-from setuptools import setup
+import setuptools
 
 CPU_SOURCES = [
     "module.cpp",
@@ -37,7 +39,10 @@ CUDA_SOURCES = [
     "cuda/modulate.cu",
     "cuda/modulate_table_grad.cu",
 ]
+OLDEST_TORCH = (2, 11)
 TORCH_TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DTORCH_TARGET_VERSION_TEXT="2.11"']
+OLDEST_SETUPTOOLS = 77  # that reads `license` in pyproject.toml
+CXX20 = "#include <bit>\nstatic_assert(std::has_single_bit(2u));\n"
 # What to build for where there is no GPU to ask, and the first nvcc that can.
 ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 CHOICES = ("auto", "cpu", "none", "cuda")
@@ -48,18 +53,28 @@ def compiled():
     choice = os.environ.get("SPADE_KERNELS_BUILD", "auto")
     if choice not in CHOICES:
         sys.exit(f"SPADE_KERNELS_BUILD={choice!r} is not one of {', '.join(CHOICES)}")
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    if choice == "none" or (choice == "auto" and not (has_compiler and sys.platform == "linux")):
+    if choice == "none" or (choice == "auto" and sys.platform != "linux"):
         return [], {}
     find_toolkit()
-    try:
-        from torch.utils.cpp_extension import BuildExtension
-    except ImportError:
+    if reason := why_no_cpu():
         if choice == "auto":
+            print(f"warning: no kernels are compiled: {reason}", file=sys.stderr)
             return [], {}
-        sys.exit(
-            f"SPADE_KERNELS_BUILD={choice} needs torch: install it first and build with pip's --no-build-isolation"
-        )
+        sys.exit(f"SPADE_KERNELS_BUILD={choice} cannot build: {reason}")
+    extensions = [cpu_extension()]
+    if choice != "cpu":
+        reason = why_no_cuda()
+        if reason is None:
+            extensions.append(cuda_extension())
+        elif choice == "cuda":
+            sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
+    for extension in extensions:
+        extension.optional = choice == "auto"
+    return extensions, {"build_ext": build_command()}
+
+
+def build_command():
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         """One extension after another, so that an optional one that fails leaves the others."""
@@ -71,21 +86,49 @@ def compiled():
                 try:
                     super().build_extensions()
                 except Exception as error:
+                    message = f"{extension.name} was not built, the compiler's messages are above: {error}"
                     if not extension.optional:
-                        raise
-                    print(f"warning: {extension.name} was not built: {error}", file=sys.stderr)
+                        sys.exit(message)
+                    print(f"warning: {message}", file=sys.stderr)
             self.extensions = every
 
-    extensions = [cpu_extension()]
-    if choice != "cpu":
-        reason = why_no_cuda()
-        if reason is None:
-            extensions.append(cuda_extension())
-        elif choice == "cuda":
-            sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
-    for extension in extensions:
-        extension.optional = choice == "auto"
-    return extensions, {"build_ext": Build}
+    return Build
+
+
+def why_no_cpu():
+    """None, or what is missing to compile anything, and how to get it."""
+    compiler = find_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX") or "C++ compiler"
+        return f"there is no {wanted}; install g++ (Debian, Ubuntu: apt install g++), or name another compiler in CXX"
+    probe = [*shlex.split(compiler), "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    done = subprocess.run(probe, input=CXX20, capture_output=True, text=True)
+    if done.returncode:
+        return f"{compiler} does not compile C++20 ({first_line(done.stderr)}); name a newer compiler in CXX"
+    headers = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"there is no Python.h in {headers}; install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch cannot be imported ({error}); install it first, and give pip the option --no-build-isolation"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is too old; pip install 'torch>={'.'.join(map(str, OLDEST_TORCH))}'"
+    return None
+
+
+def find_compiler():
+    """The C++ compiler's command, which torch reads from CXX too; None where there is none."""
+    known = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in known:
+        if shutil.which(shlex.split(command)[0]):
+            os.environ["CXX"] = command
+            return command
+    return None
+
+
+def first_line(text):
+    return text.strip().partition("\n")[0]
 
 
 def cpu_extension():
@@ -163,5 +206,7 @@ def architectures(nvcc):
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(f"setuptools {setuptools.__version__} is too old; pip install 'setuptools>={OLDEST_SETUPTOOLS}'")
 extensions, commands = compiled()
-setup(ext_modules=extensions, cmdclass=commands)
+setuptools.setup(ext_modules=extensions, cmdclass=commands)
