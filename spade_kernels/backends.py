@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -42,22 +43,31 @@ _TRITON_STEMS = {
 }
 
 
-def _load(name: str) -> tuple[ModuleType | None, str]:
-    """A compiled module, and why it is not there."""
+class MissingKernelsWarning(UserWarning):
+    """CPU tensors take plain PyTorch, which is several times slower, because the compiled kernels cannot run."""
+
+
+def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or None and why, with the fix: the build that makes it names what it lacks."""
+    module = f"spade_kernels.{name}"
     try:
-        return importlib.import_module(f"spade_kernels.{name}"), ""
+        return importlib.import_module(module), ""
     except ImportError as error:
-        return None, f"the compiled module is not there ({error}); install with a compiler and --no-build-isolation"
+        is_built = importlib.util.find_spec(module) is not None
+        state = f"is built but does not load ({error})" if is_built else f"is not built for {sys.implementation.cache_tag}"
+    fix = f"SPADE_KERNELS_BUILD={build} pip install --no-build-isolation ."
+    return None, f"{module} {state}; in the sources of spade-kernels, run {fix}"
 
 
-_cpu, _why_no_cpu = _load("_C")
-_cuda, _why_no_cuda = _load("_C_cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
+_cpu, _why_no_cpu = _load("_C", "cpu")
+_cuda, _why_no_cuda = _load("_C_cuda", "cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
 
 for _name, _reason in (("cpu", _why_no_cpu), ("cuda", _why_no_cuda)):
     if _reason:
         logging.getLogger("spade_kernels").debug("backend %s cannot run: %s", _name, _reason)
 
 _chosen = "auto"
+_has_warned = False
 _operators: list[str] = []
 _overriding: torch.library.Library | None = None
 
@@ -78,12 +88,25 @@ def _python_kernel(name: str, backend: str) -> Callable:
         return getattr(importlib.import_module(f"spade_kernels.triton.{stem}"), name)
 
     def run(*args):
+        if backend == "reference":
+            _warn_if_missing(args[0].device)
         # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
         # current device.
         with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return kernel()(*args)
 
     return run
+
+
+def _warn_if_missing(device: torch.device) -> None:
+    """Says once in a process that CPU tensors have no compiled kernels, unless the caller chose to do without."""
+    global _has_warned
+    worker = torch.utils.data.get_worker_info()
+    # One worker of a data loader speaks for all.
+    if _has_warned or device.type != "cpu" or _cpu or _chosen == "reference" or (worker and worker.id > 0):
+        return
+    _has_warned = True
+    warnings.warn(f"CPU tensors take plain PyTorch, which is slow: {_why_no_cpu}", MissingKernelsWarning, stacklevel=2)
 
 
 def _override() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -14,22 +15,33 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-USE_WITHOUT_COMPILER = """
-import sys
 # An editable install would lend its compiled module to the package under test.
+USE_WITHOUT_KERNELS = """
+import sys, warnings
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
 import torch, spade_kernels as sk
-info = sk.build_info()
-assert info["backend"] == "reference" and not info["compiled"], info
+from spade_model import cli
+assert not sk.build_info()["compiled"], sk.build_info()
+layer = sk.SPADE("spadeinstance3x3", 4, 3)
+x, segmap = torch.randn(1, 4, 8, 8), torch.randint(0, 3, (1, 16, 16))
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as none:
+    layer.to("meta")(x.to("meta"), torch.rand(1, 3, 16, 16, device="meta"))
+    sk.use_backend("reference")
+    layer(x, segmap)
+    sk.use_backend("auto")
+with warnings.catch_warnings(record=True) as one:
+    layer(x, segmap).sum().backward()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x, sk.LabelMap(segmap, 3))
+assert not none, none
+assert [warning.category for warning in one] == [sk.MissingKernelsWarning], one
+print(one[0].message)
 try:
     sk.use_backend("cpu")
 except RuntimeError as error:
-    assert "compiled module is not there" in str(error), error
-else:
-    raise AssertionError("a backend that is not there was chosen")
-layer = sk.SPADE("spadeinstance3x3", 4, 3)
-layer(torch.randn(1, 4, 8, 8), torch.randint(0, 3, (1, 16, 16))).sum().backward()
-print("works", sk.__file__)
+    print(error)
+cli.main(["doctor"])
+print(sk.__file__)
 """
 
 
@@ -55,13 +67,21 @@ def test_wheel_holds_the_packages_and_nothing_else(pure_wheel):
     assert not any(name.endswith(".so") for name in names)
 
 
-def test_works_without_compiled_kernels(pure_wheel, tmp_path):
+@pytest.mark.parametrize("so", [None, b"not a library"], ids=["not built", "does not load"])
+def test_without_compiled_kernels_it_works_and_says_why(pure_wheel, tmp_path, so):
     zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    reason = rf"spade_kernels._C is not built for {sys.implementation.cache_tag}; "
+    if so is not None:
+        (tmp_path / "spade_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(so)
+        reason = r"spade_kernels._C is built but does not load \(.+\); "
+    reason += r".*SPADE_KERNELS_BUILD=cpu pip install --no-build-isolation \."
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", USE_WITHOUT_COMPILER], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", USE_WITHOUT_KERNELS], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+    for saying in ("CPU tensors take plain PyTorch, .*", "backend 'cpu' cannot run: ", "  cpu +cannot run: "):
+        assert re.search(f"^{saying}{reason}$", done.stdout, re.MULTILINE), done.stdout
     assert str(tmp_path) in done.stdout, "the unpacked wheel was not what ran"
 
 
