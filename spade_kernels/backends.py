@@ -44,7 +44,7 @@ _TRITON_STEMS = {
 
 
 class MissingKernelsWarning(UserWarning):
-    """CPU tensors take plain PyTorch, which is several times slower, because the compiled kernels cannot run."""
+    """CPU tensors take plain PyTorch, which is slower, because the compiled kernels cannot run."""
 
 
 def _load(name: str, build: str) -> tuple[ModuleType | None, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -86,23 +88,38 @@ def test_without_compiled_kernels_it_works_and_says_why(pure_wheel, tmp_path, so
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("variables", "message"),
     [
-        ("fpga", "'fpga' is not one of auto, cpu, none, cuda"),
+        ({"SPADE_KERNELS_BUILD": "fpga"}, "'fpga' is not one of auto, cpu, none, cuda"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "PATH": "/nowhere"}, "there is no C\\+\\+ compiler; install g\\+\\+"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "CXX": "c--"}, "there is no c--; install g\\+\\+"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "CXX": "false"}, "false does not compile C\\+\\+20"),
         pytest.param(
-            "cuda",
+            {"SPADE_KERNELS_BUILD": "cuda"},
             "SPADE_KERNELS_BUILD=cuda cannot build: the installed torch .* was built without CUDA",
             marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA"),
         ),
     ],
+    ids=["unknown choice", "no compiler", "missing CXX", "old compiler", "no CUDA"],
 )
-def test_a_build_that_cannot_be_is_refused(choice, message):
+def test_a_build_that_cannot_be_is_refused_in_one_line(variables, message):
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
     done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "SPADE_KERNELS_BUILD": choice},
+        [sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert done.returncode != 0
-    assert re.search(message, done.stderr)
+    assert re.fullmatch(f".*{message}.*", done.stderr.strip())
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_compiled_modules_ask_torch_for_its_stable_abi_only(name):
+    """So that a wheel loads on every torch from the oldest supported one on."""
+    found = importlib.util.find_spec(f"spade_kernels.{name}")
+    if found is None:
+        pytest.skip(f"{name} is not built")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", found.origin], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert "torch_call_dispatcher" in symbols
+    # C++ names of at::, c10::, caffe2:: and torch::, mangled; those of the stable ABI are C.
+    assert not [s for s in symbols if re.match(r"_Z(T[IVS])?NK?(2at|3c10|6caffe2|5torch)", s)]
