@@ -53,8 +53,9 @@ def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(module), ""
     except ImportError as error:
-        is_built = importlib.util.find_spec(module) is not None
-        state = f"is built but does not load ({error})" if is_built else f"is not built for {sys.implementation.cache_tag}"
+        state = f"is not built for {sys.implementation.cache_tag}"
+        if importlib.util.find_spec(module) is not None:
+            state = f"is built but does not load ({error})"
     fix = f"SPADE_KERNELS_BUILD={build} pip install --no-build-isolation ."
     return None, f"{module} {state}; in the sources of spade-kernels, run {fix}"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import warnings
 
 import torch
@@ -27,8 +28,9 @@ def main() -> None:
         found.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted)
-    tags = importlib.metadata.distribution("spade-kernels").read_text("WHEEL").split("Tag: ")[1:]
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {' '.join(tag.strip() for tag in tags)}: works")
+    about = importlib.metadata.distribution("spade-kernels").read_text("WHEEL") or ""
+    tags = " ".join(re.findall("^Tag: (.*)$", about, re.MULTILINE))
+    print(f"{tags}, Python {platform.python_version()}, torch {torch.__version__}: works")
 
 
 if __name__ == "__main__":
