@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # An editable install would lend its compiled module to the package under test.
 USE_WITHOUT_KERNELS = """
-import sys, warnings
+import copy, sys, warnings
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
 import torch, spade_kernels as sk
 from spade_model import cli
@@ -28,7 +28,7 @@ layer = sk.SPADE("spadeinstance3x3", 4, 3)
 x, segmap = torch.randn(1, 4, 8, 8), torch.randint(0, 3, (1, 16, 16))
 warnings.simplefilter("always")
 with warnings.catch_warnings(record=True) as none:
-    layer.to("meta")(x.to("meta"), torch.rand(1, 3, 16, 16, device="meta"))
+    copy.deepcopy(layer).to("meta")(x.to("meta"), torch.rand(1, 3, 16, 16, device="meta"))
     sk.use_backend("reference")
     layer(x, segmap)
     sk.use_backend("auto")
