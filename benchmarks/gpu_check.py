@@ -173,7 +173,7 @@ def build() -> Job:
     command = python("setup.py", "build_ext", "--inplace")
     # Without a list of architectures they are those of the GPUs at hand.
     environment = {"SPADE_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ""}
-    return Job("build", command, 300, environment, needs=("setuptools", "pybind11", "ninja"))
+    return Job("build", command, 300, environment, needs=("setuptools", "ninja"))
 
 
 def tests(fast: bool) -> list[Job]:

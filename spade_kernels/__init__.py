@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from spade_kernels.backends import build_info, use_backend
+from spade_kernels.backends import MissingKernelsWarning, build_info, use_backend
 from spade_kernels.freezing import freeze
 from spade_kernels.label_map import LabelMap, instance_edges
 from spade_kernels.layers import SPADE
@@ -12,6 +12,7 @@ from spade_kernels.static import StaticLabelMap
 __all__ = [
     "SPADE",
     "LabelMap",
+    "MissingKernelsWarning",
     "StaticLabelMap",
     "SyncBatchNorm2d",
     "build_info",

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,36 +44,39 @@ _TRITON_STEMS = {
 }
 
 
-_AGAIN = "with torch and a C++ compiler installed, install the package again (pip install --force-reinstall --no-deps)"
+class MissingKernelsWarning(UserWarning):
+    """CPU tensors take plain PyTorch, which is slower, because the compiled kernels cannot run."""
 
 
-def _load(name: str) -> tuple[ModuleType | None, str]:
-    """A compiled module, and why it cannot be used."""
-    found = importlib.util.find_spec(f"spade_kernels.{name}")
-    if found is None:
-        return None, f"the compiled module is not there: {_why_not_built()}; {_AGAIN}"
+def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or None and why, with the fix: the build that makes it names what it lacks."""
+    module = f"spade_kernels.{name}"
     try:
-        return importlib.import_module(f"spade_kernels.{name}"), ""
+        return importlib.import_module(module), ""
     except ImportError as error:
-        return None, f"the compiled module {found.origin} does not load ({error}); {_AGAIN}"
+        state = f"is not built for {sys.implementation.cache_tag}{_why_not_built()}"
+        if importlib.util.find_spec(module) is not None:
+            state = f"is built but does not load ({error})"
+    fix = f"SPADE_KERNELS_BUILD={build} pip install ."
+    return None, f"{module} {state}; in the sources of spade-kernels, run {fix}"
 
 
 def _why_not_built() -> str:
-    """The reason that setup.py gives."""
+    """The reason that setup.py left, in parentheses."""
     reason = Path(__file__).with_name("not_built.txt")
-    return reason.read_text(encoding="utf-8") if reason.is_file() else "it was not built"
+    return f" ({reason.read_text(encoding='utf-8')})" if reason.is_file() else ""
 
 
-_cpu, _why_no_cpu = _load("_C")
-_cuda, _why_no_cuda = _load("_C_cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
+_cpu, _why_no_cpu = _load("_C", "cpu")
+_cuda, _why_no_cuda = _load("_C_cuda", "cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
 
 for _name, _reason in (("cpu", _why_no_cpu), ("cuda", _why_no_cuda)):
     if _reason:
         logging.getLogger("spade_kernels").debug("backend %s cannot run: %s", _name, _reason)
 
 _chosen = "auto"
-_operators: list[str] = []
 _has_warned = False
+_operators: list[str] = []
 _overriding: torch.library.Library | None = None
 
 
@@ -93,8 +97,8 @@ def _python_kernel(name: str, backend: str) -> Callable:
 
     def run(*args):
         checks.check(name, *args)
-        if backend == "reference" and _chosen == "auto" and _cpu is None and args[0].is_cpu:
-            _warn_of_missing_kernels()
+        if backend == "reference":
+            _warn_if_missing(args[0].device)
         # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
         # current device.
         with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
@@ -103,17 +107,15 @@ def _python_kernel(name: str, backend: str) -> Callable:
     return run
 
 
-def _warn_of_missing_kernels() -> None:
-    """Says once a process that CPU tensors go through plain PyTorch, which nobody has chosen."""
+def _warn_if_missing(device: torch.device) -> None:
+    """Says once in a process that CPU tensors have no compiled kernels, unless the caller chose to do without."""
     global _has_warned
-    if not _has_warned:
-        _has_warned = True
-        warnings.warn(
-            f"SPADE layers run in plain PyTorch on this CPU, several times slower than compiled: {_why_no_cpu}. "
-            "spade_kernels.use_backend('reference') chooses plain PyTorch, without this warning.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    worker = torch.utils.data.get_worker_info()
+    # One worker of a data loader speaks for all.
+    if _has_warned or device.type != "cpu" or _cpu or _chosen == "reference" or (worker and worker.id > 0):
+        return
+    _has_warned = True
+    warnings.warn(f"CPU tensors take plain PyTorch, which is slow: {_why_no_cpu}", MissingKernelsWarning, stacklevel=2)
 
 
 def _override() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,31 +17,33 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-USE_WITHOUT_KERNELS = """
-import sys, warnings
 # An editable install would lend its compiled module to the package under test.
+USE_WITHOUT_KERNELS = """
+import copy, sys, warnings
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
 import torch, spade_kernels as sk
-info = sk.build_info()
-assert info["backend"] == "reference" and not info["compiled"], info
+from spade_model import cli
+assert not sk.build_info()["compiled"], sk.build_info()
+layer = sk.SPADE("spadeinstance3x3", 4, 3)
+x, segmap = torch.randn(1, 4, 8, 8), torch.randint(0, 3, (1, 16, 16))
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as none:
+    copy.deepcopy(layer).to("meta")(x.to("meta"), torch.rand(1, 3, 16, 16, device="meta"))
+    sk.use_backend("reference")
+    layer(x, segmap)
+    sk.use_backend("auto")
+with warnings.catch_warnings(record=True) as one:
+    layer(x, segmap).sum().backward()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x, sk.LabelMap(segmap, 3))
+assert not none, none
+assert [warning.category for warning in one] == [sk.MissingKernelsWarning], one
+print(one[0].message)
 try:
     sk.use_backend("cpu")
 except RuntimeError as error:
     print(error)
-else:
-    raise AssertionError("a backend that is not there was chosen")
-layer = sk.SPADE("spadeinstance3x3", 4, 3)
-
-def use():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        layer(torch.randn(1, 4, 8, 8), torch.randint(0, 3, (1, 16, 16))).sum().backward()
-    return [str(w.message) for w in caught if w.category is RuntimeWarning]
-
-if "chosen" in sys.argv:
-    sk.use_backend("reference")
-print("warnings:", use(), use())
-print("works", sk.__file__)
+cli.main(["doctor"])
+print(sk.__file__)
 """
 
 
@@ -65,88 +69,57 @@ def test_wheel_holds_the_packages_and_nothing_else(pure_wheel):
     assert not any(name.endswith(".so") for name in names)
 
 
-def use(wheel: Path, folder: Path, *arguments: str) -> str:
-    """What a process prints that uses the unpacked wheel."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    zipfile.ZipFile(wheel).extractall(folder)
+@pytest.mark.parametrize("so", [None, b"not a library"], ids=["not built", "does not load"])
+def test_without_compiled_kernels_it_works_and_says_why(pure_wheel, tmp_path, so):
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    reason = rf"spade_kernels._C is not built for {sys.implementation.cache_tag} \(SPADE_KERNELS_BUILD=none was set\); "
+    if so is not None:
+        (tmp_path / "spade_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(so)
+        reason = r"spade_kernels._C is built but does not load \(.+\); "
+    reason += r".*SPADE_KERNELS_BUILD=cpu pip install \."
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", USE_WITHOUT_KERNELS, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=folder,
+        [sys.executable, "-c", USE_WITHOUT_KERNELS], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert str(folder) in done.stdout, "the unpacked wheel was not what ran"
-    return done.stdout
-
-
-def test_without_compiled_kernels_it_says_so_once(pure_wheel, tmp_path):
-    printed = use(pure_wheel, tmp_path)
-    reason = "the compiled module is not there: SPADE_KERNELS_BUILD=none was set when this was installed"
-    assert f"backend 'cpu' cannot run: {reason}" in printed
-    assert re.search(
-        rf"warnings: \[['\"]SPADE layers run in plain PyTorch.*{reason}.*pip install.*['\"]\] \[\]", printed
-    )
-
-
-def test_who_has_chosen_plain_pytorch_is_not_warned(pure_wheel, tmp_path):
-    assert "warnings: [] []" in use(pure_wheel, tmp_path, "chosen")
-
-
-def test_a_module_that_does_not_load_is_not_taken_for_missing(pure_wheel, tmp_path):
-    module = tmp_path / "spade_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    module.parent.mkdir()
-    module.write_bytes(b"no shared library")
-    printed = use(pure_wheel, tmp_path)
-    assert f"the compiled module {module} does not load ({module}: " in printed
-    assert "warnings: ['SPADE layers run in plain PyTorch" in printed or 'warnings: ["SPADE' in printed
+    for saying in ("CPU tensors take plain PyTorch, .*", "backend 'cpu' cannot run: ", "  cpu +cannot run: "):
+        assert re.search(f"^{saying}{reason}$", done.stdout, re.MULTILINE), done.stdout
+    assert str(tmp_path) in done.stdout, "the unpacked wheel was not what ran"
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("variables", "message"),
     [
-        ("fpga", "'fpga' is not one of auto, cpu, none, cuda"),
+        ({"SPADE_KERNELS_BUILD": "fpga"}, "'fpga' is not one of auto, cpu, none, cuda"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "PATH": "/nowhere"}, "there is no C\\+\\+ compiler; install g\\+\\+"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "CXX": "c--"}, "there is no c--; install g\\+\\+"),
+        ({"SPADE_KERNELS_BUILD": "cpu", "CXX": "false"}, "false does not compile C\\+\\+20"),
         pytest.param(
-            "cuda",
+            {"SPADE_KERNELS_BUILD": "cuda"},
             "SPADE_KERNELS_BUILD=cuda cannot build: the installed torch .* was built without CUDA",
             marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA"),
         ),
     ],
+    ids=["unknown choice", "no compiler", "missing CXX", "old compiler", "no CUDA"],
 )
-def test_a_build_that_cannot_be_is_refused(choice, message):
-    done = setup(SPADE_KERNELS_BUILD=choice)
-    assert done.returncode != 0
-    assert re.search(message, done.stderr)
-
-
-def setup(**environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "--version"]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CXX": "", **environment}
+def test_a_build_that_cannot_be_is_refused_in_one_line(variables, message):
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT, env=environment
     )
-
-
-OLD_COMPILER = """#!/bin/sh
-echo "error: unrecognized command-line option '-std=c++20'" >&2
-exit 1
-"""
-
-
-@pytest.mark.parametrize("compiler", ["none", "misspelt", "old"])
-def test_without_a_compiler_the_build_says_so_in_one_line(compiler, tmp_path):
-    environment, reason = {
-        "none": ({"PATH": str(tmp_path)}, "there was no C++ compiler; install one, such as g++"),
-        "misspelt": ({"CXX": "g+++"}, "there was no compiler 'g+++', which CXX names; install one, such as g++"),
-        "old": (
-            {"CXX": str(tmp_path / "c++")},
-            f"the compiler {tmp_path / 'c++'} cannot compile C++20; install a newer one, such as g++ 11",
-        ),
-    }[compiler]
-    if compiler == "old":
-        (tmp_path / "c++").write_text(OLD_COMPILER)
-        (tmp_path / "c++").chmod(0o755)
-    done = setup(SPADE_KERNELS_BUILD="cpu", **environment)
     assert done.returncode != 0
-    assert done.stderr == f"SPADE_KERNELS_BUILD=cpu cannot build: {reason}\n"
-    assert setup(SPADE_KERNELS_BUILD="auto", **environment).returncode == 0
+    assert re.fullmatch(f".*{message}.*", done.stderr.strip())
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_compiled_modules_ask_torch_for_its_stable_abi_only(name):
+    """So that a wheel loads on every torch from the oldest supported one on."""
+    found = importlib.util.find_spec(f"spade_kernels.{name}")
+    if found is None:
+        pytest.skip(f"{name} is not built")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", found.origin], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert "torch_call_dispatcher" in symbols
+    # C++ names of at::, c10::, caffe2:: and torch::, mangled; those of the stable ABI are C.
+    assert not [s for s in symbols if re.match(r"_Z(T[IVS])?NK?(2at|3c10|6caffe2|5torch)", s)]
