@@ -71,7 +71,7 @@ class Conv2d(Freezable, nn.Conv2d):
 
         Args:
             x: a tensor, or a deferred modulation, whose result is convolved.
-            weight: of `weight_and_inv_sigma`, where x has been multiplied by the other result; None for the layer's own.
+            weight: of `weight_and_inv_sigma`, if x has been multiplied by its other result; None for the own one.
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:
