@@ -82,7 +82,7 @@ class Conv2d(Freezable, nn.Conv2d):
         x = x.tensor() if isinstance(x, DeferredModulation) else x
         if not _has_stride_1_and_zero_padding(self):
             y = self._conv_forward(x, weight, self.bias)
-        elif _would_copy_weight(x, weight, self.padding):  # type: ignore[arg-type]
+        elif _suits_nchw(x, weight, self.padding):  # type: ignore[arg-type]
             y = F.conv2d(x.contiguous(), weight, self.bias, padding=self.padding)
             y = y.contiguous(memory_format=torch.channels_last)
         else:
@@ -144,6 +144,8 @@ def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
 # Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
 # budget: sums over fewer pixels lose less in a direct convolution.
 _PIXELS = 32 * 32
+# More lose more than the error budget in one sum.
+_CHANNELS = 64
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
@@ -153,12 +155,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[i
     return F.conv2d(x, weight, bias, padding=padding)
 
 
-def _would_copy_weight(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
-    """Whether `convolve` copies the weight, in oneDNN, into the layout of x, which is the smaller one."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() >= weight.numel():
+def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
+    """Whether oneDNN's convolution of an NCHW map is worth two copies of maps.
+
+    Its channels-last one copies the weight into that layout, the larger tensor where maps are small, and adds up all
+    channels in one sum: of 128 it errs 2.7 times as much.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or weight.shape[-1] == 1:
         return False
-    copies = weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
-    return copies and not _suits_winograd(x, weight, padding)
+    is_small = x.shape[0] * x.shape[2] * x.shape[3] < _PIXELS
+    rounds = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and max(weight.shape[:2]) > _CHANNELS
+    return (is_small or rounds) and not _suits_winograd(x, weight, padding)
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
