@@ -156,7 +156,7 @@ def _cuda_source(source: Path) -> list[Kernel]:
 
 
 def _name_and_variant(symbol: str) -> tuple[str, str]:
-    """Of spade::cuda::run<spade::cuda::Kernel<float, 4> >: Kernel, and what stands in its brackets."""
+    """Splits spade::cuda::run<spade::cuda::Kernel<float, 4> > into Kernel and its template arguments."""
     symbol = re.sub(r"(\(anonymous namespace\)|\b\w+)::", "", symbol)
     symbol = re.sub(r"^run<(.*\S) ?>$", r"\1", symbol)
     name, _, arguments = symbol.partition("<")
@@ -164,7 +164,7 @@ def _name_and_variant(symbol: str) -> tuple[str, str]:
 
 
 def _usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """What each (target, symbol) of the file takes of the machine."""
+    """The resources that each (target, symbol) of the file takes."""
     found, target, symbol = {}, "", ""
     for line in _run(_cuobjdump(), "--dump-resource-usage", str(binary)).splitlines():
         if "arch = " in line:

@@ -25,7 +25,7 @@ _CODES, _HIDDEN = 371, 128
 
 
 def layer_variants() -> list[Variant]:
-    """Of forward and backward, on windows and at every pixel, after statistics of images and of the batch."""
+    """Launches forward and backward, on windows and at every pixel, with statistics of images and of the batch."""
     with recording() as found:
         for dtype, layers in _LAYERS.items():
             for channels, side, upsample in layers:

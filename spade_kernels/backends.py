@@ -151,7 +151,7 @@ def kernels_on(device: str) -> dict[str, str]:
 
 
 def is_compiled_on_cpu() -> bool:
-    """Whether CPU tensors take the compiled kernels; cheap enough to ask in every call."""
+    """True if CPU tensors take the compiled kernels. Cheap enough to call in every operator."""
     return _cpu is not None and _chosen != "reference"
 
 

@@ -122,9 +122,9 @@ class Conv2d(Freezable, nn.Conv2d):
 
 
 def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
-    """Whether a call of the module is that of a convolution of class `kind` and nothing else.
+    """True if a call of the module is the convolution of class `kind` and nothing else.
 
-    A parametrization of the weight is part of reading the weight.
+    A parametrized weight is allowed: reading the weight computes it.
     """
     if not isinstance(module, kind) or has_hooks(module) or "_conv_forward" in module.__dict__:
         return False
@@ -132,7 +132,7 @@ def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> TypeGuard[nn.Conv2d]:
-    """Whether it `runs_as` one with stride 1 and zero padding."""
+    """True if the module `runs_as` a convolution of class `kind` with stride 1 and zero padding."""
     return runs_as(module, kind) and _has_stride_1_and_zero_padding(module)
 
 
@@ -156,10 +156,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[i
 
 
 def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
-    """Whether oneDNN's convolution of an NCHW map is worth two copies of maps.
+    """True if an NCHW convolution in oneDNN is worth two copies of feature maps.
 
-    Its channels-last one copies the weight into that layout, the larger tensor where maps are small, and adds up all
-    channels in one sum: of 128 it errs 2.7 times as much.
+    A channels-last one copies the weight, which is the larger tensor where maps are small, and it adds up all channels
+    in one sum: with 128 channels its error is 2.7 times as large.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or weight.shape[-1] == 1:
         return False
@@ -169,7 +169,7 @@ def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
-    """Whether `ops.conv3x3` is the faster convolution."""
+    """True if `ops.conv3x3` is the faster convolution."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
@@ -178,7 +178,7 @@ def _suits_winograd(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
 
 
 def is_packable(weight: Tensor) -> bool:
-    """Whether there is a layout for the weight that makes convolutions faster."""
+    """True if packing the weight makes convolutions faster."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
@@ -199,7 +199,7 @@ class PackedConv2d:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether calls leave it as it is."""
+        """True if calls do not change the object."""
         return not self._packable
 
     def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None = None) -> Tensor:

@@ -287,7 +287,7 @@ def conv2d(
 
 
 def _dtype_of_convolution(weight: Tensor) -> torch.dtype:
-    """What `F.conv2d` with this weight gives."""
+    """The dtype of the result of `F.conv2d` with this weight."""
     device = weight.device.type
     if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return weight.dtype

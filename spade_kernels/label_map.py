@@ -67,7 +67,7 @@ class LabelMap(Packable):
 
     @property
     def is_pooled(self) -> bool:
-        """Whether codes stand for averages (`avg_pool`) and not for (label, edge) pairs."""
+        """True if codes stand for averages (`avg_pool`) and not for (label, edge) pairs."""
         return self._pooled_codebook is not None
 
     @property
@@ -215,7 +215,7 @@ class LabelMap(Packable):
         return self._cache["pooled"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
-        """The same label map on `device`: itself if it is there, else a copy, made in one transfer."""
+        """Moves the label map to `device`: itself if it is there, else a copy, made in one transfer."""
         # "cuda" is the current one of several.
         device = torch.empty(0, device=device).device
         if device == self.device:
@@ -300,7 +300,7 @@ def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
 
 
 def is_one_hot_of(planes: torch.Tensor, label_map: LabelMap) -> bool:
-    """Whether the planes equal `label_map.one_hot()`: its ones are there, and nothing else."""
+    """True if the planes equal `label_map.one_hot()`: all of its ones are there, and nothing else."""
     labels, num_labels = label_map.labels, label_map.num_labels
     has_class = labels < num_labels
     ones = planes.gather(1, labels.clamp(max=num_labels - 1).unsqueeze(1)).squeeze(1)[has_class]
@@ -330,7 +330,7 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
 
 
 def _products_are_coarser(dtype: torch.dtype) -> bool:
-    """Whether a GPU would round the factors of a product that those of a convolution keep."""
+    """True if a GPU rounds the factors of matrix products to tf32 but those of convolutions not."""
     cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return dtype == torch.float32 and [setting.fp32_precision == "tf32" for setting in cuda] == [True, False]
 

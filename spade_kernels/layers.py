@@ -128,7 +128,7 @@ class SPADE(Freezable):
         return PackedWeights(self._weights()) if self._is_as_built() else None
 
     def _is_as_built(self) -> bool:
-        """Whether the condition goes through three convolutions and a ReLU and nothing else, as kernels take it."""
+        """True if the condition goes through three convolutions and a ReLU and nothing else, as kernels need it."""
         shared, gamma, beta = self.mlp_shared, self.mlp_gamma, self.mlp_beta
         if type(shared) is not nn.Sequential or len(shared) != 2 or type(shared[1]) is not nn.ReLU:
             return False
@@ -157,13 +157,13 @@ def as_planes(segmap: Segmap, dtype: torch.dtype) -> torch.Tensor:
 
 
 def parameter_dtype(modules: Iterable[nn.Module], default: torch.dtype) -> torch.dtype:
-    """Of the modules' first floating-point parameter; `default` where there is none."""
+    """The dtype of the modules' first floating-point parameter; `default` if there is none."""
     parameters = (parameter for module in modules for parameter in module.parameters())
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), default)
 
 
 def keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a call of the module is nothing but a convolution with a square kernel that keeps the size."""
+    """True if a call of the module is nothing but a convolution with a square kernel that keeps the size."""
     if not is_plain(module):
         return False
     side = module.kernel_size[0]

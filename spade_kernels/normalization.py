@@ -15,7 +15,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 class Statistics(NamedTuple):
-    """What `ops.modulate` needs to know of a normalization.
+    """Statistics of x under a normalization, as `ops.modulate` takes them.
 
     mean, rstd: (N, C) or (1, C) in the accumulation dtype; stats_scope: see `ops.modulate`.
     """
@@ -51,7 +51,7 @@ _BATCH_NORMS, _SYNC_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm), (SyncBatch
 
 
 def is_parameter_free(norm: nn.Module) -> bool:
-    """Whether `statistics` say all that the module does."""
+    """True if the module does nothing but normalize by `statistics`."""
     if has_hooks(norm) or getattr(norm, "affine", True):
         return False
     if type(norm) is nn.InstanceNorm2d:
@@ -61,7 +61,7 @@ def is_parameter_free(norm: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward."""
+    """True if a call of the module does more than its class's forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in module.__dict__
 
@@ -114,13 +114,13 @@ def _check_shapes(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
 
 
 def identity_statistics(x: Tensor) -> Statistics:
-    """Of what is normalized already."""
+    """Statistics that leave x as it is, for an x that is normalized already."""
     zero = x.new_zeros(1, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return Statistics(zero, torch.ones_like(zero), "none")
 
 
 def _goes_by_running_statistics(norm: nn.Module) -> bool:
-    """Whether the statistics are the same for every x."""
+    """True if the norm takes its running statistics, which do not depend on x."""
     return isinstance(norm, _BATCH_NORMS) and not norm.training and norm.running_mean is not None
 
 

@@ -72,7 +72,7 @@ def _is_traced(planes: Tensor) -> bool:
 
 
 def _stamp(planes: Tensor) -> _Stamp | None:
-    """What changes with the tensor's values; None where nothing does: in inference mode, in memory of others too."""
+    """A stamp that changes with the tensor's values; None if none does: in inference mode, and in shared memory."""
     # Another process that writes to shared memory counts changes of its own.
     if planes.is_inference() or planes.is_shared() or not planes.untyped_storage().resizable():
         return None
@@ -86,7 +86,7 @@ def _still_holds(answer: _Answer, planes: Tensor, stamp: _Stamp | None) -> bool:
 
 
 def _looks_one_hot(planes: Tensor) -> bool:
-    """Whether at most 64 pixels of each image hold only 0 and 1: that tells features and photographs."""
+    """True if a sample of at most 64 pixels of each image holds only 0 and 1: features and photographs do not."""
     rows, columns = (-(-size // 8) for size in planes.shape[2:])
     few = planes[:, :, ::rows, ::columns]
     return bool(((few == 0) | (few == 1)).all())

@@ -96,7 +96,7 @@ def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> 
 
 
 def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
-    """Of the label map, the windows that the place holds.
+    """The windows of `label_map` for which the place has room.
 
     Raises:
         ValueError: there are more than the place has room for.

@@ -80,7 +80,7 @@ def random_spade(config_text: str, norm_nc: int, label_nc: int, seed: int = 0) -
 
 
 def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, negative_slope: float = 1.0) -> Tensor:
-    """What `layer` computes, in plain PyTorch operators; leaves its running statistics as they are.
+    """Computes what `layer` does in plain PyTorch operators, and leaves its running statistics as they are.
 
     Args:
         planes: (N, label_nc, H, W) float, the dense condition.

@@ -1,4 +1,4 @@
-"""What the transforms of torch.func, and forward mode, ask of code that calls kernels and keeps tensors."""
+"""Helpers for code that calls kernels or caches tensors within transforms of torch.func and in forward mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def are_active() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way: kernels know of neither."""
+    """True within a transform of torch.func and in forward-mode differentiation, which kernels do not support."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

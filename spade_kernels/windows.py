@@ -48,7 +48,7 @@ class Windows(Packable):
         return self.windows.shape[0]
 
     def padded(self, rows: int, num_ids: int) -> Windows:
-        """The same with `rows` rows, those added seen by no pixel, and room for ids below `num_ids`."""
+        """A copy with `rows` rows and room for ids below `num_ids`; no pixel uses the rows added."""
         windows = torch.nn.functional.pad(self.windows, (0, 0, 0, rows - len(self)))
         return Windows(windows, self.pixel_row, self.image_offsets, num_ids)
 
@@ -108,7 +108,7 @@ class WindowIndex(NamedTuple):
     def of(
         cls, codes: torch.Tensor, num_codes: int, sizes: Sequence[Sequence[int]], kernel_size: int
     ) -> list[WindowIndex]:
-        """Of codes (N, H, W) at each of the `sizes` (h, w)."""
+        """Builds the index of codes (N, H, W) at each of the `sizes` (h, w)."""
         found = ops.window_index(codes, sizes, kernel_size, 1, kernel_size // 2, levels=2)
         hidden = [Windows(*level, num_codes) for level in found[::2]]
         # Not len(): where torch.export traces, the number of rows is a symbol.
@@ -116,5 +116,5 @@ class WindowIndex(NamedTuple):
         return [cls(of_codes, Windows(*level, of_codes.windows.shape[0] + 1)) for of_codes, level in pairs]
 
     def segments(self) -> tuple[Segments, Segments, Segments]:
-        """What the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""
+        """Segments that the backward sums over: uses of codes, uses of hidden rows, pixels of modulation rows."""
         return self.hidden.tap_segments, self.modulation.tap_segments, self.modulation.row_segments

@@ -60,7 +60,7 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU.
+    """Reads the tree that `save` wrote, its tensors on the CPU.
 
     Raises:
         UserError: no such file, truncated or corrupt, or not one of ours.

@@ -1,4 +1,4 @@
-"""What the `spade` command does: train, generate, bench, doctor."""
+"""The subcommands of `spade`: train, generate, bench, doctor."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _translate(arguments: list[str]) -> list[str]:
 
 
 def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
-    """What decides the other options' defaults; options in `own` are taken out of the list."""
+    """The options that decide the defaults of the others; options in `own` are taken out of the list."""
 
     def parse(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)

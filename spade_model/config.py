@@ -255,7 +255,7 @@ def default_data_config(dataset_mode: str) -> DataConfig:
 
 
 def default_train_config(dataset_mode: str, no_TTUR: bool = False, netG: str = "spade") -> TrainConfig:
-    """What a run uses where nothing else is said."""
+    """The options of a run for which nothing else is given."""
     betas = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
     model = ModelConfig(netG="pix2pixhd", norm_G="instance") if netG == "pix2pixhd" else ModelConfig()
     return TrainConfig(data=default_data_config(dataset_mode), model=model, no_TTUR=no_TTUR, **betas)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """What was wrong, where (file, index, value), and what to do about it, in one message.
+    """An error for the user: its message says what was wrong, where (file, index, value), and what to do.
 
     The command line prints the message without a traceback and exits with status 2.
     """

@@ -238,7 +238,7 @@ def checkpoint_path(config: GenerateConfig) -> Path:
 
 
 def _run_and_stem(file: Path) -> tuple[str, str]:
-    """What tells a checkpoint from others: the name of its folder, which is the run's, and its own."""
+    """A name that tells a checkpoint from others: its folder's, which is the run's, and its own."""
     # Not resolved: a link to a run has a name of its own.
     file = Path(os.path.abspath(file))
     return file.parent.name or "checkpoint", file.stem

@@ -76,7 +76,7 @@ def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
 
 
 def _other_network(state: Mapping[str, Tensor]) -> str:
-    """What the state is instead of a generator, when it can be told."""
+    """The end of a message: the network that the state belongs to instead of a generator, if it can be told."""
     if any(name.startswith("discriminator_") for name in state):
         return "; these are a discriminator's weights"
     return "; these are an encoder's weights" if "fc_mu.weight" in state else ""

@@ -204,7 +204,7 @@ class Trainer:
         return terms
 
     def _r1_penalty(self, batch: Batch) -> Tensor:
-        """Of the photographs, in float32 whatever the precision."""
+        """The R1 penalty on the photographs, in float32 whatever the precision."""
         assert batch.image is not None
         image = batch.image.detach().requires_grad_()
         # The network itself: compiled code cannot be differentiated twice, and DistributedDataParallel, whose hooks are

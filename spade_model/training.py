@@ -287,7 +287,7 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer."""
+        """True if any process was asked to stop; all processes get the same answer."""
         self.requested = self._received
         if self._world_size > 1:
             flag = torch.tensor(float(self._received), device=self._device)
@@ -329,7 +329,7 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
 
 
 def index_builder(generator: nn.Module, scales: int) -> Callable[[LabelMap], None]:
-    """What builds all that training the generator with a discriminator of so many scales needs of a label map.
+    """Returns a function that builds the window indexes of a label map for training with so many scales.
 
     The loader's workers get it: it holds no network.
     """

@@ -23,7 +23,7 @@ _MIRRORED: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured on what.
+    """The networks, masks and settings of the measurements.
 
     Attributes:
         masks: by kind, the main kind first; one image each, on the CPU.
@@ -66,7 +66,7 @@ class Workload:
         return self.masks[self.main_masks][0].shape[1:]
 
     def case(self, precision: str, batch: int | None = None, what: str = "") -> str:
-        """Of a result: kind of masks (or `what`), precision, batch size."""
+        """The case of a result: kind of masks (or `what`), precision, batch size."""
         return f"{what or self.main_masks}, {precision}, batch {batch or self.batch}"
 
     def batches(self, batch: int | None = None, kind: str = "") -> list[LabelMap]:
@@ -103,7 +103,7 @@ def save_masks(kinds: dict[str, list[LabelMap]], path: Path) -> None:
 
 
 def load_masks(path: Path) -> dict[str, list[LabelMap]]:
-    """What `save_masks` saved."""
+    """Loads the masks that `save_masks` saved."""
     plain = torch.load(path, weights_only=True)
     return {kind: [LabelMap(*parts) for parts in masks] for kind, masks in plain.items()}
 

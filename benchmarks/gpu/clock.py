@@ -16,7 +16,7 @@ _WARM_UPS = 3
 
 @contextmanager
 def settled(device: torch.device) -> Iterator[None]:
-    """What holds for everything that a process measures; on CUDA all of it runs on one stream, not the default one.
+    """Settings for everything that a process measures; on CUDA all of it runs on one stream, not the default one.
 
     Spectral norm keeps nodes of autograd from one step to the next, with the stream that they were made on. Were it
     another than the one a graph is captured on, the capture would break.
@@ -60,7 +60,7 @@ class Captured:
 
 
 def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device) -> float:
-    """Of one call on an idle device, with what the host does in it."""
+    """Milliseconds of one call on an idle device, the host's work included."""
     if device.type != "cuda":
         started = time.perf_counter()
         run(argument)

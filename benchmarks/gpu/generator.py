@@ -121,7 +121,7 @@ class _Eval:
                 self.runs[name] = self.original if name == "original" else filled(static, self._captured(step))
 
     def stock_step(self, name: str, static: LabelMap | None = None) -> Callable[[], Tensor]:
-        """What paints one batch."""
+        """Returns a function that generates one batch."""
         mask = static or static_mask(self.example)
         if name == "original":
             return lambda: self.original(mask)

@@ -169,7 +169,7 @@ def _calls(work: Workload, precision: str) -> Iterator[tuple[Shape, int, Calls]]
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """What has kernels for the device and runs here, the reference last."""
+    """The backends that have kernels for the device and run here, the reference last."""
     there = backends.build_info()["backends"]
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     return [*(name for name in names if there[name] is None), "reference"]  # type: ignore[index]
@@ -226,7 +226,7 @@ def _rates(
 
 
 def _ceiling_of(name: str, case: str, ceilings: dict[str, list[float]]) -> Iterator[Result]:
-    """What the device can do at all, beside what an operator reached."""
+    """The device's own limits, beside which operators are reported."""
     if name in _BOUND_BY_MEMORY:
         yield Result.of(BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
     if name == "modulation_table":

@@ -1,4 +1,4 @@
-"""What is measured, in parts: each a process of its own, so that a failing kernel ends one part and no more.
+"""The parts of the measurement: each a process of its own, so that a failing kernel ends one part and no more.
 
 A part writes a line for each result as soon as it has it.
 """
@@ -122,7 +122,7 @@ def sources(root: Path = ROOT) -> str:
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What `prepare` says: environment and settings; None where it has not run."""
+    """The environment and settings that `prepare` wrote; None if it has not run."""
     path = folder / _ABOUT
     return json.loads(path.read_text()) if path.exists() else None
 

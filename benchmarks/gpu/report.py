@@ -39,7 +39,7 @@ DETERMINISM, SANITIZER = "determinism", "sanitizer"  # how the names of those st
 
 
 def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
-    """Of all bounds; where masks are toys, what was measured is only reported."""
+    """The verdicts of all bounds; measurements on toy masks are reported without a verdict."""
     found = judge(run, targets(run, batch))
     if run.main_masks != "real":
         found = [replace(verdict, met=None) for verdict in found]
@@ -110,7 +110,7 @@ def fastest(results: Iterable[Result]) -> dict[str, str]:
 
 
 def gathered(folder: Path, names: Iterable[str]) -> list[Result]:
-    """What the parts of these names have written so far; of one that was killed, its whole lines."""
+    """The results that the parts of these names have written so far; of a killed part, its whole lines."""
     return merged([], (Result(**line) for _, line in _lines(folder, names) if FAILURES not in line))
 
 
@@ -172,7 +172,7 @@ def file_name(environment: dict[str, Any]) -> str:
 
 
 def tables(run: BenchRun, verdicts: Sequence[Verdict], failed: dict[str, dict[str, str]]) -> str:
-    """What was measured, short enough for a screen or two, the bounds last."""
+    """A summary short enough for a screen or two, the bounds last."""
     lines = [["bound", "required", "goal", "measured", ""]]
     for v in verdicts:
         measured = "" if v.measured is None else f"{v.measured:.3g}"

@@ -20,7 +20,7 @@ _POLL = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Step:
-    """What became of one step: PASSED, FAILED or NOT_RUN, and why."""
+    """The outcome of one step: PASSED, FAILED or NOT_RUN, and why."""
 
     name: str
     status: str
@@ -29,7 +29,7 @@ class Step:
 
 
 def by_exit_status(status: int, output: str) -> tuple[str, str]:
-    """Whether a command passed, and the last line it printed."""
+    """(True if the command passed, the last line it printed)."""
     lines = output.strip().splitlines()
     last = lines[-1] if lines else "(no output)"
     return (PASSED, last) if status == 0 else (FAILED, f"exit status {status}: {last}")

@@ -31,7 +31,7 @@ _LONG = {"TOGETHER": 0, "BLOCK_S": 1, "BLOCK_E": 32, "num_warps": 4}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are taken in."""
+    """The dtype in which values of `dtype` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -77,9 +77,9 @@ def segment_sum(
 def pieces(
     entries: int, segments: int, width: int, dtype: torch.dtype, device: torch.device, piece: int = PIECE
 ) -> tuple[Tensor, dict[str, int]]:
-    """What kernels that call `piece_of_program` leave for `merge_pieces`, and what both are compiled for.
+    """Scratch memory for the sums of slots, (slots, width), and the constants of the kernels that share it.
 
-    The former are sums of slots, (slots, width). `piece` is the least length of a piece.
+    Kernels that call `piece_of_program` write it, and `merge_pieces` reads it. `piece` is the least length of a piece.
     """
     while triton.cdiv(entries, piece) * width * dtype.itemsize > _SCRATCH and piece < entries:
         piece *= 2
@@ -125,7 +125,7 @@ def _whole(offsets, segment, there, PIECE: tl.constexpr):
 
 @triton.jit
 def _slot(offsets, segments, slot, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
-    """As `piece_of_program`, of a slot."""
+    """Returns for a slot what `piece_of_program` returns for a program."""
     slot = slot.to(tl.int64)
     cut = tl.load(offsets) + slot * PIECE
     segment = tl.full((), 0, tl.int32)
@@ -179,7 +179,7 @@ def _values(
     INDEX: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Of the entries that are held; of others 0."""
+    """Loads the values of the entries that are held, and 0 for the others."""
     if indices is not None:
         entry = tl.load(indices + entry, held, other=0)
     row = entry.to(INDEX) // DIVISOR

@@ -20,7 +20,7 @@ def channel_tile(channels: int, widest: int = 128) -> dict[str, int]:
 
 
 def tile_grid(x: Tensor, tile: dict[str, int], pixels_per_program: int = 1) -> tuple[int, int]:
-    """Of the programs that take all of x, `pixels_per_program` times BLOCK_P pixels each."""
+    """The grid of programs that covers x, `pixels_per_program` times BLOCK_P pixels each."""
     images, channels, height, width = x.shape
     pixel_blocks = triton.cdiv(height * width, tile["BLOCK_P"] * pixels_per_program)
     return pixel_blocks * triton.cdiv(channels, tile["BLOCK_C"]), images

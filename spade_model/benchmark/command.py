@@ -63,7 +63,7 @@ def run_bench(config: BenchConfig) -> BenchRun:
 
 
 def settings(ngf: int, kinds: dict[str, list[LabelMap]]) -> dict[str, Any]:
-    """What a BenchRun says about the network and the masks."""
+    """The description of the network and the masks in a BenchRun."""
     masks = next(iter(kinds.values()))
     return {
         "ngf": ngf,

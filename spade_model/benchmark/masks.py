@@ -50,7 +50,7 @@ def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dic
 
 
 def fresh(mask: LabelMap) -> LabelMap:
-    """The same mask without its window indexes, so that building them is timed."""
+    """A copy of the mask without its window indexes, so that building them is timed."""
     return LabelMap(mask.labels, mask.num_labels, mask.edges)
 
 

@@ -1,4 +1,4 @@
-"""What training keeps in memory: bytes saved for backward, and the peak of a step."""
+"""The memory that training takes: bytes saved for backward, and the peak of a step."""
 
 from __future__ import annotations
 

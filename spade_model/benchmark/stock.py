@@ -136,7 +136,7 @@ class StockGenerator(nn.Module):
         return self.paint(one_hot(mask, size, self.fc.weight.dtype, self.memory_format))
 
     def paint(self, planes: Tensor) -> Tensor:
-        """The same of planes (N, semantic_nc, H, W): tensors only, as torch.compile likes it."""
+        """`forward` for planes (N, semantic_nc, H, W): with tensors only, it compiles without graph breaks."""
         head, middle_0, *others = self.blocks
         x = self.fc(F.interpolate(planes, size=self.start_size, mode="nearest"))
         x = middle_0(_double(head(x, planes)), planes)

@@ -21,7 +21,7 @@ _RATIOS = (("eager", "ours"), ("compiled", "ours"), ("ours", "spade-free"))
 
 
 def caption(run: BenchRun) -> str:
-    """What was measured, on which masks, where and when."""
+    """A line that says what was measured, on which masks, where and when."""
     settings, where = run.settings, run.environment
     distinct = settings["distinct windows"][run.main_masks]
     size, fraction = list(distinct.items())[-1]
@@ -57,7 +57,7 @@ def summary(run: BenchRun) -> str:
 
 
 def legend(run: BenchRun) -> str:
-    """What the columns of `summary` are, one line for each."""
+    """The meaning of the columns of `summary`, one line for each."""
     measured = {r.provider for r in run.results}
     return "\n".join(f"{name}: {meaning}" for name, meaning in _MEANINGS.items() if name in measured)
 

@@ -1,4 +1,4 @@
-"""What must hold on two cores in float32: ngf 64, real COCO masks of 256 x 256 pixels, 184 channels, batch 1."""
+"""Performance targets on two cores in float32: ngf 64, real COCO masks of 256 x 256 pixels, 184 channels, batch 1."""
 
 from __future__ import annotations
 

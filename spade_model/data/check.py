@@ -78,7 +78,7 @@ def check_dataset(
 
 @dataclass
 class _Report:
-    """What one item's files are like."""
+    """The findings about one item's files."""
 
     problems: list[Problem] = field(default_factory=list)
     remarks: list[tuple[str, Path]] = field(default_factory=list)
@@ -132,7 +132,7 @@ def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig,
 
 
 def _missing_folders(config: DataConfig) -> list[Problem]:
-    """What the options name that is not there, when they cannot say what else would be needed."""
+    """Problems for folders that the options name and that do not exist."""
     options = ("label_dir", "image_dir", "instance_dir") if config.dataset_mode == "custom" else ("dataroot",)
     folders = {option: Path(getattr(config, option)) for option in options if getattr(config, option)}
     return [Problem(p, "no such folder", f"Check --{option}") for option, p in folders.items() if not p.is_dir()]
@@ -165,7 +165,7 @@ _WARNINGS = {
         "Export it with 16 bits, unless white is meant to be as bright as in the others",
     ),
 }
-"""What a file can be like without being wrong, and what to do if it is not meant; one warning for all such files."""
+"""Properties of files that may be meant, and what to do if they are not; one warning for all such files."""
 
 
 def _warning(remark: str, paths: list[Path]) -> Problem:

@@ -43,7 +43,7 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
 
 
 def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
-    """What to do, and the least label_nc with a place for the ids (0: more classes are not what they need)."""
+    """(The fix, the least label_nc with a place for the ids, 0 if more classes would not help)."""
     if worst > UNKNOWN_ID and config.dataset_mode in ("coco", "ade20k", "facades"):
         return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0
     if config.dataset_mode == "ade20k" and config.ade20k_shift and worst == 0:

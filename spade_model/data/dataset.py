@@ -31,7 +31,7 @@ ItemKey = int | tuple[int, int]
 
 
 class SpadeDataset(Dataset[Sample]):
-    """What the loader needs of a data set. Validation items are the same in every epoch."""
+    """The interface between a data set and the loader. Validation items are the same in every epoch."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config = config

@@ -20,7 +20,7 @@ _SHOWN_PROBLEMS = 5
 
 @dataclass
 class Listing:
-    """What the folders hold."""
+    """The contents of the folders."""
 
     items: list[ItemFiles] = field(default_factory=list)
     """One for each label image, in natural order ("9" before "10"), at most max_dataset_size. A partner that was not

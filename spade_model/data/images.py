@@ -168,7 +168,7 @@ def _require_opaque(alpha: np.ndarray, path: Path) -> None:
 
 
 def _why_not_ids(image: Image.Image) -> tuple[str, str]:
-    """What is wrong with an image that has no ids, and what to do."""
+    """(The problem with an image that has no ids, the fix)."""
     what = f"mode {image.mode} has colours or fractions, not ids"
     if image.mode not in ("RGB", "RGBA", "RGBX"):
         return what, "Save it as a grey PNG whose pixel values are the ids"

@@ -18,7 +18,7 @@ class FileGroup:
     """Files of one role."""
 
     role: str
-    """What messages call one of them."""
+    """The name of one such file in messages."""
     options: str
     """The command line options that lead to them, or do without them."""
     folders: tuple[Path, ...]

@@ -21,7 +21,7 @@ _LARGEST_LOAD_SIZE = 2**24
 
 @dataclass(frozen=True)
 class Geometry:
-    """What happens to every image of one item. Sizes are (width, height) in pixels, as in Pillow."""
+    """The geometric changes to every image of one item. Sizes are (width, height) in pixels, as in Pillow."""
 
     size: tuple[int, int]
     """Size to resize to."""

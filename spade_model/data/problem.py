@@ -1,4 +1,4 @@
-"""What can be wrong with one file or folder, and the error that says so."""
+"""A problem of one file or folder, and the error that reports it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Problem:
     path: Path | None
     """The file or folder at fault; None: the options are."""
     what: str
-    """What is wrong, without a full stop; names pixels and values."""
+    """The problem, without a full stop; it names pixels and values."""
     fix: str
-    """What the user can do, without a full stop."""
+    """The fix, without a full stop."""
     is_warning: bool = False
     """The data set can be used as it is, but perhaps not as meant."""
     label_nc: int = 0

@@ -38,7 +38,7 @@ class Batch:
     """The samples' names."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+        """Moves the batch to another device."""
         image = None if self.image is None else self.image.to(device, non_blocking=non_blocking)
         return Batch(self.segmap.to(device, non_blocking=non_blocking), image, self.names)
 

@@ -1,4 +1,4 @@
-"""Whether the networks can be built and trained as the options say, before anything is built or loaded."""
+"""Checks that networks can be built and trained with the options, before anything is built or loaded."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _check_pix2pixhd(data: DataConfig, model: ModelConfig) -> None:
 
 
 def _has_one_size(data: DataConfig) -> bool:
-    """Whether every training image has `data.image_size`, whatever the size of its files."""
+    """True if every training image has `data.image_size`, whatever the size of its files."""
     return data.dataset_mode == "toy" or "crop" in data.preprocess_mode or data.preprocess_mode == "fixed"
 
 

@@ -111,7 +111,7 @@ class SPADEGenerator(nn.Module):
             last = ngf // 2
         self.conv_img = Conv2d(last, output_nc, 3, padding=1)
         self.kernel_size: int = self.head_0.norm_0.mlp_gamma.kernel_size[0]
-        """Of the SPADE layers' convolutions, as built."""
+        """The kernel size of the SPADE layers' convolutions, as built."""
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
         """The image, (N, output_nc, H, W) in [-1, 1].

@@ -1,4 +1,4 @@
-"""What the toy landscapes are painted on, and the noise that they are painted with."""
+"""The canvas of the toy landscapes, and the noise that they are painted with."""
 
 from __future__ import annotations
 
