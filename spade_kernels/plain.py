@@ -84,10 +84,22 @@ def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_scope: str) -> tuple
 
 def _moments_of_world(x: Tensor) -> tuple[Tensor, Tensor]:
     """(1, C) variance and mean of all processes' x. Derivatives are of the sum of all processes' results."""
-    from torch.distributed.nn.functional import all_reduce
-
     count = x.new_tensor(x.numel() // x.shape[1])
     dist.all_reduce(count)
-    mean = all_reduce(x.sum((0, 2, 3))) / count
-    variance = all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / count
+    mean = _AllReduce.apply(x.sum((0, 2, 3))) / count
+    variance = _AllReduce.apply((x - mean[:, None, None]).square().sum((0, 2, 3))) / count
     return variance.unsqueeze(0), mean.unsqueeze(0)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of all processes' tensors, which has derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor) -> Tensor:
+        total = t.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _AllReduce.apply(grad.contiguous())

@@ -61,6 +61,8 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=len(SHARES))
     torch.save({case: compute(case, SHARES[rank]) for case in CASES}, f"{folder}/{rank}.pt")
+    # Neither leaves while the other still talks to it.
+    dist.barrier()
     dist.destroy_process_group()
 
 
