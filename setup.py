@@ -65,9 +65,8 @@ def compiled():
         reason = "they are compiled on Linux only, unless SPADE_KERNELS_BUILD=cpu asks for them"
     if reason is not None and choice in ("cpu", "cuda"):
         sys.exit(f"SPADE_KERNELS_BUILD={choice} cannot build: {reason}")
-    reasons = [] if reason is None else [reason]
-    commands = {"build_py": python_command(reasons)}
-    if reasons:
+    commands = {"build_py": python_command(reason)}
+    if reason is not None:
         return [], commands
     extensions = [cpu_extension()]
     if choice != "cpu":
@@ -78,24 +77,27 @@ def compiled():
             sys.exit(f"SPADE_KERNELS_BUILD=cuda cannot build: {reason}")
     for extension in extensions:
         extension.optional = choice == "auto"
-    return extensions, {**commands, "build_ext": build_command(reasons)}
+    return extensions, {**commands, "build_ext": build_command()}
 
 
-def python_command(reasons):
+def python_command(reason):
     class Python(build_py):
-        """Puts the reason for being without compiled kernels, if there is one, beside the modules."""
-
         def run(self):
             super().run()
-            path = REASON if self.editable_mode else Path(self.build_lib, REASON)
-            path.unlink(missing_ok=True)
-            if reasons:
-                path.write_text(reasons[0], encoding="utf-8")
+            leave_reason("" if self.editable_mode else self.build_lib, reason)
 
     return Python
 
 
-def build_command(reasons):
+def leave_reason(folder, reason):
+    """Puts the reason for being without compiled kernels, None for having them, beside the modules in the folder."""
+    path = Path(folder, REASON)
+    path.unlink(missing_ok=True)
+    if reason is not None:
+        path.write_text(reason, encoding="utf-8")
+
+
+def build_command():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -113,7 +115,8 @@ def build_command(reasons):
                         sys.exit(message)
                     print(f"warning: {message}", file=sys.stderr)
                     if extension.name == "spade_kernels._C":
-                        reasons.append("compiling them failed when this was installed")
+                        in_place = self.inplace or self.editable_mode
+                        leave_reason("" if in_place else self.build_lib, "compiling failed when this was installed")
             self.extensions = every
 
     return Build
