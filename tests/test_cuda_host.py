@@ -129,7 +129,7 @@ def check_windows(
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("indices", ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_windows(windows_library, kind, convolution, order):
@@ -137,7 +137,7 @@ def test_windows(windows_library, kind, convolution, order):
     check_windows(windows_library, ids, [(13, 10), (7, 7), (20, 31)], convolution, order)
 
 
-@pytest.mark.parametrize("indices", ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_windows_of_windows(windows_library, kind, order):
     ids = random_labels(kind, (3, 13, 10), 6) + 1
@@ -154,7 +154,7 @@ def test_nearest_resize(windows_library):
         check_windows(windows_library, ids, [(1, target) for target in range(1, 41)], (1, 1, 0))
 
 
-@pytest.mark.parametrize("indices", ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_windows_of_several_blocks(windows_library, order):
     """More pixels than threads in a block, and more than one turn for each."""
     ids = random_labels("islands", (8, 200, 200), 30) + 1
@@ -162,7 +162,7 @@ def test_windows_of_several_blocks(windows_library, order):
     check_windows(windows_library, ids[:3, :101, :99].contiguous(), [(77, 150)], (3, 1, 1), order)
 
 
-@pytest.mark.parametrize("indices", ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["noise", "stripes", "islands"])
 def test_windows_that_meet_in_one_slot(one_slot_library, kind, order):
     ids = random_labels(kind, (2, 17, 19), 50) + 1
@@ -211,7 +211,7 @@ def by_name(names: tuple[str, ...], results: tuple[Tensor, ...] | Tensor) -> dic
 SHAPES = [(2, 8, 5, 7), (1, 3, 1, 1), (2, 64, 33, 17), (1, 24, 41, 40), (3, 1, 9, 130), (1, 520, 6, 5), (2, 37, 30, 9)]
 
 
-@pytest.mark.parametrize("indices", ["forwards", "backwards"])
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channel_stats(pixels_library, dtype, shape, order):
@@ -371,7 +371,7 @@ def test_modulate(pixels_library, dtype, table_dtype, channels, upsample):
     Modulation(*call, upsample=upsample, negative_slope=1.0, one=True).check(means=False)
 
 
-@pytest.mark.parametrize("indices", ["forwards", "backwards"])
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize(
     ("count", "num_rows", "share"), [(70 * 70, 1, 0), (70 * 70, 9, 0.97), (61 * 37, 900, 0.3), (1, 4, 0)]
 )
