@@ -181,6 +181,9 @@ def _size(t: Tensor, dim: int) -> Any:
 def _window_index(a, ids, sizes, kernel_size, stride, padding, levels):
     a.index("ids", ids, (_ANY, _ANY, _ANY), 1, _MOST_IDS)
     a.require(len(sizes) % 2 == 0, f"sizes must be pairs (h, w), got {len(sizes)} numbers")
+    a.integer("kernel_size", kernel_size, 1, _MOST_PIXELS)
+    a.integer("stride", stride, 1, _MOST_PIXELS)
+    a.integer("padding", padding, 0, _MOST_PIXELS)
     a.integer("levels", levels, 1, 2)
     for size in zip(sizes[::2], sizes[1::2], strict=True):
         if not all(isinstance(side, int) for side in (*ids.shape, *size)):

@@ -161,7 +161,9 @@ def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
     A channels-last one copies the weight, which is the larger tensor where maps are small, and it adds up all channels
     in one sum: with 128 channels its error is 2.7 times as large.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or weight.shape[-1] == 1:
+    if torch.compiler.is_compiling() or transforms.are_active() or x.dim() != 4:
+        return False
+    if x.device.type != "cpu" or weight.shape[-1] == 1:
         return False
     is_small = x.shape[0] * x.shape[2] * x.shape[3] < _PIXELS
     rounds = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and max(weight.shape[:2]) > _CHANNELS

@@ -360,6 +360,8 @@ def _integer(name: str, value: Any) -> int:
     """`value` as an int; raises TypeError for what is not one, such as 5.0."""
     if type(value) is int:
         return value
+    if isinstance(value, torch.SymInt):
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         got = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
         raise TypeError(f"{name} must be an integer, got {got}")

@@ -224,7 +224,8 @@ def _activated(
     if _is_plain_spade(norm):
         return norm(x, segmap, negative_slope, **how)
     if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
-        y = norm(x, segmap, **how)
+        # Its hooks may change x: the moments taken before would be another tensor's.
+        y = norm(x, segmap, upsample=how["upsample"])
     else:
         x = F.interpolate(x, scale_factor=how["upsample"]) if how["upsample"] > 1 else x
         y = norm(x, as_planes(segmap, x.dtype))

@@ -399,6 +399,7 @@ def _affine(
     pixels = accumulator(x).permute(0, 2, 3, 1).contiguous()
     if upsample != 1:
         pixels = pixels.repeat_interleave(upsample, 1).repeat_interleave(upsample, 2)
+    mean, rstd = mean.to(pixels.dtype), rstd.to(pixels.dtype)
     xhat = (pixels - mean[:, None, None]) * rstd[:, None, None]
     rows = table.to(xhat.dtype)
     rows = rows.view(*xhat.shape[:3], -1) if pixel_row is None else F.embedding(pixel_row, rows)

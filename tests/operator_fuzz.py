@@ -73,7 +73,7 @@ _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones
 }
 
 
-_SAME = ("strided", "with an offset", "transposed in memory")
+_SAME = ("strided", "with an offset", "transposed in memory", "with odd strides")
 
 
 class Call(NamedTuple):
@@ -179,6 +179,12 @@ def _changes_of_memory(value: Tensor):
         copy.untyped_storage().resize_(bytes_)
         return copy
 
+    def with_odd_strides() -> Tensor:
+        strides = [10**9 if size == 1 else stride for size, stride in zip(value.shape, value.stride(), strict=True)]
+        return value.as_strided(value.shape, strides)
+
+    if 1 in value.shape:
+        yield "with odd strides", with_odd_strides, True
     yield "strided", strided, True
     yield "with an offset", from_offset, True
     yield "transposed in memory", lambda: value.mT.contiguous().mT if value.dim() > 1 else value, True

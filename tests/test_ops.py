@@ -57,6 +57,12 @@ class Problem:
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.tap_segments),
             "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.tap_segments),
             "pack_modulation_weight": (self.gamma.detach(), self.beta.detach()),
+            # The last dimension has one element and the stride of three: its stride means nothing.
+            "pack_modulation_weight 3x1": (self.gamma.detach()[..., :1], self.beta.detach()[..., :1]),
+            "modulation_table 3x1": (
+                *(self.hidden, self.gamma[..., :1], self.beta[..., :1], self.table_bias),
+                *(rows.windows[:, :3], None, *ops.segments_by_tap(rows.windows[:, :3], len(hidden) + 1)),
+            ),
             "pack_conv_weight": (self.kernel,),
             "conv": (self.x.detach(), *self.conv, self.sum, True),
             "conv 1x1": (
@@ -81,9 +87,13 @@ class Problem:
         }[op]
 
 
-WITHOUT_DERIVATIVES = ["pack_modulation_weight", "pack_conv_weight", "conv", "conv 1x1", "modulate_conv"]
+WITHOUT_DERIVATIVES = [
+    *("pack_modulation_weight", "pack_modulation_weight 3x1"),
+    *("pack_conv_weight", "conv", "conv 1x1", "modulate_conv"),
+]
 OPS = [
-    *("window_index", "gather_sum", "gather_sum_grad", "modulation_table", "modulation_table_grad"),
+    *("window_index", "gather_sum", "gather_sum_grad"),
+    *("modulation_table", "modulation_table 3x1", "modulation_table_grad"),
     *WITHOUT_DERIVATIVES,
     *("channel_stats", "channel_stats_grad", "modulate", "modulate_table_grad", "modulate_input_grad"),
     *("conv3x3", "conv3x3_input_grad", "conv3x3_weight_grad"),

@@ -31,9 +31,14 @@ inline Tensor column_sum(const Tensor& values, int64_t rows, int64_t width) {
   return sum;
 }
 
-// Whether a weight's taps are evenly apart, as in contiguous and in channels-last ones.
+// How far apart a weight's taps are. The stride of a dimension of size 1 means nothing.
+inline int64_t tap_step(const Tensor& weight) {
+  return weight.size(3) > 1 ? weight.stride(3) : weight.stride(2);
+}
+
+// True if a weight's taps are evenly apart, as in contiguous and in channels-last ones.
 inline bool evenly_apart(const Tensor& weight) {
-  return weight.stride(2) == weight.size(3) * weight.stride(3);
+  return weight.size(2) == 1 || weight.size(3) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
 }
 
 // The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.

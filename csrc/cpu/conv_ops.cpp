@@ -25,7 +25,7 @@ struct ConvWeightCall {
   ConvWeightCall(const Tensor& weight_in, ScalarType acc, bool transposed = false) : weight(as(weight_in, acc)) {
     if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
     params = {weight.const_data_ptr(), weight.size(0),   weight.size(1),  weight.size(2) * weight.size(3),
-              weight.stride(0),        weight.stride(1), weight.stride(3)};
+              weight.stride(0),        weight.stride(1), tap_step(weight)};
     if (!transposed) return;
     params.weight = static_cast<const char*>(params.weight) + (params.num_taps - 1) * params.tap * value_size();
     params.tap = -params.tap;

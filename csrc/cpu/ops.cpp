@@ -142,7 +142,7 @@ struct WeightsCall {
       beta = torch::stable::contiguous(beta);
     }
     params = {gamma.const_data_ptr(),        beta.const_data_ptr(), gamma.size(0),   gamma.size(1),
-              gamma.size(2) * gamma.size(3), gamma.stride(0),       gamma.stride(1), gamma.stride(3)};
+              gamma.size(2) * gamma.size(3), gamma.stride(0),       gamma.stride(1), tap_step(gamma)};
   }
 
  private:
