@@ -109,6 +109,12 @@ class Conv2d(Freezable, nn.Conv2d):
     @torch.no_grad()
     def _iterate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One power iteration: u, v and 1 / sigma, sigma = u . (W v)."""
+        if transforms.are_active() and transforms.unwrapped(self.weight_u) is self.weight_u:
+            # The buffers are not part of the transform, and neither are the values that are written into them.
+            value = transforms.unwrapped(weight)
+            if value is not None and value is not weight:
+                with transforms.outside():
+                    return self._iterate(value)
         matrix = weight.flatten(1)
         # Autocast, which the meta device has not, would round the matrix, in two copies, and with it sigma.
         with contextlib.nullcontext() if matrix.is_meta else torch.autocast(matrix.device.type, enabled=False):

@@ -15,7 +15,7 @@ class _Packed(NamedTuple):
     """Packed weights, and the parts and weights they were packed from: where these are, and their versions."""
 
     value: Any
-    sources: tuple[tuple[dict, str, Any, int], ...]
+    sources: tuple[tuple[dict, str, Any, tuple[int, int]], ...]
 
     # A copy of a module is not frozen, however it is made: its parts and weights are others.
     def __deepcopy__(self, memo: dict) -> None:
@@ -29,9 +29,9 @@ class Freezable(nn.Module):
     """Base of modules that can be frozen: `pack()` returns packed weights, `packed()` the valid ones.
 
     Packed weights are valid from `freeze()` on, until the module or one that contains it is put into training mode,
-    moved, or loads a state dict. Within that time, a weight that is replaced, or changed in a way that PyTorch counts,
-    has them packed again. A change that PyTorch does not count, through `.data` or in inference mode, goes unnoticed,
-    and compiled code notices none.
+    moved, or loads a state dict. Within that time, a weight that is replaced, through `.data` too, or changed in a way
+    that PyTorch counts, has them packed again. Writes into `.data` or in inference mode, which PyTorch does not count,
+    go unnoticed, and compiled code notices no change.
     """
 
     _packed: _Packed | None = None
@@ -83,8 +83,11 @@ class Freezable(nn.Module):
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+def _version(value: Any) -> tuple[int, int]:
+    """A pair that changes if the values are written in a way that PyTorch counts, or replaced through `.data`."""
+    if type(value) not in (torch.Tensor, nn.Parameter):
+        return 0, 0
+    return 0 if value.is_inference() else value._version, value.data_ptr()
 
 
 def _is_exporting() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def as_gain(gain: Gain | None) -> Gain | None:
     """The gain as `spade` takes it: a Python float or a tensor of shape ().
 
     Raises:
-        TypeError, ValueError: it is not one number, or a Python number that is not positive.
+        TypeError, ValueError: it is not one number, or a number that is not positive and finite.
     """
     if gain is None:
         return None
@@ -77,7 +78,7 @@ def as_gain(gain: Gain | None) -> Gain | None:
         if gain.numel() != 1 or not gain.is_floating_point():
             raise ValueError(f"gain must be one floating-point number, got {gain.dtype} of shape {tuple(gain.shape)}")
         return gain.reshape(())
-    if isinstance(gain, bool) or not isinstance(gain, (int, float)):
+    if isinstance(gain, bool) or not isinstance(gain, Real):
         raise TypeError(f"gain must be a number or a tensor, got {type(gain).__name__}")
     if not 0 < gain < math.inf:
         raise ValueError(f"gain must be a positive number, got {gain}: a leaky ReLU is applied after it")
@@ -204,6 +205,11 @@ def spade(
     Returns:
         (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
     """
+    gain = as_gain(gain)
+    check_input(x, weights.gamma[0].shape[0])
+    check_weights(weights)
+    check_upsample(upsample)
+    segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
     return defer_spade(
         x, segmap, stats, weights, negative_slope=negative_slope, gain=gain, upsample=upsample, packed=packed
     ).tensor()
@@ -215,18 +221,12 @@ def defer_spade(
     stats: Statistics,
     weights: Weights,
     *,
-    negative_slope: float = 1.0,
-    gain: Gain | None = None,
-    upsample: int = 1,
-    packed: PackedWeights | None = None,
+    negative_slope: float,
+    gain: Gain | None,
+    upsample: int,
+    packed: PackedWeights | None,
 ) -> ops.DeferredModulation:
-    """`spade` without its last pass over x, which a convolution can fuse."""
-    gain = as_gain(gain)
-    check_input(x, weights.gamma[0].shape[0])
-    _check_weights(weights)
-    if upsample not in (1, 2):
-        raise ValueError(f"upsample must be 1 or 2, got {upsample}")
-    segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
+    """`spade` without its last pass over x, which a convolution can fuse. It trusts arguments that `spade` checks."""
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
     dtype = _table_dtype(x, weights.shared[0])
     if gain is not None or dtype != weights.shared[0].dtype:
@@ -299,7 +299,14 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     return planes if planes.shape[2:] == tuple(size) else F.interpolate(planes, size=tuple(size), mode="nearest")
 
 
-def _check_weights(weights: Weights) -> None:
+def check_upsample(upsample: int) -> None:
+    """Raises ValueError unless upsample is 1 or 2."""
+    if upsample not in (1, 2):
+        raise ValueError(f"upsample must be 1 or 2, got {upsample}")
+
+
+def check_weights(weights: Weights) -> None:
+    """Raises ValueError unless the shapes of the weights and biases fit together."""
     shared, gamma, beta = (weight for weight, _ in weights)
     hidden, _, k, _ = shared.shape
     wanted = (gamma.shape[0], hidden, k, k)

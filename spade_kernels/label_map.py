@@ -153,7 +153,7 @@ class LabelMap(Packable):
             TypeError: an argument is not an integer, or size not a pair.
             ValueError: kernel_size is even or not positive, or the size is not positive or too large.
         """
-        key = _pair(size)
+        key, kernel_size = _pair(size), _integer("kernel_size", kernel_size)
         self._index([key], kernel_size)
         return WindowIndex(*(self._cache[name] for name in _index_keys(key, kernel_size)))
 
@@ -164,7 +164,7 @@ class LabelMap(Packable):
         leaves the training process nothing to build. Without `gradients`, what only the backward needs is left out.
         Returns the label map itself.
         """
-        wanted = [_pair(size) for size in sizes]
+        wanted, kernel_size = [_pair(size) for size in sizes], _integer("kernel_size", kernel_size)
         self._index(wanted, kernel_size)
         if gradients:
             indexes = [windows for size in wanted for windows in self.window_index(size, kernel_size)]

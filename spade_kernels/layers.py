@@ -97,32 +97,34 @@ class SPADE(Freezable):
     ) -> DeferredModulation:
         """`forward` without its last pass over x, which a convolution can fuse."""
         # Checked first: what is refused must not have moved the running statistics.
-        as_built, gain = self._is_as_built(), functional.as_gain(gain)
+        gain, weights = functional.as_gain(gain), self._weights() if self._is_as_built() else None
         check_input(x, self.norm_nc)
-        condition_channels = self.mlp_shared[0].in_channels if as_built else self.label_nc
-        segmap = functional.as_condition(segmap, condition_channels, like=x)  # type: ignore[arg-type]
+        functional.check_upsample(upsample)
+        if weights is not None:
+            functional.check_weights(weights)
+        condition_channels = self.label_nc if weights is None else weights.shared[0].shape[1]
+        segmap = functional.as_condition(segmap, condition_channels, like=x)
+        table = None if weights is not None else functional.times(self._table_by_modules(segmap, x, upsample), gain)
         parameter_free = is_parameter_free(self.param_free_norm)
         if not parameter_free:
             x, upsample = self.param_free_norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x), 1
         # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
         x = channels_last(x)
         stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
-        if as_built:
+        if weights is not None:
             return functional.defer_spade(
                 x,
                 segmap,
                 stats,
-                self._weights(),
+                weights,
                 negative_slope=negative_slope,
                 gain=gain,
                 upsample=upsample,
                 packed=self.packed(),
             )
-        n, c, h, w = x.shape
-        table = functional.times(self._table_by_modules(segmap, (n, c, h * upsample, w * upsample), x.dtype), gain)
-        return DeferredModulation(
-            x, stats.mean, stats.rstd, table, None, None, None, None, negative_slope, upsample, stats.stats_scope
-        )
+        assert table is not None
+        how = negative_slope, upsample, stats.stats_scope
+        return DeferredModulation(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
 
     def pack(self) -> PackedWeights | None:
         return PackedWeights(self._weights()) if self._is_as_built() else None
@@ -137,11 +139,13 @@ class SPADE(Freezable):
         sizes = {_kernel_size(module) for module in (shared[0], gamma, beta)}
         return len(sizes) == 1 and None not in sizes and gamma.out_channels == beta.out_channels == self.norm_nc
 
-    def _table_by_modules(self, segmap: Segmap, shape: Sequence[int], default: torch.dtype) -> torch.Tensor:
-        """(N*h*w, 2C): every pixel's scale and shift, from whatever stands for the convolutions."""
+    def _table_by_modules(self, segmap: Segmap, x: torch.Tensor, upsample: int) -> torch.Tensor:
+        """(N*h*w, 2C): the scale and shift of every pixel of the result, by calling the modules as they are."""
+        n, c, h, w = x.shape
+        shape = (n, c, h * upsample, w * upsample)
         modules = self.mlp_shared, self.mlp_gamma, self.mlp_beta
-        planes = as_planes(segmap, parameter_dtype(modules, default))
-        hidden = self.mlp_shared(F.interpolate(planes, tuple(shape[2:])))
+        planes = as_planes(segmap, parameter_dtype(modules, x.dtype))
+        hidden = self.mlp_shared(F.interpolate(planes, shape[2:]))
         gamma = _fitted("mlp_gamma", self.mlp_gamma(hidden), hidden, shape)
         beta = _fitted("mlp_beta", self.mlp_beta(hidden), hidden, shape)
         return torch.cat((1 + gamma, beta), 1).permute(0, 2, 3, 1).flatten(0, 2)

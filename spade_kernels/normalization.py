@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spade_kernels import checks, ops
+from spade_kernels import checks, ops, transforms
 
 Moments = tuple[Tensor, Tensor]
 
@@ -89,7 +89,7 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
     """
     if not isinstance(norm, (nn.InstanceNorm2d, *_BATCH_NORMS)):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
-    _check_shapes(norm, x, taken)
+    _check_fits(norm, x, taken)
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
     if not _goes_by_running_statistics(norm):
@@ -101,16 +101,25 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
     return Statistics(mean.unsqueeze(0), (var + norm.eps).rsqrt().unsqueeze(0), "none")
 
 
-def _check_shapes(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
-    for name in ("running_mean", "running_var"):
-        running = getattr(norm, name)
-        if running is not None and running.shape != x.shape[1:2]:
-            raise ValueError(f"{name} of the norm has shape {tuple(running.shape)}, x has {x.shape[1]} channels")
-    if taken is not None and (len(taken) != 2 or any(t.shape != x.shape[:2] for t in taken)):
+def _check_fits(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
+    running = {name: getattr(norm, name) for name in ("running_mean", "running_var")}
+    if len({t is None for t in running.values()}) > 1:
+        raise ValueError("the norm has one of running_mean and running_var; it must have both or neither")
+    for name, t in running.items():
+        if t is not None and t.shape != x.shape[1:2]:
+            raise ValueError(f"{name} of the norm has shape {tuple(t.shape)}, x has {x.shape[1]} channels")
+    if taken is not None and not (len(taken) == 2 and all(_is_moment(t, x) for t in taken)):
+        got = [
+            f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__ for t in taken
+        ]
         raise ValueError(
-            f"moments must be two tensors of shape {tuple(x.shape[:2])}, got {[tuple(t.shape) for t in taken]}; take "
-            "them of this x with normalization.moments"
+            f"moments must be two float tensors of shape {tuple(x.shape[:2])} on {x.device}, got {got}; take them of "
+            "this x with normalization.moments"
         )
+
+
+def _is_moment(t: Tensor, x: Tensor) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and t.shape == x.shape[:2] and t.device == x.device
 
 
 def identity_statistics(x: Tensor) -> Statistics:
@@ -168,6 +177,7 @@ def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsamp
 
 def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
     """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
+    transforms.require_one_process()
     mine = torch.cat((mean[0], variance[0] * count, mean.new_full((1,), count)))
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(gathered, mine)
@@ -180,7 +190,7 @@ def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple
 
 @torch.no_grad()
 def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: float | Tensor) -> None:
-    if not norm.track_running_stats:
+    if not norm.track_running_stats or norm.running_mean is None:
         return
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1

@@ -1,59 +1,37 @@
 """Differentiable operators in plain PyTorch, for every kind of derivative: any order, both modes, torch.func.
 
-Kernels have first derivatives in reverse mode only. The functions equal their namesakes in `reference.py`, which sum
-taps in one pass that PyTorch differentiates once.
+Kernels have first derivatives in reverse mode only. These functions take the arguments of the operators and share the
+arithmetic of `reference.py`, but for sums that PyTorch can differentiate more than once.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_kernels import reference
-from spade_kernels.reference import accumulator, channel_stats, joint_weight
+from spade_kernels import reference, transforms
+from spade_kernels.reference import accumulator, channel_stats
 
 __all__ = ["channel_stats", "conv3x3", "gather_sum", "modulate", "modulation_table"]
 
 
-def gather_sum(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
-) -> Tensor:
-    rows = _gather_sum(accumulator(taps), windows)
-    rows = rows if bias is None else rows + bias
-    return (rows.relu() if relu else rows).to(taps.dtype)
+def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of taps[windows[:, t], t]."""
+    first, *others = map(F.embedding, windows.unbind(1), taps.unbind(1))
+    return sum(others, first)
 
 
-def modulation_table(
-    hidden: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    bias: Tensor,
-    windows: Tensor,
-    packed_weight: Tensor | None,
-    indices: Tensor | None,
-    offsets: Tensor | None,
-) -> Tensor:
-    acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
-    weight = joint_weight(gamma, beta).to(acc.dtype)
-    taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
-    return (_gather_sum(taps, windows) + bias).to(hidden.dtype)
+gather_sum = partial(reference.gather_sum, sum_of_taps=_sum_of_taps)
+modulation_table = partial(reference.modulation_table, sum_of_taps=_sum_of_taps)
 
 
-def modulate(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    table: Tensor,
-    pixel_row: Tensor | None,
-    image_offsets: Tensor | None,
-    indices: Tensor | None,
-    offsets: Tensor | None,
-    negative_slope: float,
-    upsample: int,
-    stats_scope: str,
-) -> Tensor:
+def modulate(x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tensor | None, *others: Any) -> Tensor:
+    *_, negative_slope, upsample, stats_scope = others
     if stats_scope != "none":
         mean, rstd = _following(accumulator(x), mean, rstd, stats_scope)
     return reference.modulate(x, mean, rstd, table, pixel_row, None, None, None, negative_slope, upsample, "none")
@@ -62,12 +40,6 @@ def modulate(
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     acc = accumulator(x)
     return F.conv2d(acc, weight.to(acc.dtype), bias.to(acc.dtype), padding=1).to(x.dtype)
-
-
-def _gather_sum(taps: Tensor, windows: Tensor) -> Tensor:
-    """(rows, D): sum over t of taps[windows[:, t], t]."""
-    first, *others = map(F.embedding, windows.unbind(1), taps.unbind(1))
-    return sum(others, first)
 
 
 def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_scope: str) -> tuple[Tensor, Tensor]:
@@ -84,6 +56,7 @@ def _following(x: Tensor, mean: Tensor, rstd: Tensor, stats_scope: str) -> tuple
 
 def _moments_of_world(x: Tensor) -> tuple[Tensor, Tensor]:
     """(1, C) variance and mean of all processes' x. Derivatives are of the sum of all processes' results."""
+    transforms.require_one_process()
     count = x.new_tensor(x.numel() // x.shape[1])
     dist.all_reduce(count)
     mean = _AllReduce.apply(x.sum((0, 2, 3))) / count

@@ -7,9 +7,13 @@ indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order, so sums are t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SumOfTaps = Callable[[Tensor, Tensor], Tensor]
 
 _KEY_LIMIT = 2**62
 _SEGMENT_CHUNK = 64
@@ -58,8 +62,21 @@ def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[
     return windows, row.view(-1, height, width), image_offsets
 
 
+def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of taps[windows[:, t], t]."""
+    steps = torch.arange(taps.shape[1], device=windows.device)
+    return F.embedding_bag(windows * taps.shape[1] + steps, taps.flatten(0, 1), mode="sum")
+
+
 def gather_sum(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
+    taps: Tensor,
+    bias: Tensor | None,
+    windows: Tensor,
+    indices: Tensor | None,
+    offsets: Tensor | None,
+    relu: bool,
+    *,
+    sum_of_taps: SumOfTaps = _sum_of_taps,
 ) -> Tensor:
     """(rows, D): the first convolution at each distinct window, sum over t of taps[windows[:, t], t], + bias, relu.
 
@@ -68,7 +85,7 @@ def gather_sum(
         windows: (rows, T) int64 codes.
         indices, offsets: uses of each (code, tap) by the windows; needed by the backward only.
     """
-    rows = _gather_sum(accumulator(taps), windows)
+    rows = sum_of_taps(accumulator(taps), windows)
     if bias is not None:
         rows = rows + bias
     return (rows.relu() if relu else rows).to(taps.dtype)
@@ -94,6 +111,8 @@ def modulation_table(
     packed_weight: Tensor | None,
     indices: Tensor | None,
     offsets: Tensor | None,
+    *,
+    sum_of_taps: SumOfTaps = _sum_of_taps,
 ) -> Tensor:
     """(rows, 2C): the second convolution at each distinct window.
 
@@ -110,7 +129,7 @@ def modulation_table(
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
     taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
-    return (_gather_sum(taps, windows) + bias).to(hidden.dtype)
+    return (sum_of_taps(taps, windows) + bias).to(hidden.dtype)
 
 
 def modulation_table_grad(
@@ -384,12 +403,6 @@ def _number_by_first_occurrence(keys: Tensor) -> tuple[Tensor, Tensor]:
     row = torch.empty_like(order)
     row[order] = number[new.cumsum(0) - 1]
     return row, first
-
-
-def _gather_sum(taps: Tensor, windows: Tensor) -> Tensor:
-    """(rows, D): sum over t of taps[windows[:, t], t]."""
-    steps = torch.arange(taps.shape[1], device=windows.device)
-    return F.embedding_bag(windows * taps.shape[1] + steps, taps.flatten(0, 1), mode="sum")
 
 
 def _affine(

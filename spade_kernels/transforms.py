@@ -22,22 +22,39 @@ def outside() -> contextlib.AbstractContextManager:
     return temporarily_clear_interpreter_stack()
 
 
-def constant(t: Tensor) -> Tensor:
-    """The plain tensor of a transform's; for integers and booleans, which have no derivatives.
-
-    Raises:
-        ValueError: torch.func.vmap maps over the tensor, so there are many.
-    """
+def unwrapped(t: Tensor) -> Tensor | None:
+    """The plain tensor within a transform's, which has no derivatives; None if torch.func.vmap maps over it."""
     if torch.compiler.is_compiling() or not isinstance(t, Tensor):
         return t
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
-            raise ValueError(
-                "torch.func.vmap cannot map over label maps: they differ in their numbers of windows. Make them one "
-                "batch (N, H, W) outside of it, or loop"
-            )
+            return None
         t = torch._C._functorch.get_unwrapped(t)
     return t
+
+
+def constant(t: Tensor) -> Tensor:
+    """`unwrapped`, for the integers and booleans of a label map.
+
+    Raises:
+        ValueError: torch.func.vmap maps over the tensor.
+    """
+    value = unwrapped(t)
+    if value is None:
+        raise ValueError(
+            "torch.func.vmap cannot map over label maps: they differ in their numbers of windows. Make them one batch "
+            "(N, H, W) outside of it, or loop"
+        )
+    return value
+
+
+def require_one_process() -> None:
+    """Raises NotImplementedError within a transform: statistics over several processes cannot be transformed."""
+    if are_active():
+        raise NotImplementedError(
+            "synchronized batch norm over several processes has no forward mode and no torch.func transforms; use "
+            "backward or torch.autograd.grad, which have second derivatives (create_graph=True)"
+        )
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -101,6 +101,11 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "windows: padding": (ValueError, lambda: MAP.windows((8, 8), 3, 1, -1), ["padding", "at least 0", "-1"]),
     "windows: too large": (ValueError, lambda: MAP.windows((2**20, 2**20), 3, 1, 1), ["2 maps", "2^28 pixels"]),
     "windows: too many ids": (ValueError, lambda: MAP.windows((2**10, 2**10), 99, 1, 49), ["99x99", "2^31 ids"]),
+    "window index: float kernel, cached": (
+        TypeError,
+        lambda: MAP.prepare([(8, 8)]).window_index((8, 8), 3.0),  # type: ignore[arg-type]
+        ["kernel_size", "3.0"],
+    ),
     "window index: no kernel": (ValueError, lambda: MAP.window_index((8, 8), 0), ["kernel_size", "at least 1"]),
     "window index: kernel": (ValueError, lambda: MAP.window_index((8, 8), -3), ["kernel_size", "at least 1", "-3"]),
     "window index: even kernel": (ValueError, lambda: MAP.window_index((8, 8), 4), ["kernel_size", "odd", "4"]),
@@ -167,8 +172,24 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "layer: one moment": (
         ValueError,
         lambda: layer_with(lambda layer: None, moments=(torch.zeros(2, 4),)),
-        ["moments", "two tensors"],
+        ["moments", "two float tensors"],
     ),
+    "layer: integer moments": (
+        ValueError,
+        lambda: layer_with(lambda layer: None, moments=(torch.zeros(2, 4).long(),) * 2),
+        ["two float tensors", "torch.int64"],
+    ),
+    "layer: moments elsewhere": (
+        ValueError,
+        lambda: layer_with(lambda layer: None, moments=(torch.zeros(2, 4, device="meta"),) * 2),
+        ["two float tensors", "on meta"],
+    ),
+    "layer: one running statistic": (
+        ValueError,
+        lambda: layer_with(lambda layer: setattr(layer.param_free_norm, "running_var", None), False),
+        ["one of running_mean and running_var"],
+    ),
+    "layer: upsample": (ValueError, lambda: layer_with(lambda layer: None, upsample=3), ["1 or 2", "3"]),
     "layer: moments of other images": (
         ValueError,
         lambda: layer_with(lambda layer: None, moments=(torch.zeros(1, 4), torch.ones(1, 4))),

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_foreign_modules import stock_block, with_stock_convolutions
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from spade_kernels.one_hot import detect_one_hot
 from spade_kernels.testing import random_label_map, random_spade, stock_spade
 from spade_model.benchmark.stock import stock_generator
 from spade_model.networks import SPADEGenerator
+from spade_model.networks.generator import SPADEResnetBlock
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -150,6 +152,34 @@ def test_transforms(form, norm, transform):
     before = layer(x, segmap)
     close(run(lambda x: layer(x, segmap, 0.2), x), run(lambda x: stock_spade(layer, x, planes, 0.2), x))
     assert torch.equal(layer(x, segmap), before), "the transform left something of its own behind"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "jacrev", "jacfwd", "hessian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transforms_of_a_block(transform, dtype):
+    """In float32 its convolutions choose between layouts."""
+    block = SPADEResnetBlock(8, 4, "spectralspadebatch3x3", CLASSES).to(dtype).eval()
+    twin = with_stock_convolutions(block).eval()
+    segmap, planes = condition("label map")
+    x, run = torch.randn(N, 8, 2, 2, dtype=dtype), TRANSFORMS[transform]
+    got, expected = run(lambda x: block(x, segmap), x), run(lambda x: stock_block(twin, x, planes.to(dtype), 1), x)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_of_a_training_convolution_with_spectral_norm():
+    """Its buffers are updated within the transform, as PyTorch's own spectral norm updates them."""
+    conv = Conv2d(3, 5, 3, padding=1, spectral=True).double()
+    stock = torch.nn.utils.spectral_norm(nn.Conv2d(3, 5, 3, padding=1).double())
+    stock.load_state_dict(conv.state_dict())
+    stock.eval()(torch.zeros(1, 3, 4, 4, **DOUBLE))
+    x, found = torch.randn(2, 3, 6, 6, **DOUBLE), []
+    for one in (conv, stock.train()):
+        weights = {name: p.detach() for name, p in one.named_parameters()}
+        found.append(torch.func.grad(lambda w, one=one: functional_call(one, w, (x,)).square().sum())(weights))
+    close(*found)
+    torch.testing.assert_close(dict(conv.named_buffers()), dict(stock.named_buffers()))
 
 
 CONDITIONS: dict[str, Callable[[LabelMap], LabelMap | Tensor]] = {

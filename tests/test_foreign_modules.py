@@ -143,17 +143,18 @@ def with_stock_convolutions(block: SPADEResnetBlock) -> SPADEResnetBlock:
         if isinstance(conv, Conv2d):
             stock = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, 1, conv.padding)
             stock.bias = stock.bias if conv.bias is not None else None
-            stock = (spectral_norm(stock) if conv.spectral else stock).to(DOUBLE)
+            dtype = next(conv.parameters()).dtype
+            stock = (spectral_norm(stock) if conv.spectral else stock).to(dtype)
             stock.load_state_dict(conv.state_dict())
             # Else the old spectral norm has no `weight` of this dtype yet.
-            stock.eval()(torch.zeros(1, conv.in_channels, 3, 3, dtype=DOUBLE))
+            stock.eval()(torch.zeros(1, conv.in_channels, 3, 3, dtype=dtype))
             setattr(twin, name, stock.train())
     return twin
 
 
 def stock_block(block: SPADEResnetBlock, x: Tensor, planes: Tensor, upsample: int) -> Tensor:
     def normalized(norm: nn.Module, x: Tensor) -> Tensor:
-        if type(norm) is not sk.SPADE or norm._forward_hooks:
+        if type(norm) is not sk.SPADE or norm._forward_hooks or norm._forward_pre_hooks:
             return norm(x, planes)
         hidden = norm.mlp_shared(F.interpolate(planes, x.shape[2:]))
         return norm.param_free_norm(x) * (1 + norm.mlp_gamma(hidden)) + norm.mlp_beta(hidden)
@@ -205,7 +206,18 @@ def test_the_other_convolutions_of_a_block(name):
     check_block(hooked, "spectralspadebatch3x3", name)
 
 
-@pytest.mark.parametrize("change", [circular, parametrized, pruned, hooked])
+def pruned_for_good(parent: nn.Module, name: str) -> None:
+    """PyTorch then assigns the weight's `.data`, which it does not count as a change."""
+    pruned(parent, name)
+    nn.utils.prune.remove(parent.get_submodule(name), "weight")
+
+
+def overwritten(parent: nn.Module, name: str) -> None:
+    parameters = list(parent.get_submodule(name).parameters())
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(parameters), parameters)
+
+
+@pytest.mark.parametrize("change", [circular, parametrized, pruned, pruned_for_good, overwritten, hooked])
 @torch.no_grad()
 def test_changes_of_a_frozen_block(change):
     """In float32, where frozen convolutions are packed."""
@@ -249,8 +261,13 @@ def hooked_norm(block: nn.Module, name: str) -> None:
     block.get_submodule(name).register_forward_hook(lambda module, args, result: result + 1)
 
 
+def norm_of_a_changed_x(block: nn.Module, name: str) -> None:
+    """Its statistics are those of the changed x, which the block has not seen."""
+    block.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0] ** 2, *args[1:]))
+
+
 @pytest.mark.parametrize("name", ["norm_0", "norm_1", "norm_s"])
-@pytest.mark.parametrize("change", [replaced_norm, subclassed_norm, hooked_norm])
+@pytest.mark.parametrize("change", [replaced_norm, subclassed_norm, hooked_norm, norm_of_a_changed_x])
 def test_norms_of_a_block(change, name):
     check_block(change, "spectralspadebatch3x3", name)
 

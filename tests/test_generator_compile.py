@@ -151,6 +151,14 @@ def test_exported_layer(strict):
         torch.testing.assert_close(dense(x, mask(kind).one_hot()), expected)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_layer_finds_out_which_sizes_are_free(strict):
+    layer, x = random_spade("spadebatch3x3", 4, CLASSES + 1).eval(), layer_input()
+    shapes = {"x": {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}, "segmap": [None] * 4}
+    program = torch.export.export(layer, (x, mask()), dynamic_shapes=shapes, strict=strict).module()
+    torch.testing.assert_close(program(x, mask("stripes")), layer(x, mask("stripes")))
+
+
 @pytest.mark.parametrize("edges", [False, True])
 def test_exported_layer_takes_pooled_label_maps_of_its_size_only(edges):
     label_map = random_label_map("blobs", (2, 64, 64), CLASSES, edges=edges).avg_pool()

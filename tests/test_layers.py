@@ -262,6 +262,33 @@ def test_one_value_per_channel_has_no_variance(norm, batch):
         assert torch.equal(value, before[name]), name
 
 
+def test_wrong_weights_and_options_change_no_statistics():
+    x, label_map = torch.randn(2, CHANNELS, 8, 8), random_label_map("blobs", (2, 8, 8), CLASSES)
+    for change, options, message in (
+        ({}, {"upsample": 3}, "upsample must be 1 or 2"),
+        ({"mlp_gamma": nn.Conv2d(128, CHANNELS + 1, 1)}, {}, "mlp_gamma gives"),
+        ({"mlp_gamma": nn.Conv2d(128, CHANNELS, 1)}, {"upsample": 0}, "upsample must be 1 or 2"),
+        ({}, {"gain": -1.0}, "gain must be a positive number"),
+    ):
+        layer = random_spade("spadebatch3x3", CHANNELS, CLASSES)
+        before = copy.deepcopy(layer.param_free_norm.state_dict())
+        for name, module in change.items():
+            setattr(layer, name, module)
+        with pytest.raises(ValueError, match=message):
+            layer(x, label_map, **options)
+        assert all(torch.equal(value, before[name]) for name, value in layer.param_free_norm.state_dict().items())
+
+
+def test_without_running_statistics_those_of_the_batch_are_taken():
+    """As in PyTorch's batch norm, in evaluation too."""
+    layer, x = random_spade("spadebatch3x3", CHANNELS, CLASSES), torch.randn(2, CHANNELS, 8, 8)
+    label_map = random_label_map("blobs", (2, 8, 8), CLASSES)
+    trained = layer(x, label_map)
+    layer.param_free_norm.running_mean = layer.param_free_norm.running_var = None
+    assert torch.equal(layer.eval()(x, label_map), trained)
+    assert torch.equal(layer.train()(x, label_map), trained)
+
+
 def test_wrong_input_changes_no_statistics():
     layer = random_spade("spadebatch3x3", CHANNELS, CLASSES)
     before = copy.deepcopy(layer.state_dict())
