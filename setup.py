@@ -5,12 +5,15 @@ can compile, and an install without the rest. What is compiled against one PyTor
 stable ABI), so a build that pip isolates takes the PyTorch of the environment that it installs into.
 """
 
+import glob
 import importlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -19,33 +22,11 @@ from pathlib import Path
 import setuptools
 from setuptools.command.build_py import build_py
 
-CPU_SOURCES = [
-    "module.cpp",
-    "checks.cpp",
-    "cpu/ops.cpp",
-    "cpu/conv_ops.cpp",
-    "cpu/window_index.cpp",
-    "cpu/gemm.cpp",
-    "cpu/gather_sum.cpp",
-    "cpu/modulation_table.cpp",
-    "cpu/channel_stats.cpp",
-    "cpu/modulate.cpp",
-    "cpu/pack_conv_weight.cpp",
-    "cpu/conv1x1.cpp",
-    "cpu/conv3x3.cpp",
-    "cpu/conv3x3_weight_grad.cpp",
-]
-CUDA_SOURCES = [
-    "cuda/module.cpp",
-    "checks.cpp",
-    "cuda/ops.cpp",
-    "cuda/window_index.cu",
-    "cuda/channel_stats.cu",
-    "cuda/modulate.cu",
-    "cuda/modulate_table_grad.cu",
-]
+CPU_SOURCES = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+CUDA_SOURCES = ["csrc/arguments.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DTORCH_TARGET_VERSION_TEXT="2.11"']
+GENERATED = Path("build", "generated")
 OLDEST_SETUPTOOLS = 77  # that reads `license` in pyproject.toml
 CXX20 = "#include <bit>\nstatic_assert(std::has_single_bit(2u));\n"
 # What to build for where there is no GPU to ask, and the first nvcc that can.
@@ -68,6 +49,7 @@ def compiled():
     commands = {"build_py": python_command(reason)}
     if reason is not None:
         return [], commands
+    write_fingerprint()
     extensions = [cpu_extension()]
     if choice != "cpu":
         reason = why_no_cuda()
@@ -107,16 +89,20 @@ def build_command():
             every = self.extensions
             for extension in every:
                 self.extensions = [extension]
+                # setuptools would swallow the errors of an optional one.
+                is_optional, extension.optional = extension.optional, False
                 try:
                     super().build_extensions()
                 except Exception as error:
                     message = f"{extension.name} was not built, the compiler's messages are above: {error}"
-                    if not extension.optional:
+                    if not is_optional:
                         sys.exit(message)
                     print(f"warning: {message}", file=sys.stderr)
                     if extension.name == "spade_kernels._C":
                         in_place = self.inplace or self.editable_mode
                         leave_reason("" if in_place else self.build_lib, "compiling failed when this was installed")
+                finally:
+                    extension.optional = is_optional
             self.extensions = every
 
     return Build
@@ -139,7 +125,10 @@ def why_no_cpu():
     try:
         torch = import_torch()
     except (ImportError, OSError) as error:
-        return f"torch cannot be imported ({error}); install it first"
+        return (
+            f"torch cannot be imported ({error}); install it first, and if it is there, build with "
+            "`pip install --no-build-isolation` after `pip install 'setuptools>=77' ninja`"
+        )
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         return f"torch {torch.__version__} is too old; pip install 'torch>={'.'.join(map(str, OLDEST_TORCH))}'"
     return None
@@ -150,8 +139,22 @@ def import_torch():
     try:
         return importlib.import_module("torch")
     except ModuleNotFoundError:
-        sys.path.append(sysconfig.get_path("purelib"))
+        base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+        places = [sysconfig.get_path(kind, vars=of) for of in (None, base) for kind in ("purelib", "platlib")]
+        for place in dict.fromkeys([*places, site.getusersitepackages()]):
+            if os.path.isdir(os.path.join(place, "torch")):
+                sys.path.append(place)
+                break
         return importlib.import_module("torch")
+
+
+def write_fingerprint():
+    """Writes the header by which a compiled module knows the sources it was built from; only if they changed."""
+    fingerprint = runpy.run_path("spade_kernels/_sources.py")["fingerprint"](Path())
+    header, text = GENERATED / "sources.h", f'#define SPADE_SOURCES_TEXT "{fingerprint}"\n'
+    if not header.is_file() or header.read_text() != text:
+        GENERATED.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
 
 
 def find_compiler():
@@ -174,7 +177,12 @@ def cpu_extension():
     flags = ["-std=c++20", "-O3", "-fno-math-errno"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
-    return CppExtension("spade_kernels._C", sources(CPU_SOURCES), extra_compile_args=[*flags, *TORCH_TARGET])
+    return CppExtension(
+        "spade_kernels._C",
+        sources(CPU_SOURCES),
+        include_dirs=[str(GENERATED.absolute())],
+        extra_compile_args=[*flags, *TORCH_TARGET],
+    )
 
 
 def cuda_extension():
@@ -186,12 +194,15 @@ def cuda_extension():
     texts = [f'-DSPADE_NVCC_TEXT="{version[0]}.{version[1]}"', f'-DSPADE_ARCHITECTURES_TEXT="{built_for}"']
     nvcc = [*flags, "--expt-relaxed-constexpr", "-lineinfo"]
     return CUDAExtension(
-        "spade_kernels._C_cuda", sources(CUDA_SOURCES), extra_compile_args={"cxx": [*flags, *texts], "nvcc": nvcc}
+        "spade_kernels._C_cuda",
+        sources(CUDA_SOURCES),
+        include_dirs=[str(GENERATED.absolute())],
+        extra_compile_args={"cxx": [*flags, *texts], "nvcc": nvcc},
     )
 
 
-def sources(names):
-    return [os.path.join("csrc", name) for name in names]
+def sources(patterns):
+    return [path for pattern in patterns for path in sorted(glob.glob(pattern))]
 
 
 def why_no_cuda():

@@ -2,6 +2,7 @@
 // This file needs no stable ABI, and some releases of PyTorch keep their pybind11 from files that ask for it.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#include <sources.h>  // written by setup.py
 
 namespace {
 
@@ -9,6 +10,7 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = __VERSION__;
   info["torch_target"] = TORCH_TARGET_VERSION_TEXT;
+  info["sources"] = SPADE_SOURCES_TEXT;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SPADE_ONE_TARGET)
   info["instruction_sets"] = "x86-64-v4 (AVX-512), x86-64-v3 (AVX2), baseline";
 #else

@@ -7,7 +7,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "ops.h"
+#include "dtype.h"
 
 namespace spade {
 

@@ -1,14 +1,15 @@
 """Which kernels run: what is there, why the rest is not, and the caller's choice.
 
 The reference is registered for every device. Importing `spade_kernels._C` registers compiled kernels for CPU tensors,
-`spade_kernels._C_cuda` for CUDA tensors; they take precedence there. Triton kernels, and whatever else the table below
-or `use_backend` asks for, are put over both.
+`spade_kernels._C_cuda` for CUDA tensors; they take precedence there. Triton kernels, and
+whatever else an operator's file prefers or `use_backend` asks for, are put over both.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import logging
 import platform
 import sys
@@ -16,32 +17,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy
 import torch
 
-from spade_kernels import checks, reference
+from spade_kernels import reference
+from spade_kernels._sources import fingerprint
 
-# Who has kernels of an operator for CUDA tensors, the one to take first; who is not here is left to the reference.
-# By design, for all dtypes: no device has been measured. Triton's tables of float64 are the reference's.
-_ON_CUDA = {
-    "window_index": ("cuda",),
-    "gather_sum": ("triton",),
-    "gather_sum_grad": ("triton",),
-    "modulation_table": ("triton",),
-    "modulation_table_grad": ("triton",),
-    "pack_modulation_weight": ("triton",),
-    "channel_stats": ("cuda", "triton"),
-    "channel_stats_grad": ("cuda", "triton"),
-    "modulate": ("cuda", "triton"),
-    "modulate_table_grad": ("cuda", "triton"),
-    "modulate_input_grad": ("cuda", "triton"),
-}
-_TRITON_STEMS = {
-    "pack_modulation_weight": "modulation_table",
-    "modulate_table_grad": "modulate",
-    "modulate_input_grad": "modulate",
-}
+# The backends other than the reference that have kernels for tensors on a device.
+_ON_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+class _Operator(NamedTuple):
+    """An operator, the backends that have kernels of it (the preferred one first), and the check of its arguments."""
+
+    stem: str
+    backends: Sequence[str]
+    check: Callable[..., None]
 
 
 class MissingKernelsWarning(UserWarning):
@@ -52,7 +45,11 @@ def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
     """A compiled module, or None and why, with the fix: the build that makes it names what it lacks."""
     module = f"spade_kernels.{name}"
     try:
-        return importlib.import_module(module), ""
+        compiled = importlib.import_module(module)
+        sources = fingerprint(Path(__file__).parents[1])
+        if sources is None or compiled.build_info().get("sources") == sources:
+            return compiled, ""
+        state = "was built from other sources than those of this checkout"
     except ImportError as error:
         state = f"is not built for {sys.implementation.cache_tag}{_why_not_built()}"
         if importlib.util.find_spec(module) is not None:
@@ -76,27 +73,36 @@ for _name, _reason in (("cpu", _why_no_cpu), ("cuda", _why_no_cuda)):
 
 _chosen = "auto"
 _has_warned = False
-_operators: list[str] = []
+_operators: dict[str, _Operator] = {}
 _overriding: torch.library.Library | None = None
 
 
-def register(library: torch.library.Library, operators: Sequence[str]) -> None:
-    """Gives every operator its plain PyTorch kernel, for all devices, and whatever there is above it."""
-    _operators.extend(operators)
-    for name in operators:
-        library.impl(name, _python_kernel(name, "reference"), "CompositeExplicitAutograd")
-    _override()
+def register(
+    library: torch.library.Library, name: str, stem: str, backends: Sequence[str], check: Callable[..., None]
+) -> None:
+    """Gives an operator its plain PyTorch kernel, for all devices, and the kernels that are preferred to it.
+
+    Args:
+        stem: of the file that has its Triton kernel.
+        backends: that have a kernel of it, the preferred one first. On GPUs the preference is by design: none has been
+            measured. Compiled modules register their kernels when they are imported.
+        check: raises if the operator's arguments do not fit.
+    """
+    _operators[name] = _Operator(stem, backends, check)
+    library.impl(name, _python_kernel(name, "reference"), "CompositeExplicitAutograd")
+    _override(name)
 
 
 def _python_kernel(name: str, backend: str) -> Callable:
+    stem, _, check = _operators[name]
+
     def kernel() -> Callable:
         if backend == "reference":
             return getattr(reference, name)
-        stem = _TRITON_STEMS.get(name, name.removesuffix("_grad"))
         return getattr(importlib.import_module(f"spade_kernels.triton.{stem}"), name)
 
     def run(*args):
-        checks.check(name, *args)
+        check(*args)
         if backend == "reference":
             _warn_if_missing(args[0].device)
         # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
@@ -118,36 +124,50 @@ def _warn_if_missing(device: torch.device) -> None:
     warnings.warn(f"CPU tensors take plain PyTorch, which is slow: {_why_no_cpu}", MissingKernelsWarning, stacklevel=2)
 
 
-def _override() -> None:
+def _override(*names: str) -> None:
     """Puts the kernels that calls are to take over those that the compiled modules registered."""
+    global _overriding
+    if _overriding is None:
+        _overriding = torch.library.Library("spade_kernels", "IMPL")
+    # By an import that was of no use, too.
+    registered = {"cpu": "spade_kernels._C" in sys.modules, "cuda": "spade_kernels._C_cuda" in sys.modules}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
+        for device, name in itertools.product(registered, names):
+            taken, is_compiled = _kernel_on(device, name), registered[device] and device in _operators[name].backends
+            # Without an override the compiled kernel runs or, where there is none, the reference.
+            if taken != (device if is_compiled else "reference"):
+                _overriding.impl(name, _python_kernel(name, taken), device.upper(), allow_override=True)
+
+
+def _remove_overrides() -> None:
     global _overriding
     if _overriding is not None:
         _overriding._destroy()
-    _overriding = torch.library.Library("spade_kernels", "IMPL")
-    compiled = {"cpu": "cpu" if _cpu else None, "cuda": "cuda" if _cuda else None}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
-        for device, below in compiled.items():
-            for name, backend in kernels_on(device).items():
-                is_there = below in _candidates(name, device) if backend == "reference" else backend != below
-                if is_there:
-                    _overriding.impl(name, _python_kernel(name, backend), device.upper(), allow_override=True)
+    _overriding = None
 
 
-def _candidates(name: str, device: str) -> tuple[str, ...]:
-    return {"cpu": ("cpu",), "cuda": _ON_CUDA.get(name, ("reference",))}[device]
+def operators_of(backend: str) -> list[str]:
+    """The operators of which a backend has kernels."""
+    return [name for name, operator in _operators.items() if backend in operator.backends]
 
 
 def kernels_on(device: str) -> dict[str, str]:
     """By operator, the backend whose kernel a tensor on "cpu" or "cuda" takes."""
-    there = {"cpu": _cpu is not None, "cuda": _cuda is not None, "triton": _why_no_triton() is None, "reference": True}
-    taken = {}
-    for name in _operators:
-        candidates = [backend for backend in _candidates(name, device) if there[backend]]
-        if _chosen in candidates or _chosen == "reference":
-            candidates = [_chosen]
-        taken[name] = candidates[0] if candidates else "reference"
-    return taken
+    return {name: _kernel_on(device, name) for name in _operators}
+
+
+def _kernel_on(device: str, name: str) -> str:
+    candidates = [b for b in _operators[name].backends if b in _ON_DEVICE[device] and _is_there(b)]
+    if _chosen == "reference" or not candidates:
+        return "reference"
+    return _chosen if _chosen in candidates else candidates[0]
+
+
+def _is_there(backend: str) -> bool:
+    if backend == "triton":
+        return _why_no_triton() is None
+    return (_cpu if backend == "cpu" else _cuda) is not None
 
 
 def is_compiled_on_cpu() -> bool:
@@ -229,7 +249,8 @@ def use_backend(name: str) -> None:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     _chosen = name
-    _override()
+    _remove_overrides()
+    _override(*_operators)
 
 
 def current_backend() -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_kernels import backends, checks, ops
+from spade_kernels import backends, ops
 from spade_kernels.convolution import PackedConv2d, convolve, is_packable
 from spade_kernels.label_map import LabelMap, WindowIndex
 from spade_kernels.normalization import Statistics, check_input
@@ -37,7 +37,7 @@ def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> S
             which.
     """
     if isinstance(segmap, Tensor):
-        checks.require_storage("segmap", segmap)
+        ops.require_storage("segmap", segmap)
     if isinstance(segmap, Tensor) and not segmap.is_floating_point():
         if segmap.dim() == 4 and segmap.shape[1] == 1:
             segmap = segmap[:, 0]

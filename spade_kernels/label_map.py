@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from spade_kernels import backends, checks, transforms
+from spade_kernels import backends, ops, transforms
 from spade_kernels.packing import Packable, Slot, pack, unpack
 from spade_kernels.windows import WindowIndex, Windows, build_segments
 
@@ -193,7 +193,7 @@ class LabelMap(Packable):
     ) -> None:
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding)):
             _integer(name, value)
-        reason = checks.why_no_windows(self.shape, size, kernel_size, stride, padding, levels)
+        reason = ops.why_no_windows(self.shape, size, kernel_size, stride, padding, levels)
         if reason is not None:
             raise ValueError(reason)
 
@@ -262,7 +262,7 @@ class LabelMap(Packable):
         Raises:
             ValueError: a pixel is not one-hot; the message names it.
         """
-        checks.require_storage("planes", planes)
+        ops.require_storage("planes", planes)
         if planes.dim() != 4 or planes.shape[1] < 1 + edges:
             raise ValueError(f"expected one-hot planes (N, C, H, W), got shape {tuple(planes.shape)}")
         read = read_one_hot(planes if planes.is_floating_point() else planes.float(), edges)
@@ -389,7 +389,7 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
         raise ValueError(f"labels must have shape (N, H, W), got {tuple(labels.shape)}{hint}")
     if labels.numel() == 0:
         raise ValueError(f"the label map is empty: shape {tuple(labels.shape)}")
-    checks.require_storage("labels", labels)
+    ops.require_storage("labels", labels)
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
     if num_labels > _MOST_LABELS:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spade_kernels import checks, ops, transforms
+from spade_kernels import ops, transforms
 
 Moments = tuple[Tensor, Tensor]
 
@@ -141,7 +141,7 @@ def check_input(x: Tensor, channels: int) -> None:
         raise ValueError(f"x has {x.shape[1]} channels, the layer was built for {channels}")
     if x.numel() == 0:
         raise ValueError(f"x holds no pixels, its shape is {tuple(x.shape)}")
-    checks.require_storage("x", x)
+    ops.require_storage("x", x)
 
 
 def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import spade_kernels
 from spade_kernels import backends, build_info, use_backend
@@ -66,7 +67,7 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
 @pytest.fixture
 def _gpu_kernels(monkeypatch):
     """As on a machine where everything is installed; nothing is registered."""
-    monkeypatch.setattr(backends, "_override", lambda: None)
+    monkeypatch.setattr(backends, "_override", lambda *names: None)
     monkeypatch.setattr(backends, "_cuda", backends)
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
     for name in ("cuda", "triton"):
@@ -75,13 +76,12 @@ def _gpu_kernels(monkeypatch):
 
 @pytest.mark.usefixtures("_gpu_kernels")
 def test_kernels_of_cuda_tensors():
-    auto = backends.kernels_on("cuda")
-    first = {name: candidates[0] for name, candidates in backends._ON_CUDA.items()}
-    assert auto == dict.fromkeys(backends._operators, "reference") | first
+    with_triton, with_cuda = backends.operators_of("triton"), backends.operators_of("cuda")
+    auto = dict.fromkeys(backends.kernels_on("cuda"), "reference") | dict.fromkeys(with_triton, "triton")
+    auto |= dict.fromkeys(with_cuda, "cuda")
+    assert backends.kernels_on("cuda") == auto
     use_backend("triton")
-    assert backends.kernels_on("cuda") == auto | dict.fromkeys(
-        [name for name, candidates in backends._ON_CUDA.items() if "triton" in candidates], "triton"
-    )
+    assert backends.kernels_on("cuda") == auto | dict.fromkeys(with_triton, "triton")
     use_backend("cuda")
     assert backends.kernels_on("cuda") == auto
     use_backend("reference")
@@ -91,14 +91,33 @@ def test_kernels_of_cuda_tensors():
 @pytest.mark.usefixtures("_gpu_kernels")
 def test_what_is_missing_falls_to_the_next(monkeypatch):
     monkeypatch.setattr(backends, "_cuda", None)
+    with_triton = backends.operators_of("triton")
     for name, kernel in backends.kernels_on("cuda").items():
-        assert kernel == ("triton" if "triton" in backends._ON_CUDA.get(name, ()) else "reference")
+        assert kernel == ("triton" if name in with_triton else "reference")
     monkeypatch.setattr(backends, "_why_no_triton", lambda: "it is not here")
     assert set(backends.kernels_on("cuda").values()) == {"reference"}
 
 
-def test_every_operator_has_a_place_in_the_table():
-    assert set(backends._ON_CUDA) <= set(backends._operators)
+def test_compiled_kernels_are_those_that_the_operators_files_name():
+    if backends.can_run_cpu() is not None:
+        pytest.skip("there are no compiled kernels")
+    registered = {
+        name
+        for name in backends.kernels_on("cpu")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"spade_kernels::{name}", "CPU")
+    }
+    assert registered == set(backends.operators_of("cpu"))
+
+
+def test_compiled_kernels_of_other_sources_are_not_used(monkeypatch):
+    """A checkout whose C++ sources changed after its build: their operators may take other arguments."""
+    if backends.can_run_cpu() is not None:
+        pytest.skip("there are no compiled kernels")
+    monkeypatch.setattr(backends, "fingerprint", lambda folder: "another")
+    module, reason = backends._load("_C", "cpu")
+    assert module is None
+    assert "was built from other sources than those of this checkout" in reason
+    assert "SPADE_KERNELS_BUILD=cpu pip install" in reason
 
 
 def test_unknown_backend():

@@ -100,11 +100,21 @@ def test_compiled_kernels(what, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-def test_operators_compile_for_cuda():
+@pytest.mark.parametrize("source", ["arguments.cpp", *(f"cuda/{name}" for name in sorted(cuda_sources()))])
+def test_operators_compile_for_cuda(source):
     """With the real launch: elsewhere a stand-in for it is compiled."""
     flags = ["-std=c++20", "-Xcompiler=-fsyntax-only", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     include = [f"-I{path}" for path in include_paths()]
-    command = ["nvcc", "-c", *flags, *include, str(ROOT / "csrc" / "cuda" / "ops.cpp"), "-o", os.devnull]
+    command = [
+        "nvcc",
+        "-c",
+        *flags,
+        *include,
+        "--expt-relaxed-constexpr",
+        str(ROOT / "csrc" / source),
+        "-o",
+        os.devnull,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from spade_kernels import ops, reference
 from spade_kernels.testing import MASK_KINDS, assert_within_budget, random_labels
@@ -22,6 +22,8 @@ from spade_kernels.testing import MASK_KINDS, assert_within_budget, random_label
 HERE = Path(__file__).parent
 CUDA = HERE.parent / "csrc" / "cuda"
 FLAGS = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror"]
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+LIBRARIES = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
 CHECKS = ["-fsanitize=alignment,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CONVOLUTIONS = [(1, 1, 0), (3, 1, 1), (5, 1, 2), (4, 2, 2), (3, 2, 1), (3, 1, 0), (7, 3, 5)]
@@ -36,7 +38,8 @@ def compiled(name: str, folder: Path, *flags: str) -> Path:
     library = folder / f"{name}.so"
     paths = [f"-I{HERE / 'cuda_host'}", f"-I{CUDA}", *(f"-isystem{path}" for path in include_paths())]
     source = str(HERE / "cuda_host" / f"{name}.cpp")
-    command = [compiler, *FLAGS, *CHECKS, "-Wno-unknown-pragmas", *paths, source, *flags, "-o", str(library)]
+    options = [*FLAGS, *CHECKS, TARGET, "-Wno-unknown-pragmas", *paths, *flags]
+    command = [compiler, *options, source, *LIBRARIES, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

@@ -90,9 +90,8 @@ def main() -> None:
             loaded.launch = launch  # type: ignore[attr-defined]
     library = torch.library.Library("spade_kernels", "IMPL")
     warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
-    for name, candidates in backends._ON_CUDA.items():
-        if "triton" in candidates:
-            library.impl(name, backends._python_kernel(name, "triton"), "CPU", allow_override=True)
+    for name in backends.operators_of("triton"):
+        library.impl(name, backends._python_kernel(name, "triton"), "CPU", allow_override=True)
     # On a GPU tensor cores multiply tables of a bfloat16 x.
     functional._table_dtype = lambda x, weight: x.dtype if x.dtype == torch.bfloat16 else _table_dtype(x, weight)
     for config, channels, batch, size, upsample, path, dtype in LAYERS:

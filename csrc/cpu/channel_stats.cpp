@@ -1,4 +1,12 @@
-#include "kernels.h"
+// channel_stats on a CPU: pieces of an image at a time, merged in order.
+#include "../channel_stats.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "calls.h"
 #include "vector.h"
 
 namespace spade {
@@ -70,8 +78,6 @@ void run(const ChannelStatsParams& p, const Piece& piece_of) {
           static_cast<A*>(p.mean) + n * p.channels, static_cast<A*>(p.m2) + n * p.channels);
 }
 
-}  // namespace
-
 void channel_stats(Dtype dtype, const ChannelStatsParams& p) {
   switch (dtype) {
     case Dtype::f32: return run<float>(p, piece_stats_f32);
@@ -81,4 +87,19 @@ void channel_stats(Dtype dtype, const ChannelStatsParams& p) {
   }
 }
 
+std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  check_channel_stats(x_in);
+  const Tensor x = channels_last(x_in);
+  const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulator(x));
+  const Tensor m2 = torch::stable::empty_like(mean);
+  channel_stats(dtype_of(x), {x.const_data_ptr(), mean.mutable_data_ptr(), m2.mutable_data_ptr(), x.size(0),
+                              x.size(2) * x.size(3), x.size(1)});
+  return {mean, m2};
+}
+
+}  // namespace
 }  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&spade::channel_stats_op));
+}

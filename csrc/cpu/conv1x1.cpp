@@ -1,8 +1,9 @@
 // A 1 x 1 convolution is a matrix product; what makes it a kernel of its own is an input that is modulated on the way.
 #include <limits>
 
+#include "conv.h"
 #include "gemm.h"
-#include "kernels.h"
+#include "modulate.h"
 #include "scratch.h"
 #include "vector.h"
 

@@ -2,7 +2,7 @@
 #include "conv3x3.h"
 
 #include "gemm.h"
-#include "kernels.h"
+#include "modulate.h"
 #include "scratch.h"
 #include "vector.h"
 

@@ -3,7 +3,7 @@
 // weights, 1/2: fewer sums than a direct convolution has, so no less exact.
 #pragma once
 
-#include "kernels.h"
+#include "conv.h"
 #include "vector.h"
 
 namespace spade {

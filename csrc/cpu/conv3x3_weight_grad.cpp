@@ -1,7 +1,6 @@
 // The gradient of a 3 x 3 convolution's weight in the form of conv3x3.h: G^T (sum over tiles of A dy A^T * B^T d B) G.
 #include "conv3x3.h"
 #include "gemm.h"
-#include "kernels.h"
 #include "scratch.h"
 #include "vector.h"
 

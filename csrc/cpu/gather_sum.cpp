@@ -1,9 +1,24 @@
 // Sums over rows of a table: the forward of gather_sum, and the segment sum of every backward.
-#include "kernels.h"
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../arguments.h"
+#include "calls.h"
 #include "segments.h"
 
 namespace spade {
 namespace {
+
+// rows[r] = act(bias + sum over t of taps[windows[r, t], t]).
+struct GatherSumParams {
+  const void* taps;        // (codes, num_taps, width), acc
+  const void* bias;        // (width), acc, or null
+  const int64_t* windows;  // (rows, num_taps)
+  void* rows;              // (rows, width), acc
+  int64_t num_rows, num_taps, width;
+  bool relu;
+};
 
 constexpr int64_t kBlock = 64;  // columns held in registers while the taps are added
 constexpr int64_t kRowPiece = 64;
@@ -79,18 +94,13 @@ void where_positive(const void* condition, const void* values, int64_t count, vo
   });
 }
 
-}  // namespace
-
-void where_positive(Dtype dtype, const void* condition, const void* values, int64_t count, void* out) {
-  dtype == Dtype::f64 ? where_positive<double>(condition, values, count, out)
-                      : where_positive<float>(condition, values, count, out);
-}
-
 void gather_sum(Dtype dtype, const GatherSumParams& p) {
   parallel_for_chunks(p.num_rows, kRowPiece, [&](int64_t begin, int64_t end) {
     dtype == Dtype::f64 ? add_taps_f64(p, begin, end) : add_taps_f32(p, begin, end);
   });
 }
+
+}  // namespace
 
 void segment_sum(Dtype dtype, const SegmentSumParams& p) {
   if (dtype == Dtype::f64)
@@ -101,4 +111,58 @@ void segment_sum(Dtype dtype, const SegmentSumParams& p) {
                  [&](int64_t begin, int64_t end, float* sum) { add_entries_f32(p, begin, end, sum); });
 }
 
+namespace {
+
+Tensor where_positive(const Tensor& condition, const Tensor& values) {
+  const Tensor result = torch::stable::empty_like(values);
+  const auto run = dtype_of(values) == Dtype::f64 ? where_positive<double> : where_positive<float>;
+  run(condition.const_data_ptr(), values.const_data_ptr(), values.numel(), result.mutable_data_ptr());
+  return result;
+}
+
+Tensor gather_sum_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
+                     const MaybeTensor& indices, const MaybeTensor& offsets, bool relu) {
+  const Arguments a("gather_sum", taps_in);
+  a.floats("taps", taps_in, {kNotEmpty, kNotEmpty, kNotEmpty});
+  a.floats("bias", bias_in, {taps_in.size(2)});
+  a.index("windows", windows_in, {size_of(windows_in, 0), taps_in.size(1)}, 0, taps_in.size(0));
+  a.segments(indices, offsets, taps_in.size(0) * taps_in.size(1), windows_in.numel());
+  const ScalarType acc = accumulator(taps_in);
+  const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
+  const MaybeTensor bias = dense(bias_in, acc);
+  const Tensor rows = torch::stable::new_empty(taps, {windows.size(0), taps.size(2)});
+  gather_sum(dtype_of(rows), {taps.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(), windows.size(0),
+                              windows.size(1), taps.size(2), relu});
+  return dense(rows, taps_in.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> gather_sum_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& indices_in,
+                                              const Tensor& offsets_in, int64_t num_taps, bool relu) {
+  const Arguments a("gather_sum_grad", grad);
+  a.integer("num_taps", num_taps, 1, kMostEntries);
+  a.floats("grad", grad, {size_of(grad, 0), kNotEmpty});
+  a.floats("rows", rows, {grad.size(0), grad.size(1)});
+  a.require(grad.size(0) <= kMostEntries / num_taps, "num_taps is too large for so many rows");
+  const int64_t entries = grad.size(0) * num_taps, segments = size_of(offsets_in, 0) - 1;
+  a.require(segments > 0 && segments % num_taps == 0, "offsets must have one value more than a multiple of num_taps");
+  a.index("indices", indices_in, {entries}, 0, entries);
+  // A label map with room for more rows has some that belong to no image.
+  a.bounds("offsets", offsets_in, segments, entries, false);
+  const ScalarType acc = accumulator(grad);
+  const Tensor indices = dense(indices_in), offsets = dense(offsets_in);
+  Tensor masked = dense(grad, acc);
+  if (relu) masked = where_positive(dense(rows, acc), masked);
+  const int64_t width = masked.size(1);
+  const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
+  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(indices), ids(offsets), taps.mutable_data_ptr(), segments,
+                                 width, width, num_taps});
+  return {taps, column_sum(masked, masked.size(0), width)};
+}
+
+}  // namespace
 }  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("gather_sum", TORCH_BOX(&spade::gather_sum_op));
+  m.impl("gather_sum_grad", TORCH_BOX(&spade::gather_sum_grad_op));
+}

@@ -4,6 +4,9 @@
 
 namespace spade {
 
+// Weights packed for products stand in panels of this many output columns, the last panel filled with 0.
+constexpr int64_t kPanelColumns = 32;
+
 // A matrix somewhere in memory: element (i, j) at data[i * row + j * column].
 template <class A>
 struct Matrix {

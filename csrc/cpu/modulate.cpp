@@ -1,4 +1,10 @@
-#include "kernels.h"
+// modulate on a CPU, and its gradients.
+#include "modulate.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
 #include "segments.h"
 
 namespace spade {
@@ -163,6 +169,8 @@ void modulate_pixels(Dtype dtype, const ModulateParams& p, int64_t begin, int64_
   }
 }
 
+namespace {
+
 void modulate(Dtype dtype, const ModulateParams& p) {
   const int64_t size = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   parallel_for_chunks(pixels_of_y(p), kPixelPiece, [&](int64_t begin, int64_t end) {
@@ -186,4 +194,57 @@ void modulate_table_grad(Dtype dtype, const ModulateParams& p) {
   }
 }
 
+Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, std::string stats_scope) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  const Tensor y = empty_channels_last(x, upsample);
+  call.params.out = y.mutable_data_ptr();
+  modulate(dtype_of(x), call.params);
+  return y;
+}
+
+Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                              const MaybeTensor& offsets, double negative_slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  call.set_grad(grad);
+  if (indices) call.indices = dense(*indices);
+  if (offsets) call.offsets = dense(*offsets);
+  call.params.indices = pixel_row ? static_cast<const int64_t*>(data(call.indices)) : nullptr;
+  call.params.offsets = static_cast<const int64_t*>(data(call.offsets));
+  const Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  call.params.out = sums.mutable_data_ptr();
+  modulate_table_grad(dtype_of(x), call.params);
+  return sums;
+}
+
+Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
+                              const MaybeTensor& mean_scale, double negative_slope, int64_t upsample) {
+  check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  call.set_grad(grad);
+  if (mean_shift && mean_scale) {
+    call.mean_shift = dense(*mean_shift, accumulator(x));
+    call.mean_scale = dense(*mean_scale, accumulator(x));
+    call.params.mean_shift = data(call.mean_shift);
+    call.params.mean_scale = data(call.mean_scale);
+    call.params.means_stride = mean_shift->size(0) == 1 ? 0 : x.size(1);
+  }
+  const Tensor d_x = empty_channels_last(x);
+  call.params.out = d_x.mutable_data_ptr();
+  modulate_input_grad(dtype_of(x), call.params);
+  return d_x;
+}
+
+}  // namespace
 }  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("modulate", TORCH_BOX(&spade::modulate_op));
+  m.impl("modulate_table_grad", TORCH_BOX(&spade::modulate_table_grad_op));
+  m.impl("modulate_input_grad", TORCH_BOX(&spade::modulate_input_grad_op));
+}

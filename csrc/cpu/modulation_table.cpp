@@ -1,11 +1,48 @@
 // The convolution that makes the table, at the distinct windows only, in columns few enough to stay in cache.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../arguments.h"
+#include "calls.h"
 #include "gemm.h"
-#include "kernels.h"
 #include "scratch.h"
+#include "segments.h"
 #include "vector.h"
 
 namespace spade {
 namespace {
+
+// The weights of the two convolutions, as one with 2 * channels outputs: scale, then shift. Both have the same strides.
+struct ModulationWeights {
+  const void* gamma;  // element (c, d, t) at c * channel_step + d * depth_step + t * tap_step, acc
+  const void* beta;
+  int64_t channels, depth, num_taps;
+  int64_t channel_step, depth_step, tap_step;
+};
+
+// table[r] = bias + sum over t of hidden[windows[r, t] - 1] @ weights[t], a window entry of 0 adding nothing.
+struct ModulationTableParams {
+  const void* hidden;  // (num_hidden, depth), acc
+  ModulationWeights weights;
+  const void* panels;      // the weights as pack_modulation_weight lays them out, or null
+  const void* bias;        // (2 * channels), acc
+  const int64_t* windows;  // (num_rows, num_taps)
+  void* table;             // (num_rows, 2 * channels), acc
+  int64_t num_hidden, num_rows;
+};
+
+struct ModulationTableGradParams {
+  const void* grad;    // (num_rows, 2 * channels), acc
+  const void* hidden;  // (num_hidden, depth), acc
+  ModulationWeights weights;
+  const int64_t* indices;  // uses of each (hidden row, tap), see SegmentSumParams
+  const int64_t* offsets;  // (num_hidden * num_taps + 1)
+  void* d_hidden;          // like hidden
+  void* d_gamma;           // (channels, depth, num_taps), dense
+  void* d_beta;
+  int64_t num_hidden;
+};
 
 constexpr int64_t kColumns = kPanelColumns;
 constexpr int64_t kInCache = int64_t{4} << 20;  // bytes of tap products worked on at a time
@@ -24,8 +61,8 @@ int64_t panel_size(const ModulationWeights& w) {
 // The (depth, taps) weights of output column `column`.
 template <class A>
 const A* column_of(const ModulationWeights& w, int64_t column) {
-  return column < w.channels ? static_cast<const A*>(w.gamma) + column * w.channel
-                             : static_cast<const A*>(w.beta) + (column - w.channels) * w.channel;
+  return column < w.channels ? static_cast<const A*>(w.gamma) + column * w.channel_step
+                             : static_cast<const A*>(w.beta) + (column - w.channels) * w.channel_step;
 }
 
 // One panel, (taps, depth, kColumns); columns past the last are zero. In blocks of depth that stay in cache.
@@ -39,7 +76,7 @@ void fill_panel(const ModulationWeights& w, int64_t panel, A* to) {
       const A* from = column_of<A>(w, first + i);
       for (int64_t d = block; d < end; ++d)
         for (int64_t t = 0; t < w.num_taps; ++t)
-          to[(t * w.depth + d) * kColumns + i] = from[d * w.depth_step + t * w.tap];
+          to[(t * w.depth + d) * kColumns + i] = from[d * w.depth_step + t * w.tap_step];
     }
   }
 }
@@ -204,7 +241,8 @@ void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A
   parallel_for_chunks(columns, 1, [&](int64_t i, int64_t) {
     const A* from = column_of<A>(w, first + i);
     for (int64_t t = 0; t < w.num_taps; ++t)
-      for (int64_t d = 0; d < w.depth; ++d) to[(t * columns + i) * w.depth + d] = from[d * w.depth_step + t * w.tap];
+      for (int64_t d = 0; d < w.depth; ++d)
+        to[(t * columns + i) * w.depth + d] = from[d * w.depth_step + t * w.tap_step];
   });
 }
 
@@ -247,8 +285,6 @@ void panels_of(const ModulationWeights& w, A* panels) {
   parallel_for_chunks(num_panels(w), 1, [&](int64_t i, int64_t) { fill_panel(w, i, panels + i * panel_size(w)); });
 }
 
-}  // namespace
-
 void modulation_table(Dtype dtype, const ModulationTableParams& p) {
   dtype == Dtype::f64 ? table_of<double>(p) : table_of<float>(p);
 }
@@ -262,4 +298,102 @@ void pack_modulation_weight(Dtype dtype, const ModulationWeights& weights, void*
                       : panels_of(weights, static_cast<float*>(panels));
 }
 
+// gamma and beta (C, depth, k, k) in the accumulation type, kept alive beside the parameters that point into them.
+struct WeightsCall {
+  Tensor gamma, beta;
+  ModulationWeights params{};
+
+  WeightsCall(const Tensor& gamma_in, const Tensor& beta_in, ScalarType acc)
+      : gamma(as(gamma_in, acc)), beta(as(beta_in, acc)) {
+    if (!(evenly_apart(gamma) && same_strides())) {
+      gamma = torch::stable::contiguous(gamma);
+      beta = torch::stable::contiguous(beta);
+    }
+    params = {gamma.const_data_ptr(),        beta.const_data_ptr(), gamma.size(0),   gamma.size(1),
+              gamma.size(2) * gamma.size(3), gamma.stride(0),       gamma.stride(1), tap_step(gamma)};
+  }
+
+ private:
+  bool same_strides() const {
+    return gamma.stride(0) == beta.stride(0) && gamma.stride(1) == beta.stride(1) &&
+           gamma.stride(2) == beta.stride(2) && gamma.stride(3) == beta.stride(3);
+  }
+};
+
+// Weights (C, depth, k, k) of gamma and beta.
+void check_weights(const Arguments& a, const Tensor& gamma, const Tensor& beta, int64_t depth) {
+  a.floats("gamma", gamma, {kNotEmpty, depth, kNotEmpty, kNotEmpty});
+  a.floats("beta", beta, {gamma.size(0), gamma.size(1), gamma.size(2), gamma.size(3)});
+}
+
+int64_t num_taps_of(const Tensor& weight) {
+  return weight.size(2) * weight.size(3);
+}
+
+Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const Tensor& beta, const Tensor& bias_in,
+                           const Tensor& windows_in, const MaybeTensor& packed_weight_in, const MaybeTensor& indices,
+                           const MaybeTensor& offsets) {
+  const Arguments a("modulation_table", hidden_in);
+  a.floats("hidden", hidden_in, {size_of(hidden_in, 0), kNotEmpty});
+  check_weights(a, gamma, beta, hidden_in.size(1));
+  const int64_t columns = 2 * gamma.size(0), taps = num_taps_of(gamma);
+  a.floats("bias", bias_in, {columns});
+  a.index("windows", windows_in, {size_of(windows_in, 0), taps}, 0, hidden_in.size(0) + 1);
+  a.floats("packed_weight", packed_weight_in,
+           {ceil_div(columns, kPanelColumns), taps, hidden_in.size(1), kPanelColumns});
+  a.segments(indices, offsets, (hidden_in.size(0) + 1) * taps, windows_in.numel());
+  const ScalarType acc = accumulator(hidden_in);
+  const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
+  const MaybeTensor packed_weight = dense(packed_weight_in, acc);
+  const WeightsCall weights(gamma, beta, acc);
+  const Tensor table = torch::stable::new_empty(hidden, {windows.size(0), 2 * gamma.size(0)});
+  modulation_table(dtype_of(table),
+                   {hidden.const_data_ptr(), weights.params, data(packed_weight), bias.const_data_ptr(), ids(windows),
+                    table.mutable_data_ptr(), hidden.size(0), windows.size(0)});
+  return dense(table, hidden_in.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor& grad_in, const Tensor& hidden_in,
+                                                                    const Tensor& gamma, const Tensor& beta,
+                                                                    const Tensor& indices_in,
+                                                                    const Tensor& offsets_in) {
+  const Arguments a("modulation_table_grad", grad_in);
+  a.floats("hidden", hidden_in, {size_of(hidden_in, 0), kNotEmpty});
+  check_weights(a, gamma, beta, hidden_in.size(1));
+  a.floats("grad", grad_in, {size_of(grad_in, 0), 2 * gamma.size(0)});
+  a.segments(indices_in, offsets_in, (hidden_in.size(0) + 1) * num_taps_of(gamma),
+             grad_in.size(0) * num_taps_of(gamma));
+  const ScalarType acc = accumulator(grad_in);
+  const Tensor grad = dense(grad_in, acc), hidden = dense(hidden_in, acc);
+  const Tensor indices = dense(indices_in), offsets = dense(offsets_in);
+  const WeightsCall weights(gamma, beta, acc);
+  const Tensor d_hidden = torch::stable::empty_like(hidden);
+  const auto like_weight = [&] {
+    return torch::stable::new_empty(hidden, {gamma.size(0), gamma.size(1), gamma.size(2), gamma.size(3)});
+  };
+  const Tensor d_gamma = like_weight(), d_beta = like_weight();
+  // Id 0, outside the image, comes first and has no hidden row.
+  modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(indices),
+                                         ids(offsets) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
+                                         d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), hidden.size(0)});
+  return {d_hidden, d_gamma, d_beta, column_sum(grad, grad.size(0), grad.size(1))};
+}
+
+Tensor pack_modulation_weight_op(const Tensor& gamma, const Tensor& beta) {
+  check_weights(Arguments("pack_modulation_weight", gamma), gamma, beta, kNotEmpty);
+  const WeightsCall weights(gamma, beta, accumulator(gamma));
+  const ModulationWeights& w = weights.params;
+  const int64_t count = ceil_div(2 * w.channels, kPanelColumns);
+  const Tensor packed_weight = torch::stable::new_empty(weights.gamma, {count, w.num_taps, w.depth, kPanelColumns});
+  pack_modulation_weight(dtype_of(packed_weight), w, packed_weight.mutable_data_ptr());
+  return packed_weight;
+}
+
+}  // namespace
 }  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("modulation_table", TORCH_BOX(&spade::modulation_table_op));
+  m.impl("modulation_table_grad", TORCH_BOX(&spade::modulation_table_grad_op));
+  m.impl("pack_modulation_weight", TORCH_BOX(&spade::pack_modulation_weight_op));
+}

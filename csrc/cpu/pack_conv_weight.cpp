@@ -1,6 +1,5 @@
 // A convolution's weights as conv1x1 and conv3x3 read them: panels of output columns, and for 3 x 3 the points G g G^T.
 #include "conv3x3.h"
-#include "kernels.h"
 #include "vector.h"
 
 namespace spade {
@@ -29,7 +28,7 @@ SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, 
   A taps[9][kDepth][kColumns] = {};
   const A* from = static_cast<const A*>(w.weight) + column * w.out_step + first * w.in_step;
   const auto copy = [&](int64_t t, int64_t d, int64_t c) {
-    taps[t][d][c] = from[c * w.out_step + d * w.in_step + t * w.tap];
+    taps[t][d][c] = from[c * w.out_step + d * w.in_step + t * w.tap_step];
   };
   // What lies side by side is read one after another.
   if (w.in_step < w.out_step) {

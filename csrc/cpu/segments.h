@@ -1,10 +1,22 @@
 // Segment sums in a fixed order: long segments are cut into pieces, and the pieces' sums are added in order.
 #pragma once
 
+#include "../dtype.h"
 #include "scratch.h"
 #include "vector.h"
 
 namespace spade {
+
+// sums[s] = sum over the entries e of segment s of values[e / divisor], all in acc.
+struct SegmentSumParams {
+  const void* values;      // rows of `width` values, `row` apart
+  const int64_t* indices;  // null: entries stand in order
+  const int64_t* offsets;  // (num_segments + 1)
+  void* sums;              // (num_segments, width)
+  int64_t num_segments, width, row, divisor;
+};
+
+void segment_sum(Dtype dtype, const SegmentSumParams& params);
 
 // sum (width values) = the sum of what `add(e, to)` adds for e in [begin, end), first within blocks and then over them:
 // rounding errors grow with the two counts instead of their product.

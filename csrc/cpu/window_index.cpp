@@ -1,11 +1,30 @@
-#include "window_index.h"
+// window_index on a CPU: an image at a time, each by one thread.
+#include "../window_index.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <bit>
 #include <utility>
+#include <vector>
+
+#include "calls.h"
+#include "vector.h"
 
 namespace spade {
 namespace {
+
+// Distinct windows of one image. `ids` (height, width) holds positive numbers below 2^32; 0 stands for outside.
+struct WindowIndexParams {
+  const int64_t* ids;
+  int64_t height, width, kernel_size, stride, padding;
+  int64_t out_height, out_width;
+};
+
+struct ImageWindows {
+  std::vector<int64_t> windows;    // (rows, kernel_size^2)
+  std::vector<int64_t> pixel_row;  // (out_height * out_width)
+};
 
 // Numbers keys by first occurrence. Open addressing; keys are compared whole, so two keys never share a number.
 class Interner {
@@ -82,8 +101,7 @@ class RunInterner {
   std::vector<Interner> stages_;
 };
 
-}  // namespace
-
+// Distinct windows of one image, rows numbered by first occurrence.
 ImageWindows window_index(const WindowIndexParams& p) {
   const int64_t k = p.kernel_size, width = p.width + 2 * p.padding, height = p.height + 2 * p.padding;
   std::vector<int64_t> padded(height * width, 0);
@@ -113,4 +131,87 @@ ImageWindows window_index(const WindowIndexParams& p) {
   return result;
 }
 
+// The source index of each target index, as F.interpolate(mode="nearest") computes it.
+std::vector<int64_t> nearest_indices(int64_t from, int64_t to) {
+  std::vector<int64_t> result(to);
+  const float scale = static_cast<float>(from) / static_cast<float>(to);
+  for (int64_t i = 0; i < to; ++i) result[i] = std::min(static_cast<int64_t>(static_cast<float>(i) * scale), from - 1);
+  return result;
+}
+
+int64_t* mutable_ids(const Tensor& t) {
+  return static_cast<int64_t*>(t.mutable_data_ptr());
+}
+
+// One image's windows at one size, level by level, rows counted from 0 in each.
+std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, WindowIndexParams p, int64_t levels) {
+  const std::vector<int64_t> rows_of = nearest_indices(map.size(1), p.height),
+                             cols_of = nearest_indices(map.size(2), p.width);
+  const int64_t* from = ids(map) + image * map.size(1) * map.size(2);
+  std::vector<int64_t> level(p.height * p.width);
+  for (int64_t y = 0; y < p.height; ++y)
+    for (int64_t x = 0; x < p.width; ++x) level[y * p.width + x] = from[rows_of[y] * map.size(2) + cols_of[x]];
+
+  std::vector<ImageWindows> found;
+  for (int64_t i = 0; i < levels; ++i) {
+    p.out_height = (p.height + 2 * p.padding - p.kernel_size) / p.stride + 1;
+    p.out_width = (p.width + 2 * p.padding - p.kernel_size) / p.stride + 1;
+    p.ids = level.data();
+    found.push_back(window_index(p));
+    level = found.back().pixel_row;
+    for (int64_t& row : level) ++row;
+    p.height = p.out_height;
+    p.width = p.out_width;
+  }
+  return found;
+}
+
+std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                    int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
+  check_window_index(ids_in, sizes, kernel_size, stride, padding, levels);
+  const Tensor map = dense(ids_in);
+  const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
+  std::vector<std::vector<ImageWindows>> found(num_sizes * images);
+  // Not by size: the largest takes three quarters of the time, and other threads' memory is new to each call.
+  parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
+    for (int64_t s = 0; s < num_sizes; ++s)
+      found[s * images + n] = windows_of_image(
+          map, n, {nullptr, sizes[2 * s], sizes[2 * s + 1], kernel_size, stride, padding, 0, 0}, levels);
+  });
+
+  std::vector<Tensor> results;
+  const int64_t taps = kernel_size * kernel_size;
+  for (int64_t s = 0; s < num_sizes; ++s) {
+    int64_t height = sizes[2 * s], width = sizes[2 * s + 1];
+    std::vector<int64_t> first_id(images, 0);
+    for (int64_t level = 0; level < levels; ++level) {
+      height = (height + 2 * padding - kernel_size) / stride + 1;
+      width = (width + 2 * padding - kernel_size) / stride + 1;
+      const auto of = [&](int64_t n) -> const ImageWindows& { return found[s * images + n][level]; };
+      const Tensor image_offsets = torch::stable::new_empty(map, {images + 1});
+      int64_t* first_row = mutable_ids(image_offsets);
+      first_row[0] = 0;
+      for (int64_t n = 0; n < images; ++n)
+        first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / taps;
+      const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
+      const Tensor pixel_row = torch::stable::new_empty(map, {images, height, width});
+      parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
+        int64_t* to = mutable_ids(windows) + first_row[n] * taps;
+        for (int64_t id : of(n).windows) *to++ = id == 0 ? 0 : id + first_id[n];
+        to = mutable_ids(pixel_row) + n * height * width;
+        for (int64_t row : of(n).pixel_row) *to++ = row + first_row[n];
+      });
+      // The next level's ids are this one's rows.
+      first_id.assign(first_row, first_row + images);
+      results.insert(results.end(), {windows, pixel_row, image_offsets});
+    }
+  }
+  return results;
+}
+
+}  // namespace
 }  // namespace spade
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, CPU, m) {
+  m.impl("window_index", TORCH_BOX(&spade::window_index_op));
+}

@@ -10,7 +10,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../ops.h"
+#include "../dtype.h"
 #include "device.h"
 
 namespace spade::cuda {

@@ -3,9 +3,11 @@
 // pixels, and from there on a mean is a sum of two numbers: rounded to a channel's magnitude, means of parts would lose
 // the differences between them.
 #include <cmath>
+#include <tuple>
 
+#include "../channel_stats.h"
 #include "access.h"
-#include "kernels.h"
+#include "calls.h"
 
 namespace spade::cuda {
 namespace {
@@ -322,13 +324,14 @@ void for_call(Dtype dtype, const ChannelStatsParams& p, const F& f) {
 
 }  // namespace
 
+// Scratch that channel_stats needs, in values of the accumulation type.
 int64_t channel_stats_parts(Dtype dtype, const ChannelStatsParams& p) {
   int64_t count = 0;
   for_call(dtype, p, [&](auto, auto, Grid, Pieces pieces) { count = p.images * pieces.count * 3 * p.channels; });
   return count;
 }
 
-void channel_stats(Dtype dtype, const ChannelStatsParams& p, void* scratch, Stream stream) {
+void channel_stats(Dtype dtype, const ChannelStatsParams& p, void* scratch, cudaStream_t stream) {
   for_call(dtype, p, [&](auto type, auto v, Grid grid, Pieces pieces) {
     using T = typename decltype(type)::type;
     using A = acc_t<T>;
@@ -340,7 +343,7 @@ void channel_stats(Dtype dtype, const ChannelStatsParams& p, void* scratch, Stre
   });
 }
 
-void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& p, Stream stream) {
+void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& p, cudaStream_t stream) {
   for_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for_vector<T>(p.channels, {p.x, p.mean, p.grad_mean, p.grad_m2, p.out}, [&](auto v) {
@@ -351,4 +354,45 @@ void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& p, Stream str
   });
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor> channel_stats_op(const Tensor& x_in) {
+  check_channel_stats(x_in);
+  const Launch launch(x_in);
+  const Tensor x = channels_last(x_in);
+  const ScalarType acc = accumulator(x);
+  const Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, acc);
+  const Tensor m2 = torch::stable::empty_like(mean);
+  const ChannelStatsParams params{x.const_data_ptr(), mean.mutable_data_ptr(), m2.mutable_data_ptr(),
+                                  x.size(0),          x.size(2) * x.size(3),   x.size(1)};
+  const Tensor parts = torch::stable::new_empty(x, {channel_stats_parts(dtype_of(x), params)}, acc);
+  channel_stats(dtype_of(x), params, parts.mutable_data_ptr(), launch.stream());
+  launch.check();
+  return {mean, m2};
+}
+
+Tensor channel_stats_grad_op(const Tensor& x_in, const Tensor& mean_in, const Tensor& grad_mean_in,
+                             const Tensor& grad_m2_in) {
+  check_channel_stats_grad(x_in, mean_in, grad_mean_in, grad_m2_in);
+  const Launch launch(x_in);
+  const Tensor x = channels_last(x_in);
+  const ScalarType acc = accumulator(x);
+  const Tensor mean = dense(mean_in, acc), grad_mean = dense(grad_mean_in, acc), grad_m2 = dense(grad_m2_in, acc);
+  const Tensor out = empty_channels_last(x);
+  channel_stats_grad(dtype_of(x),
+                     {x.const_data_ptr(), mean.const_data_ptr(), grad_mean.const_data_ptr(), grad_m2.const_data_ptr(),
+                      out.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1)},
+                     launch.stream());
+  launch.check();
+  Tensor like_x = torch::stable::empty_like(x_in);
+  if (like_x.stride(1) == out.stride(1) && like_x.stride(3) == out.stride(3)) return out;
+  return torch::stable::copy_(like_x, out);
+}
+
+}  // namespace
 }  // namespace spade::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, SPADE_DISPATCH_KEY, m) {
+  m.impl("channel_stats", TORCH_BOX(&spade::cuda::channel_stats_op));
+  m.impl("channel_stats_grad", TORCH_BOX(&spade::cuda::channel_stats_grad_op));
+}

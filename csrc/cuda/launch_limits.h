@@ -1,4 +1,4 @@
-// The limits of CUDA launches, beside what ../checks.h requires on every device.
+// The limits of CUDA launches, beside what ../arguments.h checks on every device.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,8 @@
-#include "kernels.h"
+// modulate on a GPU, and the gradient of x; modulate_table_grad.cu has that of the table.
+#include <string>
+
+#include "../modulate.h"
+#include "calls.h"
 #include "pixels.h"
 
 namespace spade::cuda {
@@ -95,7 +99,7 @@ struct InputGrad {
 
 // Launches Kernel<T, S, V, upsample> over the pixels of x, each thread taking `pixels` of them.
 template <template <class, class, int, int> class Kernel>
-void over_pixels(Dtype dtype, Dtype table, const ModulateParams& p, Stream stream, int64_t pixels) {
+void over_pixels(Dtype dtype, Dtype table, const ModulateParams& p, cudaStream_t stream, int64_t pixels) {
   for_modulate(dtype, table, p, [&](auto type, auto table_type, auto v, auto upsample) {
     Grid grid = grid_over(ceil_div(p.channels, v()), kMostLanes, p.images);
     grid.x = static_cast<uint32_t>(ceil_div(p.height * p.width, grid.rows * pixels));
@@ -107,12 +111,129 @@ void over_pixels(Dtype dtype, Dtype table, const ModulateParams& p, Stream strea
 
 }  // namespace
 
-void modulate(Dtype dtype, Dtype table, const ModulateParams& p, Stream stream) {
+void modulate(Dtype dtype, Dtype table, const ModulateParams& p, cudaStream_t stream) {
   over_pixels<Forward>(dtype, table, p, stream, p.upsample == 2 ? 1 : 2);
 }
 
-void modulate_input_grad(Dtype dtype, Dtype table, const ModulateParams& p, Stream stream) {
+void modulate_input_grad(Dtype dtype, Dtype table, const ModulateParams& p, cudaStream_t stream) {
   over_pixels<InputGrad>(dtype, table, p, stream, 1);
 }
 
+namespace {
+
+// The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
+class ModulateCall {
+ public:
+  ModulateCall(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table_in,
+               const MaybeTensor& pixel_row, double negative_slope, int64_t upsample)
+      : launch(x_in), x(channels_last(x_in)), dtype(dtype_of(x)) {
+    params.x = x.const_data_ptr();
+    params.images = x.size(0);
+    params.channels = x.size(1);
+    params.height = x.size(2);
+    params.width = x.size(3);
+    params.upsample = upsample;
+    params.negative_slope = negative_slope;
+    params.stats_stride = add_stats(mean, params.mean);
+    add_stats(rstd, params.rstd);
+
+    const bool fits = table_in.scalar_type() == x.scalar_type() || table_in.scalar_type() == accumulator(x);
+    table = dense(table_in, fits ? table_in.scalar_type() : accumulator(x));
+    params.table = table.const_data_ptr();
+    params.num_rows = table.size(0);
+    const int64_t pixels = x.size(0) * x.size(2) * x.size(3) * upsample * upsample;
+    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31), "a call has less than 2^31 pixels");
+    if (pixel_row) params.pixel_row = add_index(*pixel_row);
+  }
+
+  void add_grad(const Tensor& grad) {
+    grad_ = channels_last(as(grad, x.scalar_type()));
+    params.grad = data(grad_);
+  }
+
+  void add_groups(const MaybeTensor& indices, const MaybeTensor& offsets) {
+    if (!params.pixel_row) return;
+    params.indices = add_index(*indices);
+    params.offsets = add_index(*offsets);
+  }
+
+  void add_means(const MaybeTensor& mean_shift, const MaybeTensor& mean_scale) {
+    if (!mean_shift || !mean_scale) return;
+    params.means_stride = add_stats(*mean_shift, params.mean_shift);
+    add_stats(*mean_scale, params.mean_scale);
+  }
+
+  const Launch launch;
+  const Tensor x;
+  const Dtype dtype;
+  Tensor table;
+  ModulateParams params{};
+
+ private:
+  // Returns how far apart images are: 0 if one row serves all.
+  int64_t add_stats(const Tensor& t, const void*& pointer) {
+    owned_[num_owned_] = dense(t, accumulator(x));
+    pointer = data(owned_[num_owned_++]);
+    return t.size(0) == 1 ? 0 : t.size(1);
+  }
+  const int64_t* add_index(const Tensor& t) {
+    owned_[num_owned_] = dense(t, ScalarType::Long);
+    return static_cast<const int64_t*>(data(owned_[num_owned_++]));
+  }
+
+  MaybeTensor grad_, owned_[7];
+  int num_owned_ = 0;
+};
+
+Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
+                   const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
+                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, std::string stats_scope) {
+  check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  const Tensor y = empty_channels_last(x, upsample);
+  call.params.out = y.mutable_data_ptr();
+  modulate(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
+  call.launch.check();
+  return y;
+}
+
+Tensor modulate_table_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& indices,
+                              const MaybeTensor& offsets, double negative_slope, int64_t upsample) {
+  check_modulate_table_grad(grad, x, mean, rstd, table, pixel_row, indices, offsets, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  call.add_grad(grad);
+  call.add_groups(indices, offsets);
+  const Dtype table_dtype = dtype_of(call.table);
+  Tensor sums = torch::stable::new_empty(table, {table.size(0), table.size(1)}, accumulator(x));
+  if (grad.numel() == 0) return torch::stable::zero_(sums);
+  call.params.out = sums.mutable_data_ptr();
+  const int64_t count = modulate_table_grad_parts(call.dtype, table_dtype, call.params);
+  const Tensor parts = torch::stable::new_empty(x, {count}, accumulator(x));
+  modulate_table_grad(call.dtype, table_dtype, call.params, parts.mutable_data_ptr(), call.launch.stream());
+  call.launch.check();
+  return sums;
+}
+
+Tensor modulate_input_grad_op(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& table, const MaybeTensor& pixel_row, const MaybeTensor& mean_shift,
+                              const MaybeTensor& mean_scale, double negative_slope, int64_t upsample) {
+  check_modulate_input_grad(grad, x, mean, rstd, table, pixel_row, mean_shift, mean_scale, upsample);
+  ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
+  call.add_grad(grad);
+  call.add_means(mean_shift, mean_scale);
+  const Tensor d_x = empty_channels_last(x);
+  call.params.out = d_x.mutable_data_ptr();
+  modulate_input_grad(call.dtype, dtype_of(call.table), call.params, call.launch.stream());
+  call.launch.check();
+  return d_x;
+}
+
+}  // namespace
 }  // namespace spade::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, SPADE_DISPATCH_KEY, m) {
+  m.impl("modulate", TORCH_BOX(&spade::cuda::modulate_op));
+  m.impl("modulate_table_grad", TORCH_BOX(&spade::cuda::modulate_table_grad_op));
+  m.impl("modulate_input_grad", TORCH_BOX(&spade::cuda::modulate_input_grad_op));
+}

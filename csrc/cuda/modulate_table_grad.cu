@@ -1,7 +1,6 @@
 // The gradient of the table: sums over the pixels of each row. Rows are extremely uneven, so the list of all pixels,
 // grouped by row, is cut into equal pieces wherever the cuts fall. A row within one piece is done there. A row that
 // reaches over cuts leaves one part in each of its pieces, and the parts are then added in their order.
-#include "kernels.h"
 #include "pixels.h"
 
 namespace spade::cuda {
@@ -207,7 +206,7 @@ int64_t modulate_table_grad_parts(Dtype dtype, Dtype table, const ModulateParams
   return p.pixel_row ? count : 0;
 }
 
-void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& p, void* scratch, Stream stream) {
+void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& p, void* scratch, cudaStream_t stream) {
   for_call(dtype, table, p, [&](auto type, auto table_type, auto v, auto upsample, Cut cut) {
     using T = typename decltype(type)::type;
     using S = typename decltype(table_type)::type;

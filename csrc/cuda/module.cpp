@@ -2,6 +2,7 @@
 // This file needs no stable ABI, and some releases of PyTorch keep their pybind11 from files that ask for it.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#include <sources.h>  // written by setup.py
 
 namespace {
 
@@ -11,6 +12,7 @@ pybind11::dict build_info() {
   info["nvcc"] = SPADE_NVCC_TEXT;
   info["architectures"] = SPADE_ARCHITECTURES_TEXT;
   info["torch_target"] = TORCH_TARGET_VERSION_TEXT;
+  info["sources"] = SPADE_SOURCES_TEXT;
   return info;
 }
 

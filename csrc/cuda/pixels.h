@@ -1,9 +1,15 @@
 // One pixel of y in a modulate kernel, V channels at a time: what it reads, and the arithmetic all three passes share.
 #pragma once
 
+#include "../modulate.h"
 #include "access.h"
 
 namespace spade::cuda {
+
+// `table`: the dtype of params.table, x's or the accumulation type. `parts`: scratch, modulate_table_grad_parts()
+// values of the accumulation type.
+int64_t modulate_table_grad_parts(Dtype dtype, Dtype table, const ModulateParams& params);
+void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& params, void* parts, cudaStream_t stream);
 
 constexpr int64_t kMostLanes = 32;
 

@@ -1,8 +1,12 @@
 // Distinct windows by an open-addressing table of pixels, one region for each image. A slot holds a pixel, which stands
 // for its window: two windows are the same only if all their ids are, whatever those are, and whichever pixel a slot
 // holds says the same. A slot ends up with the first pixel of its window, so rows are numbered alike in every run.
+#include <vector>
+
+#include "../window_index.h"
 #include "access.h"
-#include "kernels.h"
+#include "calls.h"
+#include "window_plan.h"
 
 namespace spade::cuda {
 namespace {
@@ -267,7 +271,8 @@ void plan_window_index(const WindowIndexCall& p, WindowMap& map) {
   map.scale_x = static_cast<float>(map.source_width) / static_cast<float>(map.width);
 }
 
-void number_windows(const WindowIndexCall& p, Stream stream) {
+// Finds pixel_row, image_offsets, and how many rows there are; write_windows writes the windows themselves.
+void number_windows(const WindowIndexCall& p, cudaStream_t stream) {
   size_t slots = 0;
   for (uint32_t i = 0; i < p.count; ++i) slots += static_cast<size_t>(p.images) << p.maps[i].slot_bits;
   fill_bytes(p.maps[0].slots, 0xff, sizeof(uint32_t) * slots, stream);
@@ -278,10 +283,55 @@ void number_windows(const WindowIndexCall& p, Stream stream) {
   launch(over_pixels(p), stream, Look{p});
 }
 
-void write_windows(const WindowIndexCall& p, Stream stream) {
+void write_windows(const WindowIndexCall& p, cudaStream_t stream) {
   const int64_t taps = int64_t{p.kernel_size} * p.kernel_size;
   launch(over_maps(p, 1, [&](const WindowMap& map) { return ceil_div(map.num_rows * taps, kThreads); }), stream,
          Write{p});
 }
 
+namespace {
+
+std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                    int64_t kernel_size, int64_t stride, int64_t padding, int64_t levels) {
+  check_window_index(ids_in, sizes, kernel_size, stride, padding, levels);
+  const Launch launch(ids_in);
+  const Tensor ids = dense(ids_in, ScalarType::Long);
+  WindowPlan plan({ids.size(0), ids.size(1), ids.size(2)}, {sizes.begin(), sizes.end()}, kernel_size, stride, padding,
+                  levels);
+  const Tensor scratch = torch::stable::new_empty(ids, {plan.scratch_size()}, ScalarType::Int);
+  plan.divide(static_cast<uint32_t*>(scratch.mutable_data_ptr()));
+  std::vector<Tensor> pixel_rows, image_offsets;
+  plan.for_each_map([&](WindowMap& map, const WindowMap* before) {
+    pixel_rows.push_back(torch::stable::new_empty(ids, {ids.size(0), map.out_height, map.out_width}));
+    image_offsets.push_back(torch::stable::new_empty(ids, {ids.size(0) + 1}));
+    map.pixel_row = pixel_rows.back().mutable_data_ptr<int64_t>();
+    map.image_offsets = image_offsets.back().mutable_data_ptr<int64_t>();
+    map.ids = before ? before->pixel_row : ids.const_data_ptr<int64_t>();
+    map.first_id = before ? 1 : 0;
+  });
+  if (pixel_rows.empty()) return {};
+  for (const WindowIndexCall& call : plan.calls) number_windows(call, launch.stream());
+  launch.check();
+
+  // The one thing the host has to know: how many rows there are.
+  std::vector<uint32_t> rows(pixel_rows.size());
+  launch.read(rows.data(), plan.calls[0].maps[0].rows, sizeof(uint32_t) * rows.size());
+  std::vector<Tensor> results;
+  plan.for_each_map([&](WindowMap& map, const WindowMap*) {
+    map.num_rows = rows[map.rows - plan.calls[0].maps[0].rows];
+    results.push_back(torch::stable::new_empty(ids, {map.num_rows, kernel_size * kernel_size}));
+    map.windows = results.back().mutable_data_ptr<int64_t>();
+    const size_t i = results.size() / 3;
+    results.insert(results.end(), {pixel_rows[i], image_offsets[i]});
+  });
+  for (const WindowIndexCall& call : plan.calls) write_windows(call, launch.stream());
+  launch.check();
+  return results;
+}
+
+}  // namespace
 }  // namespace spade::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(spade_kernels, SPADE_DISPATCH_KEY, m) {
+  m.impl("window_index", TORCH_BOX(&spade::cuda::window_index_op));
+}

@@ -1,4 +1,5 @@
-// The windows of a batch at several sizes and levels, as calls of as many maps as a launch takes.
+// The parameters of window_index on a GPU: the windows of a batch at several sizes and levels, as calls of as many maps
+// as a launch takes.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +8,36 @@
 #include <limits>
 #include <vector>
 
-#include "kernels.h"
 #include "launch_limits.h"
 
 namespace spade::cuda {
 
+// The windows of a batch of maps of ids, resized to one size. The last five are scratch of the sizes given.
+struct WindowMap {
+  const int64_t* ids;                                   // (images, source_height, source_width)
+  int64_t first_id;                                     // added to each
+  int64_t* pixel_row;                                   // (images, out_height, out_width)
+  int64_t* image_offsets;                               // (images + 1)
+  int64_t* windows;                                     // (rows, kernel_size^2), for write_windows
+  uint32_t source_height, source_width, height, width;  // before and after the resize
+  uint32_t out_height, out_width, slot_bits, blocks;    // from plan_window_index
+  float scale_y, scale_x;
+  uint32_t num_rows;  // for write_windows: what `rows` says
+  uint32_t* rows;
+  uint32_t* slots;   // (images, 2^slot_bits)
+  uint32_t* counts;  // (images, blocks)
+  uint32_t* firsts;  // (images, out_height, out_width)
+};
+
+// Several maps at once; their slots lie one behind the other.
+struct WindowIndexCall {
+  static constexpr uint32_t kMostMaps = 8;
+  uint32_t images, kernel_size, stride, padding, count;
+  WindowMap maps[kMostMaps];
+};
+
+// Sets what follows from the sizes: out_height, out_width, slot_bits, blocks, scales.
+void plan_window_index(const WindowIndexCall& call, WindowMap& map);
 class WindowPlan {
  public:
   // shape: of the ids, (images, height, width). sizes: h, w of the first, h, w of the second, ...

@@ -1,4 +1,5 @@
 // The kernels over pixels of x as a host compiler sees them, behind functions that ctypes can call.
+#include "../arguments.cpp"
 #include "channel_stats.cu"
 #include "modulate.cu"
 #include "modulate_table_grad.cu"

@@ -27,8 +27,8 @@ def _on_triton(device):
     library = torch.library.Library("spade_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
-        for name, candidates in backends._ON_CUDA.items():
-            if "triton" in candidates and name != "pack_modulation_weight":
+        for name in backends.operators_of("triton"):
+            if name != "pack_modulation_weight":
                 kernel = backends._python_kernel(name, "triton")
                 library.impl(name, kernel, device.upper(), allow_override=True)
     # Exact products: what tf32 costs is for the error budget.

@@ -1,20 +1,27 @@
-// The convolutions as operators on CPU tensors: allocation, layout and dtype, then a kernel.
+// conv, conv3x3 and modulate_conv on a CPU; conv1x1.cpp, conv3x3.cpp and the others have their kernels.
+#include "conv.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <tuple>
 #include <utility>
 
-#include "../checks.h"
-#include "calls.h"
-#include "kernels.h"
+#include "modulate.h"
 #include "scratch.h"
 #include "vector.h"
 
 namespace spade {
 namespace {
+
+// The packed weight of a convolution whose input has this shape.
+void check_packed(const Arguments& a, const Tensor& packed_weight, const Tensor& bias, const MaybeTensor& add,
+                  int64_t images, int64_t channels, int64_t height, int64_t width) {
+  a.floats("bias", bias, {kNotEmpty});
+  const int64_t out = bias.size(0), points = size_of(packed_weight, 0) == 1 ? 1 : kPoints;
+  a.floats("packed_weight", packed_weight, {points, ceil_div(out, kPanelColumns), channels, kPanelColumns});
+  a.floats("add", add, {images, out, height, width});
+}
 
 // A convolution's weight (out, in, k, k) in the accumulation type, kept alive beside the parameters that point into it.
 struct ConvWeightCall {
@@ -27,8 +34,8 @@ struct ConvWeightCall {
     params = {weight.const_data_ptr(), weight.size(0),   weight.size(1),  weight.size(2) * weight.size(3),
               weight.stride(0),        weight.stride(1), tap_step(weight)};
     if (!transposed) return;
-    params.weight = static_cast<const char*>(params.weight) + (params.num_taps - 1) * params.tap * value_size();
-    params.tap = -params.tap;
+    params.weight = static_cast<const char*>(params.weight) + (params.num_taps - 1) * params.tap_step * value_size();
+    params.tap_step = -params.tap_step;
     std::swap(params.out, params.in);
     std::swap(params.out_step, params.in_step);
   }
@@ -51,7 +58,8 @@ struct Panels {
 };
 
 Tensor pack_conv_weight_op(const Tensor& weight) {
-  check_pack_conv_weight(weight);
+  const int64_t side = size_of(weight, 2) == 1 ? 1 : 3;
+  Arguments("pack_conv_weight", weight).floats("weight", weight, {kNotEmpty, kNotEmpty, side, side});
   const ConvWeightCall call(weight, accumulator(weight));
   const Tensor panels =
       torch::stable::new_empty(call.weight, {call.points(), call.num_panels(), call.params.in, kPanelColumns});
@@ -97,7 +105,9 @@ Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias)
 }
 
 Tensor conv_op(const Tensor& x, const Tensor& packed_weight_in, const Tensor& bias, const MaybeTensor& add, bool relu) {
-  check_conv(x, packed_weight_in, bias, add);
+  const Arguments a("conv", x);
+  a.floats("x", x, {size_of(x, 0), kNotEmpty, kNotEmpty, kNotEmpty});
+  check_packed(a, packed_weight_in, bias, add, x.size(0), x.size(1), x.size(2), x.size(3));
   const Tensor panels = dense(packed_weight_in, accumulator(x));
   return convolve(x, {panels.const_data_ptr(), panels.size(0)}, bias, add, relu);
 }
@@ -105,7 +115,11 @@ Tensor conv_op(const Tensor& x, const Tensor& packed_weight_in, const Tensor& bi
 Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                         const MaybeTensor& pixel_row, double negative_slope, int64_t upsample,
                         const Tensor& packed_weight_in, const Tensor& bias, const MaybeTensor& add) {
-  check_modulate_conv(x_in, mean, rstd, table, pixel_row, upsample, packed_weight_in, bias, add);
+  const Arguments a("modulate_conv", x_in);
+  check_modulation(a, x_in, mean, rstd, table, pixel_row, upsample);
+  const int64_t height = upsample * x_in.size(2), width = upsample * x_in.size(3);
+  a.require(height > 0 && width > 0, "x holds no pixels");
+  check_packed(a, packed_weight_in, bias, add, x_in.size(0), x_in.size(1), height, width);
   const ScalarType acc = accumulator(x_in);
   const Tensor panels = dense(packed_weight_in, acc);
   const ModulateCall call(as(x_in, acc), mean, rstd, table, pixel_row, negative_slope, upsample);
@@ -120,18 +134,25 @@ Tensor modulate_conv_op(const Tensor& x_in, const Tensor& mean, const Tensor& rs
 }
 
 Tensor conv3x3_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_conv3x3(x, weight, bias);
+  const Arguments a("conv3x3", x);
+  a.floats("x", x, {size_of(x, 0), kNotEmpty, kNotEmpty, kNotEmpty});
+  a.floats("weight", weight, {kNotEmpty, x.size(1), 3, 3});
+  a.floats("bias", bias, {weight.size(0)});
   return convolve(x, ConvWeightCall(weight, accumulator(x)), bias);
 }
 
 Tensor conv3x3_input_grad_op(const Tensor& grad, const Tensor& weight) {
-  check_conv3x3_input_grad(grad, weight);
+  const Arguments a("conv3x3_input_grad", grad);
+  a.floats("grad", grad, {size_of(grad, 0), kNotEmpty, kNotEmpty, kNotEmpty});
+  a.floats("weight", weight, {grad.size(1), kNotEmpty, 3, 3});
   const ConvWeightCall call(weight, accumulator(grad), true);
   return convolve(grad, call, torch::stable::new_zeros(call.weight, {call.params.out}));
 }
 
 std::tuple<Tensor, Tensor> conv3x3_weight_grad_op(const Tensor& grad_in, const Tensor& x_in) {
-  check_conv3x3_weight_grad(grad_in, x_in);
+  const Arguments a("conv3x3_weight_grad", grad_in);
+  a.floats("grad", grad_in, {size_of(grad_in, 0), kNotEmpty, kNotEmpty, kNotEmpty});
+  a.floats("x", x_in, {grad_in.size(0), kNotEmpty, grad_in.size(2), grad_in.size(3)});
   const ScalarType acc = accumulator(grad_in);
   const Tensor grad = channels_last(as(grad_in, acc)), x = channels_last(as(x_in, acc));
   const int64_t images = x.size(0), in = x.size(1), height = x.size(2), width = x.size(3), out = grad.size(1);
