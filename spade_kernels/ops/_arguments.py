@@ -23,7 +23,7 @@ from spade_kernels import transforms
 
 # In a shape: any size but 0.
 NOT_EMPTY: Any = None
-# Layout of packed weights, as csrc/dtype.h has it: columns of a panel, and points of a 3 x 3 weight.
+# Layout of packed weights, as csrc/cpu/gemm.h and conv.h have it: columns of a panel, points of a 3 x 3 weight.
 PANEL_COLUMNS, WINOGRAD_POINTS = 32, 16
 # More entries than a window index can hold.
 MOST_ENTRIES = 2**31

@@ -40,7 +40,7 @@ def register(
 
     Args:
         schema: as PyTorch writes it, "name(arguments) -> results".
-        check: takes `Arguments` and the operator's; raises if they do not fit. The checks of compiled kernels are in
+        check: takes `Arguments` and the operator's; raises if they do not fit. Compiled kernels check them in
             csrc/, in the file of the same stem.
         fake: takes the arguments without values; returns results of the right shape, dtype and layout.
         kernels: backends that have a kernel, the preferred one first. Triton's is in triton/, in the file of the stem

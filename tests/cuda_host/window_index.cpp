@@ -1,7 +1,7 @@
 // csrc/cuda/window_index.cu as a host compiler sees it, behind functions that ctypes can call.
-#include "../arguments.cpp"
 #include "window_index.cu"
 
+#include "../arguments.cpp"
 #include "window_plan.h"
 
 using namespace spade;
