@@ -243,7 +243,7 @@ def nvcc_version():
 
 
 def architectures(nvcc):
-    """What the CUDA kernels are built for; sets TORCH_CUDA_ARCH_LIST where torch could not tell by itself."""
+    """The architectures that the CUDA kernels are built for; sets TORCH_CUDA_ARCH_LIST where torch could not tell."""
     import torch
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spade_kernels import backends, ops, transforms
 from spade_kernels.freezing import Freezable
+from spade_kernels.modulation import DeferredModulation
 from spade_kernels.normalization import has_hooks
-from spade_kernels.ops import DeferredModulation
 
 _EPS = 1e-12
 
@@ -252,8 +252,8 @@ class _Panels:
     def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             return ops.conv(x, self._panels, self._bias, add, self._relu)
-        how = (x.pixel_row, x.negative_slope, x.upsample)
-        return ops.modulate_conv(x.x, x.mean, x.rstd, x.table, *how, self._panels, self._bias, add)
+        modulation = (x.stats.mean, x.stats.rstd, x.table.rows, x.table.pixel_row, x.negative_slope, x.upsample)
+        return ops.modulate_conv(x.x, *modulation, self._panels, self._bias, add)
 
     def dense(self) -> Tensor:
         """The weight again, but for rounding."""

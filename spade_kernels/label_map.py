@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch.utils import _pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from spade_kernels import backends, ops, transforms
+from spade_kernels import ops, transforms
+from spade_kernels.cache import Cache
 from spade_kernels.packing import Packable, Slot, pack, unpack
-from spade_kernels.windows import WindowIndex, Windows, build_segments
+from spade_kernels.windows import WindowIndex, WindowKey, Windows, build_segments
 
 # With edges, codes then stay below the 2^32 that window indexes tell apart.
 _MOST_LABELS = 2**30
@@ -30,6 +31,10 @@ class LabelMap(Packable):
         num_labels: number of classes; the condition has `num_labels` channels, one more with `edges`.
         edges: optional (N, H, W) boolean tensor, the instance boundary plane (`instance_edges`).
         ignore_index: a label value meaning "no class": an all-zero condition vector (plus the edge).
+
+    Attributes:
+        codes: (N, H, W) int64, the row of the codebook that each pixel has as its condition vector.
+        cache: windows by `WindowKey`, as they are asked for, and the pooled label map.
 
     Raises:
         TypeError: labels, num_labels or ignore_index are not integers, edges not boolean.
@@ -58,7 +63,7 @@ class LabelMap(Packable):
         self.labels, self.num_labels, self.edges, self.ignore_index = labels, num_labels, edges, ignore_index
         self.codes = codes
         self._pooled_codebook: torch.Tensor | None = None
-        self._cache: dict[Any, Any] = {}
+        self.cache = Cache()
 
     @property
     def channels(self) -> int:
@@ -138,13 +143,10 @@ class LabelMap(Packable):
             TypeError: an argument is not an integer, or size not a pair.
             ValueError: no window fits, an argument is negative, stride is 0, or the windows would not fit into memory.
         """
-        height, width = size = _pair(size)
+        size = as_size(size)
         self._check_windows(size, kernel_size, stride, padding, levels=1)
-        key = ("codes", height, width, kernel_size, stride, padding)
-        if key not in self._cache:
-            with torch.inference_mode(False), transforms.outside():
-                self._cache[key] = Windows.of(self.codes, self.num_codes, (height, width), kernel_size, stride, padding)
-        return self._cache[key]
+        key = WindowKey("codes", *size, kernel_size, stride, padding)
+        return self.cache.get(key, lambda: Windows.of(self.codes, self.num_codes, key.size, *key[3:]), self.codes)
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
         """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and cached.
@@ -153,9 +155,9 @@ class LabelMap(Packable):
             TypeError: an argument is not an integer, or size not a pair.
             ValueError: kernel_size is even or not positive, or the size is not positive or too large.
         """
-        key, kernel_size = _pair(size), _integer("kernel_size", kernel_size)
+        key, kernel_size = as_size(size), _integer("kernel_size", kernel_size)
         self._index([key], kernel_size)
-        return WindowIndex(*(self._cache[name] for name in _index_keys(key, kernel_size)))
+        return WindowIndex(*(self.cache[name] for name in _index_keys(key, kernel_size)))
 
     def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int = 3, gradients: bool = True) -> LabelMap:
         """Builds what SPADE layers with kernel_size need at each of the `sizes` (h, w), ahead of their forward pass.
@@ -164,7 +166,7 @@ class LabelMap(Packable):
         leaves the training process nothing to build. Without `gradients`, what only the backward needs is left out.
         Returns the label map itself.
         """
-        wanted, kernel_size = [_pair(size) for size in sizes], _integer("kernel_size", kernel_size)
+        wanted, kernel_size = [as_size(size) for size in sizes], _integer("kernel_size", kernel_size)
         self._index(wanted, kernel_size)
         if gradients:
             indexes = [windows for size in wanted for windows in self.window_index(size, kernel_size)]
@@ -175,7 +177,7 @@ class LabelMap(Packable):
 
     def _index(self, sizes: Iterable[tuple[int, int]], kernel_size: int) -> None:
         """Builds the window indexes that are not there."""
-        missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self._cache]
+        missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self.cache]
         if not missing:
             return
         for size in missing:
@@ -186,7 +188,8 @@ class LabelMap(Packable):
             found = WindowIndex.of(self.codes, self.num_codes, missing, kernel_size)
         for size, index in zip(missing, found, strict=True):
             for key, windows in zip(_index_keys(size, kernel_size), index, strict=True):
-                self._cache.setdefault(key, windows)
+                if key not in self.cache:
+                    self.cache[key] = windows
 
     def _check_windows(
         self, size: tuple[int, int], kernel_size: int, stride: int, padding: int, *, levels: int
@@ -203,16 +206,13 @@ class LabelMap(Packable):
         Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
         discriminator's coarser scales need no one-hot planes either.
         """
-        if "pooled" not in self._cache:
-            seen = self.windows(self.shape[1:], 3, 2, 1)
-            with torch.inference_mode(False), transforms.outside():
-                inside = (seen.windows > 0).sum(1, keepdim=True)
-                codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
-                pooled = self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
-            if backends.is_captured(codebook):
-                return pooled
-            self._cache["pooled"] = pooled
-        return self._cache["pooled"]
+        return self.cache.get("pooled", self._pool, self.codes)
+
+    def _pool(self) -> LabelMap:
+        seen = self.windows(self.shape[1:], 3, 2, 1)
+        inside = (seen.windows > 0).sum(1, keepdim=True)
+        codebook = F.embedding_bag(seen.windows, self.codebook(torch.float64), mode="sum") / inside
+        return self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
         """Moves the label map to `device`: itself if it is there, else a copy, made in one transfer."""
@@ -280,7 +280,7 @@ class LabelMap(Packable):
         # One by one: torch.compile of torch 2.11 traces no update of __dict__.
         other.labels, other.num_labels, other.edges = self.labels, self.num_labels, self.edges
         other.codes, other._pooled_codebook = transforms.constant(codes), codebook
-        other.ignore_index, other._cache = self.ignore_index, {}
+        other.ignore_index, other.cache = self.ignore_index, Cache()
         return other
 
 
@@ -290,7 +290,7 @@ def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
     num_labels = classes.shape[1]
     if num_labels > 2 / torch.finfo(classes.dtype).eps:
         classes = classes.float()  # Where the dtype cannot tell two of their numbers apart.
-    # In one pass over the planes, each pixel's sum of the numbers of its classes, from 1.
+    # One pass over the planes sums up, for each pixel, the numbers of its classes, counted from 1.
     numbers = torch.arange(1, num_labels + 1, dtype=classes.dtype, device=planes.device)
     with torch.autocast(planes.device.type, enabled=False):
         labels = (numbers @ classes.flatten(2)).view(-1, *planes.shape[2:]).long() - 1
@@ -335,25 +335,20 @@ def _products_are_coarser(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and [setting.fp32_precision == "tf32" for setting in cuda] == [True, False]
 
 
-_codebooks: dict[tuple, torch.Tensor] = {}
+_codebooks = Cache(shared=True)
 
 
 def _cached_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
     """Its codebook, the same for all label maps of its kind."""
     kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
-    if kind in _codebooks:
-        return _codebooks[kind]
-    with torch.inference_mode(False), transforms.outside():
-        codebook = label_map.codebook(dtype)
-    if backends.is_cacheable(codebook):
-        backends.synchronize(codebook)
-        _codebooks[kind] = codebook
-    return codebook
+    return _codebooks.get(kind, lambda: label_map.codebook(dtype), label_map.codes)
 
 
-def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[tuple, tuple]:
-    """Where a label map keeps the two parts of a window index."""
-    return ("codes", *size, kernel_size, 1, kernel_size // 2), ("hidden rows", *size, kernel_size)
+def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[WindowKey, WindowKey]:
+    """The keys of the two parts of a window index."""
+    height, width = size
+    part = (height, width, kernel_size, 1, kernel_size // 2)
+    return WindowKey("codes", *part), WindowKey("hidden rows", *part)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -368,8 +363,8 @@ def _integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def _pair(size: Sequence[int]) -> tuple[int, int]:
-    """`size` as (h, w)."""
+def as_size(size: Sequence[int]) -> tuple[int, int]:
+    """`size` as (h, w); raises TypeError for what is not a pair of integers."""
     if len(size) != 2:
         raise TypeError(f"size must be a pair (h, w), got {size!r}")
     return _integer("height", size[0]), _integer("width", size[1])
@@ -400,7 +395,7 @@ def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | 
     classes = labels.to(torch.int64)
     ignored = None if ignore_index is None else classes == ignore_index
     seen = classes if ignored is None else classes.masked_fill(ignored, 0)
-    # Where labels are on a GPU, the one thing it is asked for.
+    # On a GPU this is the only host synchronization.
     least, most = torch.stack(torch.aminmax(seen)).tolist()
     if least < 0 or most >= num_labels:
         bad = ((seen < 0) | (seen >= num_labels)).nonzero()
@@ -445,12 +440,12 @@ def _unflatten(parts: Iterable[Any], context: tuple[int, int | None]) -> LabelMa
     for name, part in zip(_PARTS, parts, strict=True):
         setattr(label_map, name, part)
     label_map.num_labels, label_map.ignore_index = context
-    label_map._cache = {}
+    label_map.cache = Cache()
     return label_map
 
 
 # So that torch.load, which torch.export.load calls too, takes label maps as it takes tensors.
-torch.serialization.add_safe_globals([LabelMap, Windows, Slot])
+torch.serialization.add_safe_globals([Cache, LabelMap, Slot, WindowKey, Windows])
 # For torch.export, whose programs then take label maps. What is kept stays out: a program would otherwise take only
 # label maps with the same indexes already built as its example had.
 _pytree.register_pytree_node(

@@ -11,21 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from spade_kernels import functional
+from spade_kernels.condition import Segmap, as_condition
 from spade_kernels.convolution import Conv2d, is_plain
 from spade_kernels.freezing import Freezable
-from spade_kernels.functional import Gain, PackedWeights, Segmap, Weights
+from spade_kernels.functional import Gain, PackedWeights, Weights
 from spade_kernels.label_map import LabelMap
-from spade_kernels.normalization import (
-    Moments,
-    SyncBatchNorm2d,
-    check_input,
-    has_hooks,
-    identity_statistics,
-    is_parameter_free,
-    statistics,
-)
-from spade_kernels.ops import DeferredModulation
-from spade_kernels.transforms import channels_last
+from spade_kernels.modulation import DeferredModulation, ModulationTable
+from spade_kernels.normalization import Moments, SyncBatchNorm2d, apply_norm, check_input, has_hooks
 
 _HIDDEN = 128
 
@@ -96,35 +88,25 @@ class SPADE(Freezable):
         moments: Moments | None = None,
     ) -> DeferredModulation:
         """`forward` without its last pass over x, which a convolution can fuse."""
-        # Checked first: what is refused must not have moved the running statistics.
-        gain, weights = functional.as_gain(gain), self._weights() if self._is_as_built() else None
-        check_input(x, self.norm_nc)
-        functional.check_upsample(upsample)
-        if weights is not None:
-            functional.check_weights(weights)
-        condition_channels = self.label_nc if weights is None else weights.shared[0].shape[1]
-        segmap = functional.as_condition(segmap, condition_channels, like=x)
-        table = None if weights is not None else functional.times(self._table_by_modules(segmap, x, upsample), gain)
-        parameter_free = is_parameter_free(self.param_free_norm)
-        if not parameter_free:
-            x, upsample = self.param_free_norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x), 1
-        # The kernels read channels-last; statistics, modulation and their gradients share one conversion.
-        x = channels_last(x)
-        stats = statistics(self.param_free_norm, x, moments, upsample) if parameter_free else identity_statistics(x)
-        if weights is not None:
+        if self._is_as_built():
             return functional.defer_spade(
                 x,
                 segmap,
-                stats,
-                weights,
+                self.param_free_norm,
+                self._weights(),
                 negative_slope=negative_slope,
                 gain=gain,
                 upsample=upsample,
+                moments=moments,
                 packed=self.packed(),
             )
-        assert table is not None
-        how = negative_slope, upsample, stats.stats_scope
-        return DeferredModulation(x, stats.mean, stats.rstd, table, None, None, None, None, *how)
+        gain = functional.as_gain(gain)
+        check_input(x, self.norm_nc)
+        functional.check_upsample(upsample)
+        segmap = as_condition(segmap, self.label_nc, like=x)
+        rows = functional.times(self._rows_by_modules(segmap, x, upsample), gain)
+        x, stats, upsample = apply_norm(self.param_free_norm, x, moments, upsample)
+        return DeferredModulation(x, stats, ModulationTable(rows), negative_slope, upsample)
 
     def pack(self) -> PackedWeights | None:
         return PackedWeights(self._weights()) if self._is_as_built() else None
@@ -139,7 +121,7 @@ class SPADE(Freezable):
         sizes = {_kernel_size(module) for module in (shared[0], gamma, beta)}
         return len(sizes) == 1 and None not in sizes and gamma.out_channels == beta.out_channels == self.norm_nc
 
-    def _table_by_modules(self, segmap: Segmap, x: torch.Tensor, upsample: int) -> torch.Tensor:
+    def _rows_by_modules(self, segmap: Segmap, x: torch.Tensor, upsample: int) -> torch.Tensor:
         """(N*h*w, 2C): the scale and shift of every pixel of the result, by calling the modules as they are."""
         n, c, h, w = x.shape
         shape = (n, c, h * upsample, w * upsample)

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spade_kernels import ops, transforms
+from spade_kernels.transforms import channels_last
 
 Moments = tuple[Tensor, Tensor]
 
@@ -120,6 +122,25 @@ def _check_fits(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
 
 def _is_moment(t: Tensor, x: Tensor) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point() and t.shape == x.shape[:2] and t.device == x.device
+
+
+def apply_norm(
+    norm: nn.Module | Statistics, x: Tensor, taken: Moments | None = None, upsample: int = 1
+) -> tuple[Tensor, Statistics, int]:
+    """The tensor to modulate, its statistics, and the upsampling that is left to do.
+
+    They are x itself and its statistics under a parameter-free norm, or those given. Any other module is called with x
+    at its full size, and its result has the statistics that leave it as it is.
+
+    Args:
+        taken, upsample: see `statistics`.
+    """
+    if isinstance(norm, nn.Module) and not is_parameter_free(norm):
+        x = channels_last(norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x))
+        return x, identity_statistics(x), 1
+    # Kernels read channels-last; statistics, modulation and their gradients share one conversion.
+    x = channels_last(x)
+    return x, statistics(norm, x, taken, upsample) if isinstance(norm, nn.Module) else norm, upsample
 
 
 def identity_statistics(x: Tensor) -> Statistics:

@@ -8,7 +8,7 @@ import torch
 
 from spade_kernels.label_map import LabelMap
 from spade_kernels.packing import pack, unpack
-from spade_kernels.windows import Windows, build_segments
+from spade_kernels.windows import WindowKey, Windows, build_segments
 
 _FEWEST = 64
 
@@ -51,7 +51,7 @@ class StaticLabelMap:
             raise ValueError("of the label map and the place, one has edges and one has not")
         # To a CPU only when it is there: nothing would wait for it.
         other = other.to(mine.device, non_blocking=mine.device.type == "cuda")
-        places, found = _windows_of(mine), _windows_like(mine, other)
+        places, found = [*_windows_of(mine).values()], _windows_like(mine, other)
         pairs = [(mine.codes, other.codes), (mine.labels, other.labels.long())]
         if mine.edges is not None and other.edges is not None:
             pairs.append((mine.edges, other.edges))
@@ -62,8 +62,14 @@ class StaticLabelMap:
         _copy_each(pairs)
         again = [Windows(place.windows, place.pixel_row, place.image_offsets, place.num_ids) for place in places]
         _build_segments_like(places, again)
-        segments = [(place.segments(), new.segments()) for place, new in zip(places, again, strict=True)]
-        _copy_each([pair for of_place, new in segments for pair in zip(of_place, new, strict=True)])
+        _copy_each(
+            [
+                pair
+                for place, new in zip(places, again, strict=True)
+                for name in place.cache
+                for pair in zip(place.cache[name], new.cache[name], strict=True)
+            ]
+        )
         return mine
 
 
@@ -76,22 +82,19 @@ def _copy_each(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def _held(label_map: LabelMap) -> dict:
     """Which window indexes it holds, and which segments of them."""
-    return {
-        key: isinstance(cached, Windows) and (cached._tap_segments is None, cached._row_segments is None)
-        for key, cached in label_map._cache.items()
-    }
+    return {key: isinstance(key, WindowKey) and set(label_map.cache[key].cache) for key in label_map.cache}
 
 
-def _windows_of(label_map: LabelMap) -> list[Windows]:
-    return [cached for cached in label_map._cache.values() if isinstance(cached, Windows)]
+def _windows_of(label_map: LabelMap) -> dict[WindowKey, Windows]:
+    return {key: label_map.cache[key] for key in label_map.cache if isinstance(key, WindowKey)}
 
 
 def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> None:
     """Builds those segments of each of `made` that its model has."""
     pairs = list(zip(models, made, strict=True))
     build_segments(
-        [windows for model, windows in pairs if model._tap_segments is not None],
-        [windows for model, windows in pairs if model._row_segments is not None],
+        [windows for model, windows in pairs if "tap_segments" in model.cache],
+        [windows for model, windows in pairs if "row_segments" in model.cache],
     )
 
 
@@ -101,22 +104,22 @@ def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
     Raises:
         ValueError: there are more than the place has room for.
     """
-    keys = {key: cached for key, cached in place._cache.items() if isinstance(cached, Windows)}
-    of_rows = [key for key in keys if key[0] == "hidden rows"]
-    for kernel_size in {key[3] for key in of_rows}:
-        label_map.prepare([key[1:3] for key in of_rows if key[3] == kernel_size], kernel_size, gradients=False)
+    mine = _windows_of(place)
+    of_rows = [key for key in mine if key.of == "hidden rows"]
+    for k in {key.kernel_size for key in of_rows}:
+        label_map.prepare([key.size for key in of_rows if key.kernel_size == k], k, gradients=False)
     found = []
-    for (kind, height, width, kernel_size, *how), mine in keys.items():
-        size = (height, width)
+    for key, room in mine.items():
+        k = key.kernel_size
         windows = (
-            label_map.windows(size, kernel_size, *how)
-            if kind == "codes"
-            else label_map.window_index(size, kernel_size).modulation
+            label_map.windows(key.size, k, key.stride, key.padding)
+            if key.of == "codes"
+            else label_map.window_index(key.size, k).modulation
         )
-        if len(windows) > len(mine):
+        if len(windows) > len(room):
             raise ValueError(
-                f"the label map has {len(windows)} distinct {kernel_size}x{kernel_size} windows at {height} x {width}, "
-                f"the place has room for {len(mine)}; make a new StaticLabelMap of it"
+                f"the label map has {len(windows)} distinct {k}x{k} windows at {key.height} x {key.width}, the place "
+                f"has room for {len(room)}; make a new StaticLabelMap of it"
             )
         found.append(windows)
     return found
@@ -128,15 +131,12 @@ def _with_room(example: LabelMap) -> LabelMap:
         raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
     twin = example._with_codes(example.codes, None)
     twin.labels = example.labels.long()  # The same layout whatever integers the labels came as.
-    for key, windows in example._cache.items():
-        if not isinstance(windows, Windows):
-            continue
+    for key, windows in _windows_of(example).items():
         num_ids = windows.num_ids
-        if key[0] == "hidden rows":
-            hidden = example.window_index(key[1:3], key[3]).hidden
-            num_ids = _bucket(hidden) + 1
-        twin._cache[key] = windows.padded(_bucket(windows), num_ids)
-    _build_segments_like(_windows_of(example), _windows_of(twin))
+        if key.of == "hidden rows":
+            num_ids = _bucket(example.window_index(key.size, key.kernel_size).hidden) + 1
+        twin.cache[key] = windows.padded(_bucket(windows), num_ids)
+    _build_segments_like([*_windows_of(example).values()], [*_windows_of(twin).values()])
     return twin
 
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
 from spade_kernels import backends, ops, transforms
+from spade_kernels.cache import Cache
 from spade_kernels.packing import Packable
 
 Segments = tuple[torch.Tensor, torch.Tensor]
 
-# What is kept is made outside inference mode and torch.func's transforms even when asked for inside: training may need
-# the same windows later. It is kept in plain attributes: torch.compile cannot trace the lock of a
-# functools.cached_property.
+
+class WindowKey(NamedTuple):
+    """Names the windows of a label map: of its codes, or of the hidden rows that the windows of codes make."""
+
+    of: Literal["codes", "hidden rows"]
+    height: int
+    width: int
+    kernel_size: int
+    stride: int
+    padding: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
 
 
 @dataclass(eq=False)
@@ -27,14 +39,14 @@ class Windows(Packable):
         pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
         image_offsets: (N + 1,) int64, image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1.
         num_ids: ids in use, 0 included.
+        cache: `tap_segments` and `row_segments`, by these names.
     """
 
     windows: torch.Tensor
     pixel_row: torch.Tensor
     image_offsets: torch.Tensor
     num_ids: int
-    _tap_segments: Segments | None = None
-    _row_segments: Segments | None = None
+    cache: Cache = field(default_factory=Cache)
 
     @classmethod
     def of(
@@ -55,34 +67,19 @@ class Windows(Packable):
     @property
     def tap_segments(self) -> Segments:
         """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and cached."""
-        if self._tap_segments is not None:
-            return self._tap_segments
-        with torch.inference_mode(False), transforms.outside():
-            uses = ops.segments_by_tap(self.windows, self.num_ids)
-        if not backends.is_captured(self.windows):
-            self._tap_segments = uses
-        return uses
+        return self.cache.get("tap_segments", lambda: ops.segments_by_tap(self.windows, self.num_ids), self.windows)
 
     @property
     def row_segments(self) -> Segments:
         """Pixels of each row. Built once, and cached."""
-        if self._row_segments is not None:
-            return self._row_segments
-        with torch.inference_mode(False), transforms.outside():
-            pixels = ops.segments_by_value(self.pixel_row, self.windows.shape[0])
-        if not backends.is_captured(self.windows):
-            self._row_segments = pixels
-        return pixels
-
-    def segments(self) -> list[torch.Tensor]:
-        """The tensors of those segments that are there."""
-        return [*(self._tap_segments or ()), *(self._row_segments or ())]
+        count = self.windows.shape[0]
+        return self.cache.get("row_segments", lambda: ops.segments_by_value(self.pixel_row, count), self.windows)
 
 
 def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> None:
     """Builds `tap_segments` of some windows and `row_segments` of others, as far as they are not there, all at once."""
-    by_tap = [windows for windows in by_tap if windows._tap_segments is None]
-    by_pixel = [windows for windows in by_pixel if windows._row_segments is None]
+    by_tap = [windows for windows in by_tap if "tap_segments" not in windows.cache]
+    by_pixel = [windows for windows in by_pixel if "row_segments" not in windows.cache]
     if any(backends.is_captured(windows.windows) for windows in [*by_tap, *by_pixel]):
         return
     values = [ops.tap_keys(windows.windows) for windows in by_tap] + [windows.pixel_row for windows in by_pixel]
@@ -90,9 +87,9 @@ def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> No
     with torch.inference_mode(False), transforms.outside():
         segments = ops.segments_of_each(values, counts)
     for windows, found in zip(by_tap, segments[: len(by_tap)], strict=True):
-        windows._tap_segments = found
+        windows.cache["tap_segments"] = found
     for windows, found in zip(by_pixel, segments[len(by_tap) :], strict=True):
-        windows._row_segments = found
+        windows.cache["row_segments"] = found
 
 
 class WindowIndex(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from spade_kernels.functional import Segmap
+from spade_kernels.condition import Segmap
 
 
 class EMA:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spade_kernels.functional import Segmap
+from spade_kernels.condition import Segmap
 from spade_model import checkpoint
 from spade_model.config import (
     DataConfig,

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: the options of a very small run, and the result of a command."""
+"""Helpers of the command line's tests: the options of a very small run, and the result of a command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = [
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind."""
+    """The exit status of a command, and its output."""
 
     status: int
     out: str

@@ -21,7 +21,7 @@ from calls_in_processes import RAISED, RETURNED, outcome
 from torch import nn
 
 import spade_kernels as sk
-from spade_kernels import functional, normalization, ops
+from spade_kernels import condition, functional, normalization, ops
 from spade_kernels.convolution import Conv2d
 from spade_kernels.windows import Windows
 
@@ -82,6 +82,7 @@ FREED = {"labels": _freed(LABELS), "planes": _freed(PLANES), "x": _freed(X), "se
 
 STATS = normalization.statistics(nn.BatchNorm2d(16), X)
 WEIGHTS = LAYER._weights()
+TABLE = functional.modulation_table(LABELS, X.shape[2:], WEIGHTS)
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LabelMap": (sk.LabelMap, {"labels": LABELS, "num_labels": 5, "edges": None, "ignore_index": None}),
     "LabelMap.windows": (MAP.windows, {"size": (8, 8), "kernel_size": 3, "stride": 1, "padding": 1}),
@@ -110,18 +111,26 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {
             "x": X,
             "segmap": LABELS,
-            "stats": STATS,
+            "norm": STATS,
             "weights": WEIGHTS,
             "negative_slope": 1.0,
             "upsample": 1,
             "packed": None,
         },
     ),
-    "functional.conv2d": (
-        functional.conv2d,
+    "functional.modulation_table": (
+        functional.modulation_table,
+        {"segmap": LABELS, "size": (4, 4), "weights": WEIGHTS, "x_dtype": None, "gain": None, "packed": None},
+    ),
+    "functional.modulate": (
+        functional.modulate,
+        {"x": X, "stats": STATS, "table": TABLE, "negative_slope": 1.0, "upsample": 1},
+    ),
+    "condition.conv2d": (
+        condition.conv2d,
         {"segmap": MAP, "weight": torch.randn(4, 5, 3, 3), "bias": None, "stride": 1, "padding": 1, "size": (8, 8)},
     ),
-    "functional.as_condition": (functional.as_condition, {"segmap": MAP, "channels": 5, "like": X}),
+    "condition.as_condition": (condition.as_condition, {"segmap": MAP, "channels": 5, "like": X}),
     "normalization.statistics": (
         lambda **arguments: normalization.statistics(nn.BatchNorm2d(16), **arguments),
         {"x": X, "taken": None, "upsample": 1},

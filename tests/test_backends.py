@@ -66,7 +66,7 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
 
 @pytest.fixture
 def _gpu_kernels(monkeypatch):
-    """As on a machine where everything is installed; nothing is registered."""
+    """Makes all GPU backends look installed; nothing is registered."""
     monkeypatch.setattr(backends, "_override", lambda *names: None)
     monkeypatch.setattr(backends, "_cuda", backends)
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)

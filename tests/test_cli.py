@@ -38,7 +38,7 @@ GENERATE = """
     overlay device
 """
 OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + DATA + MODEL, "doctor": "split" + DATA}
-"""What scripts rely on: an option that leaves this list needs an entry among those that are renamed or gone."""
+"""Options that scripts rely on: one that leaves this list needs an entry among those that are renamed or gone."""
 
 
 @pytest.fixture

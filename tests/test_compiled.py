@@ -120,7 +120,7 @@ def test_operators_compile_for_cuda(source):
 
 
 def test_layers_up_to_the_launch():
-    """What Triton's launcher makes of real layers' arguments compiles, and is what `variants` foretells."""
+    """The variants that Triton's launcher compiles for real layers' arguments are those that `variants` predicts."""
     pytest.importorskip("triton.compiler", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("triton_launches.py"))]

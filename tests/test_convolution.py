@@ -44,7 +44,7 @@ def is_stored_as_usual(weight: Tensor) -> bool:
 
 
 def through_gain(conv: Conv2d, x: Tensor) -> Tensor:
-    """As a residual block calls it."""
+    """The gain is folded into the input, which is how a residual block calls it."""
     weight, gain = conv.weight_and_inv_sigma()
     return conv(x if gain is None else x * gain, weight)
 
@@ -169,7 +169,7 @@ def test_error_in_float32(kernel_size, padding, bias, way, training):
 
 
 def test_weight_of_spectral_norm(kernel_size, padding, bias):
-    """As `torch.nn.utils.spectral_norm` leaves it after a call: what adapters and quantizers read."""
+    """Adapters and quantizers read `weight`: it is what `torch.nn.utils.spectral_norm` leaves after a call."""
     ours, stock = twins(kernel_size, padding, bias)
     for training in (True, False):
         ours.train(training)(image())
@@ -203,7 +203,7 @@ def test_moved_to_channels_last(kernel_size, padding, bias):
 
 
 def test_optimizer_states_in_channels_last(kernel_size, padding, bias):
-    """As runs of earlier versions have them."""
+    """Runs of earlier versions have channels-last weights, and optimizer states of that layout."""
     x, results = image(), []
     for layout in LAYOUTS.values():
         torch.manual_seed(0)

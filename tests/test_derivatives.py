@@ -85,7 +85,7 @@ def generator() -> SPADEGenerator:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_of_the_generator(generator, training):
-    """Of a path length penalty's kind: how fast the image changes with the first feature map, and in all weights."""
+    """A penalty like that of path lengths: how fast the image changes with the first feature map and all weights."""
     generator.train(training)
     stock = stock_generator(generator, "eager", training=training)
     label_map = random_label_map("blobs", (N, 32, 32), CLASSES)

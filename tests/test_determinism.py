@@ -1,4 +1,4 @@
-"""The same bits in every run: of layers on one thread and on two, of generators on one thread or on two.
+"""Results have the same bits in every run: of layers on one thread and on two, of generators on one thread or on two.
 
 A generator's plain convolutions are oneDNN's, whose sums need not be the same on one thread and on two.
 """

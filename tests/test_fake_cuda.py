@@ -1,4 +1,4 @@
-"""What compiled code is told of CUDA tensors, with and without a GPU: devices, dtypes and layouts of fake ones."""
+"""Fake CUDA tensors, with and without a GPU: the devices, dtypes and layouts that compiled code is told of."""
 
 from __future__ import annotations
 

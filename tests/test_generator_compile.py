@@ -66,7 +66,7 @@ def test_a_prepared_label_map_lacks_nothing(num_upsampling_layers, norm_G, aspec
 def test_other_generators_use_no_indexes(monkeypatch):
     label_map = mask()
     index_builder(torch.nn.Conv2d(1, 1, 1), 0)(label_map)
-    assert not label_map._cache
+    assert not len(label_map.cache)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -254,7 +254,7 @@ class TestTimes:
 
 
 class Streams:
-    """As much of torch.cuda as a capture asks for; says on which stream each thing happened."""
+    """Stands in for torch.cuda in a capture, and says on which stream each thing happened."""
 
     def __init__(self) -> None:
         self.current, self.seen = "default", []

@@ -1,4 +1,4 @@
-"""What `make gpu-check` writes and prints: bounds, tables, and what was not run."""
+"""The report of `make gpu-check`: bounds, tables, and what was not run."""
 
 from __future__ import annotations
 

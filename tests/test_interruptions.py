@@ -174,7 +174,7 @@ def test_training_in_a_thread(run_copy):
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["train", "--help"]])
 def test_output_that_nobody_reads(processes, arguments):
-    """As in `spade ... | head`: the reader has gone before the first line."""
+    """The reader of the output has gone before the first line, like that of `spade ... | head`."""
     reader, writer = os.pipe()
     os.close(reader)
     process = start(arguments, stdout=writer, stderr=subprocess.PIPE)

@@ -32,7 +32,7 @@ CLASSES, CHANNELS = 5, 4
 
 
 def segmaps(label_map: LabelMap, dtype: torch.dtype) -> list[LabelMap | Tensor]:
-    """The same condition in every form a layer takes."""
+    """One condition in every form that a layer takes."""
     forms = [label_map, label_map.one_hot(dtype)]
     if label_map.edges is None and label_map.ignore_index is None:
         forms += [label_map.labels, label_map.labels.to(torch.uint8).unsqueeze(1)]
@@ -280,7 +280,7 @@ def test_wrong_weights_and_options_change_no_statistics():
 
 
 def test_without_running_statistics_those_of_the_batch_are_taken():
-    """As in PyTorch's batch norm, in evaluation too."""
+    """PyTorch's batch norm behaves like this, in evaluation too."""
     layer, x = random_spade("spadebatch3x3", CHANNELS, CLASSES), torch.randn(2, CHANNELS, 8, 8)
     label_map = random_label_map("blobs", (2, 8, 8), CLASSES)
     trained = layer(x, label_map)
@@ -307,7 +307,7 @@ def test_wrong_input_changes_no_statistics():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """As in training: a convolution hands the layer a low-precision x, the weights are float32."""
+    """In training a convolution hands the layer a low-precision x, and the weights are float32."""
     label_map = random_label_map("blobs", (2, 16, 16), CLASSES)
     # Without a bias: batch norm removes it, so its gradient is zero but for rounding, and has no relative error.
     layer, conv = random_spade("spadebatch3x3", CHANNELS, CLASSES), nn.Conv2d(3, CHANNELS, 3, padding=1, bias=False)

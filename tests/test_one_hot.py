@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spade_kernels import SPADE, LabelMap
 from spade_kernels import one_hot as one_hot_module
-from spade_kernels.functional import as_condition, conv2d
+from spade_kernels.condition import as_condition, conv2d
 from spade_kernels.testing import forward_backward, random_label_map, random_labels, random_spade
 
 SHAPE, CLASSES = (2, 21, 18), 5
@@ -219,7 +219,7 @@ def test_gradients_for_the_condition():
 
 
 def seen_in(transform: Callable[[Callable[[Tensor], Tensor], Tensor], object]) -> list[LabelMap | None]:
-    """What is recognised while a function is traced."""
+    """Label maps that are detected while a function is traced."""
     seen = []
 
     def function(planes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ CALLS = 300
 
 
 def fuzz(*options: object, script: str = "operator_fuzz.py") -> str:
-    """What the fuzzer reports; it needs a process that has no threads yet."""
+    """Runs the fuzzer and returns its report; it needs a process that has no threads yet."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

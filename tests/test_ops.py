@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spade_kernels import backends, functional, ops, reference
+from spade_kernels import backends, condition, ops, reference
 from spade_kernels.layers import SPADE
 from spade_kernels.normalization import Statistics
 from spade_kernels.testing import forward_backward, random_label_map
@@ -260,7 +260,7 @@ def test_convolution_has_the_same_bits_every_time():
         label_map = random_label_map("blobs", (2, 64, 64), 8)
         grad = torch.linspace(-1, 1, 2 * 16 * 64 * 64).view(2, 16, 64, 64)
         return forward_backward(
-            lambda x: x + functional.conv2d(label_map, conv.weight, conv.bias, padding=1), conv, x, grad
+            lambda x: x + condition.conv2d(label_map, conv.weight, conv.bias, padding=1), conv, x, grad
         )
 
     first = run(1)

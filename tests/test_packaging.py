@@ -1,4 +1,4 @@
-"""What is installed, with and without a compiler."""
+"""Installs, with and without a compiler."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_windows_are_those_of_a_convolution(kind, kernel_size, stride, padding):
 @pytest.mark.parametrize(("kernel_size", "stride", "padding"), CONVOLUTIONS[1:5])
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_sizes_and_levels_at_once(kind, kernel_size, stride, padding):
-    """As one by one: a level of windows is the map of ids for the next."""
+    """Two levels at once equal one by one: a level of windows is the map of ids for the next."""
     ids = random_labels(kind, (3, 13, 10), 6) + 1
     # More than one launch takes on a GPU.
     sizes = [(13, 10), (7, 7), (20, 31), *((8 + i, 9) for i in range(8))]
@@ -121,7 +121,7 @@ def test_groups_keep_the_order_of_uses(num_values, values):
 
 @pytest.mark.parametrize("by_each", [ops.segments_of_each, ops.segments_at_once])
 def test_groups_of_several(by_each):
-    """As of each alone; `segments_at_once` is what a GPU does."""
+    """The segments of several tensors equal those of each alone; a GPU takes `segments_at_once`."""
     values = [
         torch.randint(c, shape) for c, shape in ((5, (2, 3, 4)), (1, (7,)), (99, (50, 9)), (3, (0,)), (4, (1, 1)))
     ]

@@ -36,7 +36,7 @@ launched: list[tuple[str, Any]] = []
 
 
 class _Driver:
-    """What Triton asks of a driver, answered as one H100 would."""
+    """Answers what Triton asks of a driver as one H100 would."""
 
     class launcher_cls:
         def __init__(self, src, metadata):
@@ -93,7 +93,9 @@ def main() -> None:
     for name in backends.operators_of("triton"):
         library.impl(name, backends._python_kernel(name, "triton"), "CPU", allow_override=True)
     # On a GPU tensor cores multiply tables of a bfloat16 x.
-    functional._table_dtype = lambda x, weight: x.dtype if x.dtype == torch.bfloat16 else _table_dtype(x, weight)
+    functional._table_dtype = lambda x_dtype, weight: (
+        x_dtype if x_dtype == torch.bfloat16 else _table_dtype(x_dtype, weight)
+    )
     for config, channels, batch, size, upsample, path, dtype in LAYERS:
         layer = random_spade(config, channels, CLASSES).to(dtype)
         mask = random_label_map("blobs", (batch, *size), CLASSES)

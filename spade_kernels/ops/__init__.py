@@ -10,7 +10,7 @@ from spade_kernels.ops._arguments import require_storage
 from spade_kernels.ops.channel_stats import channel_stats
 from spade_kernels.ops.conv import conv, conv3x3, modulate_conv, pack_conv_weight
 from spade_kernels.ops.gather_sum import gather_sum
-from spade_kernels.ops.modulate import DeferredModulation, modulate
+from spade_kernels.ops.modulate import modulate
 from spade_kernels.ops.modulation_table import modulation_table, pack_modulation_weight
 from spade_kernels.ops.segments import (
     segments_at_once,
@@ -22,7 +22,6 @@ from spade_kernels.ops.segments import (
 from spade_kernels.ops.window_index import why_no_windows, window_index
 
 __all__ = [
-    "DeferredModulation",
     "channel_stats",
     "conv",
     "conv3x3",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,31 +59,6 @@ def modulate(
         upsample,
         stats_scope,
     )
-
-
-class DeferredModulation(NamedTuple):
-    """A deferred `modulate`: its arguments only, so that a convolution can fuse it."""
-
-    x: Tensor
-    mean: Tensor
-    rstd: Tensor
-    table: Tensor
-    pixel_row: Tensor | None = None
-    image_offsets: Tensor | None = None
-    indices: Tensor | None = None
-    offsets: Tensor | None = None
-    negative_slope: float = 1.0
-    upsample: int = 1
-    stats_scope: str = "none"
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        n, c, h, w = self.x.shape
-        return n, c, self.upsample * h, self.upsample * w
-
-    def tensor(self) -> Tensor:
-        """(N, C, upsample * h, upsample * w)."""
-        return modulate(*self)
 
 
 def check_modulation(a, x, mean, rstd, table, pixel_row, upsample) -> None:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spade_kernels import LabelMap
+from spade_kernels.condition import Segmap, as_condition, conv2d
 from spade_kernels.convolution import runs_as
-from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import as_planes
 from spade_kernels.normalization import has_hooks
 from spade_kernels.windows import build_segments

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spade_kernels import SPADE, LabelMap, freeze
+from spade_kernels.condition import Segmap, as_condition, conv2d
 from spade_kernels.convolution import Conv2d
-from spade_kernels.functional import Segmap, as_condition, conv2d
 from spade_kernels.layers import as_planes, keeps_size, parameter_dtype, spade_conv
 from spade_kernels.normalization import moments
 from spade_kernels.transforms import channels_last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spade_kernels.functional import Segmap, as_condition
+from spade_kernels.condition import Segmap, as_condition
 from spade_kernels.layers import as_planes, parameter_dtype
 from spade_model.errors import UserError
 from spade_model.networks.normalization import normalized

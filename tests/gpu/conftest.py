@@ -1,4 +1,4 @@
-"""What only a GPU can show. The operators' and layers' own tests run there too, on the backends triton and cuda."""
+"""Tests that need a GPU. The operators' and layers' own tests run there too, on the backends triton and cuda."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lets pass: it checks no bounds, and multiplies the bit patterns of bfloat16."""
+"""Makes Triton's interpreter strict: by itself it checks no bounds, and multiplies the bit patterns of bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the interpreter is made to refuse here is refused, so that the other tests show what they seem to."""
+"""The strict interpreter refuses what it should, so that the other tests show what they seem to."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_agrees_with_the_reference(rows, num_hidden, channels, depth, side, dtyp
 @pytest.mark.parametrize("dtype", [FLOAT32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("size", "channels", "depth", "side"), [((5, 8), 20, 128, 3), ((4, 5), 9, 12, 5)])
 def test_errs_no_more_than_the_stock_convolution(size, channels, depth, side, dtype, device):
-    """Of an image whose pixels all differ, where rows and hidden rows are pixels."""
+    """All pixels of the image differ, so rows and hidden rows are pixels."""
     pixels = size[0] * size[1]
     ids = torch.arange(1, pixels + 1).view(1, *size)
     windows, _, _ = reference.window_index(ids, list(size), side, 1, side // 2, 1)

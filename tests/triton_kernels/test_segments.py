@@ -46,7 +46,7 @@ class Problem:
 
 @pytest.fixture(params=[128, 4])
 def _probes(request, monkeypatch):
-    """Of few probes, a search for a segment takes many rounds, as among tens of thousands of segments."""
+    """With few probes, a search for a segment takes many rounds, as it does among tens of thousands of segments."""
     monkeypatch.setattr(segments, "_PROBES", request.param)
 
 

@@ -1,0 +1,81 @@
+"""Modulation tables, and the modulation of a feature map by one: at once, or deferred to the convolution after it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spade_kernels import ops
+from spade_kernels.normalization import Statistics
+
+
+class ModulationTable(NamedTuple):
+    """Scale and shift of every distinct window of a label map, or of every pixel of any condition.
+
+    Attributes:
+        rows: (R, 2C) float, the scale of C channels and then their shift. SPADE's scale is 1 + gamma.
+        pixel_row: (N, h, w) int64, the row that each pixel takes; None if every pixel has a row of its own, in order.
+        image_offsets: (N + 1,) int64, image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1. None per pixel.
+        indices, offsets: the pixels of each row, as segments; None per pixel, and where no gradient is recorded.
+    """
+
+    rows: Tensor
+    pixel_row: Tensor | None = None
+    image_offsets: Tensor | None = None
+    indices: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @property
+    def is_per_pixel(self) -> bool:
+        return self.pixel_row is None
+
+    def with_rows(self, rows: Tensor) -> ModulationTable:
+        """A table of other values for the same pixels: arithmetic on scale and shift is arithmetic on `rows`.
+
+        It takes the time of the rows, which are far fewer than the pixels, and has all derivatives that PyTorch gives
+        it.
+        """
+        return ModulationTable(rows, *self[1:])
+
+
+class DeferredModulation(NamedTuple):
+    """A deferred `modulate`: its arguments only, so that a convolution can fuse it."""
+
+    x: Tensor
+    stats: Statistics
+    table: ModulationTable
+    negative_slope: float
+    upsample: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, c, h, w = self.x.shape
+        return n, c, self.upsample * h, self.upsample * w
+
+    def tensor(self) -> Tensor:
+        """(N, C, upsample * h, upsample * w)."""
+        mean, rstd, stats_scope = self.stats
+        return ops.modulate(self.x, mean, rstd, *self.table, self.negative_slope, self.upsample, stats_scope)
+
+
+def modulate(
+    x: Tensor, stats: Statistics, table: ModulationTable, *, negative_slope: float = 1.0, upsample: int = 1
+) -> Tensor:
+    """leaky_relu((x - mean) * rstd * scale + shift, negative_slope) in one pass over x.
+
+    Args:
+        x: (N, C, h, w) float.
+        stats: of x, from `statistics`, `normalization.instance_statistics` or your own norm.
+        table: from `modulation_table`, for the size (upsample * h, upsample * w).
+        negative_slope: of the leaky ReLU; 1 is none.
+        upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
+
+    Returns:
+        (N, C, upsample * h, upsample * w) in x's dtype, channels-last. Derivatives exist for x, including those through
+        its statistics, and for the table's rows.
+
+    Raises:
+        RuntimeError: the arguments do not fit together; the message names which.
+    """
+    return DeferredModulation(x, stats, table, negative_slope, upsample).tensor()
