@@ -29,7 +29,7 @@ TORCH_TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DTORCH_TARGET_VER
 GENERATED = Path("build", "generated")
 OLDEST_SETUPTOOLS = 77  # that reads `license` in pyproject.toml
 CXX20 = "#include <bit>\nstatic_assert(std::has_single_bit(2u));\n"
-# What to build for where there is no GPU to ask, and the first nvcc that can.
+# Architectures to build for where there is no GPU, and the first nvcc that knows each.
 ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 CHOICES = ("auto", "cpu", "none", "cuda")
 # Where an install keeps the reason for being without compiled kernels; spade_kernels/backends.py reads it.

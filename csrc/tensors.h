@@ -1,4 +1,4 @@
-// What the operators of every device do with tensors: dtypes, and dense copies where the layout is another.
+// Tensors in operators of every device: their dtypes, and dense copies where the layout is another.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

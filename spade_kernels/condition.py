@@ -95,8 +95,8 @@ def conv2d(
         uses, pixels = seen.tap_segments, seen.row_segments
     # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
     acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    taps, bias = taps_of(segmap, weight.to(acc_dtype)), None if bias is None else bias.to(acc_dtype)
-    rows = ops.gather_sum(taps, bias, seen.windows, *uses, False)
+    responses, bias = tap_responses(segmap, weight.to(acc_dtype)), None if bias is None else bias.to(acc_dtype)
+    rows = ops.gather_sum(responses, bias, seen.windows, *uses, False)
     # Every pixel's row is a window of one tap.
     pixel_rows = ops.gather_sum(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
     return pixel_rows.to(_dtype_of_convolution(weight)).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
@@ -115,7 +115,7 @@ def resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     return planes if planes.shape[2:] == tuple(size) else F.interpolate(planes, size=tuple(size), mode="nearest")
 
 
-def taps_of(segmap: LabelMap, weight: Tensor) -> Tensor:
+def tap_responses(segmap: LabelMap, weight: Tensor) -> Tensor:
     """(codes, k*k, out): the convolution's response to each code at each tap."""
     by_channel = _by_tap(weight)
     return segmap.codebook_matmul(by_channel.flatten(1)).view(segmap.num_codes, *by_channel.shape[1:])
@@ -123,5 +123,5 @@ def taps_of(segmap: LabelMap, weight: Tensor) -> Tensor:
 
 def _by_tap(weight: Tensor) -> Tensor:
     """(in, k*k, out) of a convolution weight (out, in, k, k)."""
-    # As one matrix transpose: torch copies a transposed matrix in blocks, but a permuted tensor element by element.
+    # One matrix transpose: torch copies a transposed matrix in blocks, but a permuted tensor element by element.
     return weight.flatten(1).t().contiguous().view(weight.shape[1], -1, weight.shape[0])

@@ -143,8 +143,8 @@ def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> TypeGuard[
 
 
 def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
-    how = conv.stride, conv.dilation, conv.groups, conv.padding_mode
-    return how == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
+    settings = conv.stride, conv.dilation, conv.groups, conv.padding_mode
+    return settings == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
 
 
 # Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
@@ -191,7 +191,7 @@ def is_packable(weight: Tensor) -> bool:
 
 
 class PackedConv2d:
-    """A convolution with stride 1 whose weight stands still: on CPU laid out anew, for the first input.
+    """A convolution with stride 1 and a constant weight, which the first input on a CPU has packed.
 
     Args:
         weight: (out, in, k, k). bias: (out,) or None. padding: on each side. relu: applied to the result.
@@ -201,7 +201,7 @@ class PackedConv2d:
         self._packable = is_packable(weight)
         self._weight: Tensor | _Panels | _OneDNN = weight
         if not self._packable:
-            # What cuDNN wants for a channels-last input: it would copy the weight in every call.
+            # cuDNN wants this for a channels-last input, and would copy another weight in every call.
             self._weight = weight.contiguous(memory_format=torch.channels_last)
         self._bias, self._padding, self._relu = bias, list(padding), relu
 
@@ -271,7 +271,7 @@ class _OneDNN:
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         self._weight = reorder(weight.to_mkldnn(), padding, [1, 1], [1, 1], 1, list(shape))
         self._bias, self._relu = bias, relu
-        self._how = (padding, [1, 1], [1, 1], 1)
+        self._settings = (padding, [1, 1], [1, 1], 1)
 
     @staticmethod
     def fits(weight: Tensor, padding: Sequence[int], shape: Sequence[int]) -> bool:
@@ -283,11 +283,11 @@ class _OneDNN:
         convolve = torch.ops.mkldnn._convolution_pointwise
         # A single pixel or channel is an image of no particular layout, to which torch 2.11 cannot add.
         if add is not None and x.shape[2] * x.shape[3] > 1 and add.shape[1] > 1:
-            return convolve.binary(x, add, self._weight, self._bias, *self._how, "add", 1.0, then, [], None)
+            return convolve.binary(x, add, self._weight, self._bias, *self._settings, "add", 1.0, then, [], None)
         if add is not None:
-            y = convolve(x, self._weight, self._bias, *self._how, "none", [], "") + add
+            y = convolve(x, self._weight, self._bias, *self._settings, "none", [], "") + add
             return y.relu() if self._relu else y
-        return convolve(x, self._weight, self._bias, *self._how, then or "none", [], "")
+        return convolve(x, self._weight, self._bias, *self._settings, then or "none", [], "")
 
     def dense(self) -> Tensor:
         return self._weight.to_dense()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spade_kernels import ops
 from spade_kernels.cache import Cache
-from spade_kernels.condition import Segmap, Segments, as_condition, conv2d, resized, taps_of
+from spade_kernels.condition import Segmap, Segments, as_condition, conv2d, resized, tap_responses
 from spade_kernels.convolution import PackedConv2d, convolve, is_packable
 from spade_kernels.label_map import LabelMap, WindowIndex, as_size
 from spade_kernels.modulation import DeferredModulation, ModulationTable, modulate
@@ -70,13 +70,13 @@ class PackedWeights:
         """True if calls do not change it; those of packed convolutions do."""
         return not is_packable(self._weights.shared[0])
 
-    def taps(self, segmap: LabelMap) -> Tensor:
-        """The shared convolution's taps for label maps of this one's kind."""
+    def tap_responses(self, segmap: LabelMap) -> Tensor:
+        """The shared convolution's tap responses for label maps of this one's kind."""
         weight = self._weights.shared[0]
         if segmap.is_pooled:
-            return taps_of(segmap, weight)
+            return tap_responses(segmap, weight)
         kind = (segmap.num_labels, segmap.edges is not None)
-        return self._cache.get(kind, lambda: taps_of(segmap, weight), weight)
+        return self._cache.get(kind, lambda: tap_responses(segmap, weight), weight)
 
     def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
         """The shared convolution with its ReLU, and the joint one."""
@@ -318,11 +318,11 @@ def _window_table(
     """(rows, 2C): scale and shift of every distinct window, times gain."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
     if packed:
-        taps, hidden_bias, bias = packed.taps(segmap), packed.hidden_bias, packed.bias
+        responses, hidden_bias, bias = packed.tap_responses(segmap), packed.hidden_bias, packed.bias
     else:
-        taps, hidden_bias = taps_of(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
+        responses, hidden_bias = tap_responses(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
         bias = _joint_bias(weights, acc_dtype)
-    hidden = ops.gather_sum(taps, hidden_bias, index.hidden.windows, *segments[0], True)
+    hidden = ops.gather_sum(responses, hidden_bias, index.hidden.windows, *segments[0], True)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = packed.packed_weight if packed else None

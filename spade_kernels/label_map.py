@@ -38,7 +38,8 @@ class LabelMap(Packable):
 
     Raises:
         TypeError: labels, num_labels or ignore_index are not integers, edges not boolean.
-        ValueError: wrong rank or shape, an empty batch, labels that torch.func.vmap maps over, or a label outside
+        ValueError: wrong rank or shape, an empty batch, labels without memory or on the meta device, labels that
+            torch.func.vmap maps over, num_labels outside 1 .. 2^30, edges on another device, or a label outside
             0 .. num_labels - 1 (the message names the value and the pixel).
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -185,35 +185,35 @@ def spade_conv(
 ) -> torch.Tensor:
     """conv(leaky_relu(norm(x, segmap), negative_slope)) + add, with fewer passes over x and the convolution's weight.
 
-    In training the convolution's spectral norm is divided out of the norm's small table. Frozen, compiled CPU kernels
-    make the norm's result where the convolution reads it: no tensor of that size exists.
+    In training the norm's small table is divided by the convolution's spectral norm, instead of the weight. When both
+    are frozen, compiled CPU kernels modulate x where the convolution reads it, and no modulated tensor exists.
 
     Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
     and the condition and without the activation. A norm that is no SPADE takes x at its full size, and the condition
     as a tensor (N, channels, H, W).
     """
-    how: dict[str, Any] = {"upsample": upsample, "moments": moments}
     if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
-        y = conv(_activated(norm, x, segmap, negative_slope, how))
+        y = conv(_activated(norm, x, segmap, negative_slope, upsample, moments))
         return y if add is None else y + add
     assert isinstance(conv, Conv2d)
-    if conv.packed() is not None:
-        return conv(norm.defer(x, segmap, negative_slope, **how), add=add)
+    packed = conv.packed()
+    if packed is not None:
+        return packed(norm.defer(x, segmap, negative_slope, upsample=upsample, moments=moments), add)
     weight, inv_sigma = conv.weight_and_inv_sigma()
-    return conv(norm(x, segmap, negative_slope, gain=inv_sigma, **how), weight, add)
+    return conv(norm(x, segmap, negative_slope, gain=inv_sigma, upsample=upsample, moments=moments), weight, add)
 
 
 def _activated(
-    norm: nn.Module, x: torch.Tensor, segmap: Segmap, negative_slope: float, how: dict[str, Any]
+    norm: nn.Module, x: torch.Tensor, segmap: Segmap, negative_slope: float, upsample: int, moments: Moments | None
 ) -> torch.Tensor:
     """leaky_relu(norm(x, segmap), negative_slope), whatever the norm is."""
     if _is_plain_spade(norm):
-        return norm(x, segmap, negative_slope, **how)
+        return norm(x, segmap, negative_slope, upsample=upsample, moments=moments)
     if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
         # Its hooks may change x: the moments taken before would be another tensor's.
-        y = norm(x, segmap, upsample=how["upsample"])
+        y = norm(x, segmap, upsample=upsample)
     else:
-        x = F.interpolate(x, scale_factor=how["upsample"]) if how["upsample"] > 1 else x
+        x = F.interpolate(x, scale_factor=upsample) if upsample > 1 else x
         y = norm(x, as_planes(segmap, x.dtype))
     return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
 

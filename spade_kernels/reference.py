@@ -62,14 +62,14 @@ def _windows(ids: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[
     return windows, row.view(-1, height, width), image_offsets
 
 
-def _sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
-    """(rows, D): sum over t of taps[windows[:, t], t]."""
-    steps = torch.arange(taps.shape[1], device=windows.device)
-    return F.embedding_bag(windows * taps.shape[1] + steps, taps.flatten(0, 1), mode="sum")
+def _sum_of_taps(tap_responses: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of tap_responses[windows[:, t], t]."""
+    steps = torch.arange(tap_responses.shape[1], device=windows.device)
+    return F.embedding_bag(windows * tap_responses.shape[1] + steps, tap_responses.flatten(0, 1), mode="sum")
 
 
 def gather_sum(
-    taps: Tensor,
+    tap_responses: Tensor,
     bias: Tensor | None,
     windows: Tensor,
     indices: Tensor | None,
@@ -78,28 +78,30 @@ def gather_sum(
     *,
     sum_of_taps: SumOfTaps = _sum_of_taps,
 ) -> Tensor:
-    """(rows, D): the first convolution at each distinct window, sum over t of taps[windows[:, t], t], + bias, relu.
+    """(rows, D): the first convolution at each distinct window.
+
+    It is the sum over t of tap_responses[windows[:, t], t], plus the bias, and its ReLU if asked.
 
     Args:
-        taps: (codes, T, D), the weights' response to each code at each tap; code 0 must be zero.
+        tap_responses: (codes, T, D), the weights' response to each code at each tap; code 0 must be zero.
         windows: (rows, T) int64 codes.
         indices, offsets: uses of each (code, tap) by the windows; needed by the backward only.
     """
-    rows = sum_of_taps(accumulator(taps), windows)
+    rows = sum_of_taps(accumulator(tap_responses), windows)
     if bias is not None:
         rows = rows + bias
-    return (rows.relu() if relu else rows).to(taps.dtype)
+    return (rows.relu() if relu else rows).to(tap_responses.dtype)
 
 
 def gather_sum_grad(
     grad: Tensor, rows: Tensor, indices: Tensor, offsets: Tensor, num_taps: int, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `taps` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
+    """Gradients of `tap_responses` (codes, T, D) and `bias` (D,) from the gradient of the rows."""
     grad = accumulator(grad)
     if relu:
         grad = grad * (rows > 0)
-    taps = segment_sum(grad, indices // num_taps, offsets)
-    return taps.view(-1, num_taps, grad.shape[1]), grad.sum(0)
+    d_tap_responses = segment_sum(grad, indices // num_taps, offsets)
+    return d_tap_responses.view(-1, num_taps, grad.shape[1]), grad.sum(0)
 
 
 def modulation_table(
@@ -128,8 +130,8 @@ def modulation_table(
     """
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
-    taps = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
-    return (sum_of_taps(taps, windows) + bias).to(hidden.dtype)
+    products = (acc @ weight.flatten(1)).view(-1, *weight.shape[1:])
+    return (sum_of_taps(products, windows) + bias).to(hidden.dtype)
 
 
 def modulation_table_grad(
@@ -140,12 +142,12 @@ def modulation_table_grad(
     hidden = hidden.to(grad.dtype)
     weight = joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
-    taps = segment_sum(grad, indices // num_taps, offsets)[num_taps:].view(len(hidden), -1)
+    tap_grads = segment_sum(grad, indices // num_taps, offsets)[num_taps:].view(len(hidden), -1)
     # In runs: one long sum would lose more than a convolution's weight gradient does.
-    runs = zip(hidden.split(_SEGMENT_CHUNK), taps.split(_SEGMENT_CHUNK), strict=True)
+    runs = zip(hidden.split(_SEGMENT_CHUNK), tap_grads.split(_SEGMENT_CHUNK), strict=True)
     d_weight = sum((h.t() @ t for h, t in runs), torch.zeros_like(weight).flatten(1)).view_as(weight).permute(2, 0, 1)
     d_gamma, d_beta = (part.reshape(gamma.shape) for part in d_weight.split(len(gamma)))
-    return taps @ weight.flatten(1).t(), d_gamma.contiguous(), d_beta.contiguous(), grad.sum(0)
+    return tap_grads @ weight.flatten(1).t(), d_gamma.contiguous(), d_beta.contiguous(), grad.sum(0)
 
 
 def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def _with_room(example: LabelMap) -> LabelMap:
     if example.is_pooled:
         raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
     twin = example._with_codes(example.codes, None)
-    twin.labels = example.labels.long()  # The same layout whatever integers the labels came as.
+    twin.labels = example.labels.long()  # One layout, whatever integers the labels came as.
     for key, windows in _windows_of(example).items():
         num_ids = windows.num_ids
         if key.of == "hidden rows":

@@ -14,7 +14,7 @@ import spade_kernels  # noqa: F401  It registers what is replaced here.
 def pytest_configure():
     warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
     torch.ops.load_library(os.environ["SPADE_CUDA_HOST"])
-    # What torch::empty gives is then NaN, or the largest integer.
+    # It fills the results of torch::empty with NaN, or the largest integer.
     torch.use_deterministic_algorithms(True)
 
 

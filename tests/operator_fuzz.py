@@ -201,7 +201,7 @@ def _limit(name: str, arguments: list, op: str) -> tuple[int, int]:
     if name == "ids":
         return 1, 2**32
     if name == "windows":
-        return (0, len(by_name["taps"])) if "taps" in by_name else (0, len(by_name["hidden"]) + 1)
+        return (0, len(by_name["tap_responses"])) if "tap_responses" in by_name else (0, len(by_name["hidden"]) + 1)
     return (0, len(by_name["table"])) if name == "pixel_row" else (0, by_name["indices"].numel())
 
 

@@ -21,7 +21,7 @@ TARGETS = {"sm_80", "sm_90", "sm_100"}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes that one block can have
 REGISTERS = {"_gather_gemm": 255}  # which hold a tile of the table
 REGISTERS_OTHERWISE = 128
-# What reads the tensors that are large, of which each kernel has a variant for aligned channels.
+# Kernels that read large tensors: each has a variant for aligned channels.
 WIDE_LOADS = {
     "triton": {"_part_stats", "_stats_grad", "_gather_sum", "_gather_gemm", "_sum_pieces", "_modulate", "_input_grad"}
     | {"_table_grad_pieces", "_table_grad_of_pixels"},

@@ -320,7 +320,7 @@ def test_compiled_code_reads_what_is_kept(kind):
         assert relative_error(compiled(x, condition), expected) < 1e-12
     assert called
     assert "dot" not in called
-    # What depends on the condition is kept by the first call that is not compiled.
+    # The first call that is not compiled caches values that depend on the condition.
     block(x, condition)
     called.clear()
     torch._dynamo.reset()

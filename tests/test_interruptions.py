@@ -78,7 +78,7 @@ def test_interrupted_before_training(spade, monkeypatch):
 def test_interrupted_while_torch_is_loaded(tmp_path, monkeypatch, processes):
     (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    # As a shell in the foreground starts it: behind one it would ignore the signal.
+    # A process that a shell starts in the background would ignore the signal.
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = start(["train", *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default)
     processes.append(process)

@@ -34,8 +34,8 @@ class Problem:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, **DOUBLE).requires_grad_(requires_grad)
 
-        self.taps = random(self.label_map.num_codes, K * K, D)
-        self.taps.data[0] = 0
+        self.tap_responses = random(self.label_map.num_codes, K * K, D)
+        self.tap_responses.data[0] = 0
         self.bias, self.hidden = random(D), random(len(hidden), D)
         self.gamma, self.beta, self.table_bias = random(C, D, K, K), random(C, D, K, K), random(2 * C)
         self.table, self.dense_table = random(len(rows), 2 * C), random(N * H * W, 2 * C)
@@ -52,7 +52,7 @@ class Problem:
         weights = (self.gamma, self.beta)
         return {
             "window_index": (self.label_map.codes, [H + 1, W, H, W], K, 1, K // 2, 2),
-            "gather_sum": (self.taps, self.bias, hidden.windows, *hidden.tap_segments, True),
+            "gather_sum": (self.tap_responses, self.bias, hidden.windows, *hidden.tap_segments, True),
             "gather_sum_grad": (self.hidden.detach(), self.hidden, *hidden.tap_segments, K * K, True),
             "modulation_table": (self.hidden, *weights, self.table_bias, rows.windows, None, *rows.tap_segments),
             "modulation_table_grad": (self.table.detach(), self.hidden, *weights, *rows.tap_segments),
@@ -139,9 +139,11 @@ def test_gradient_of_gather_sum():
     outside[0] = 0
     for relu in (False, True):
         check_derivatives(
-            lambda taps, bias, relu=relu: ops.gather_sum(taps * outside, bias, windows, *uses, relu), p.taps, p.bias
+            lambda taps, bias, relu=relu: ops.gather_sum(taps * outside, bias, windows, *uses, relu),
+            p.tap_responses,
+            p.bias,
         )
-    check_derivatives(lambda taps: ops.gather_sum(taps * outside, None, windows, *uses, True), p.taps)
+    check_derivatives(lambda taps: ops.gather_sum(taps * outside, None, windows, *uses, True), p.tap_responses)
 
 
 def test_gradient_of_modulation_table():

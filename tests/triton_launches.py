@@ -23,7 +23,7 @@ from spade_kernels.testing import forward_backward, random_label_map, random_spa
 from spade_kernels.triton import variants
 
 CLASSES = 3
-# Of each layer: config, channels, batch, size of x, upsample, path, dtype. Sizes of 1 become constants when compiled.
+# The layers: config, channels, batch, size of x, upsample, path, dtype. Sizes of 1 become constants when compiled.
 LAYERS = (
     ("spadebatch3x3", 1, 2, (1, 1), 1, "windows", torch.float32),
     ("spadebatch1x1", 1, 3, (1, 16), 2, "dense", torch.bfloat16),

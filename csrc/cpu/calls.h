@@ -1,4 +1,4 @@
-// What operators on CPU tensors share: layouts, allocation, and where the weights of a convolution are.
+// Helpers of operators on CPU tensors: layouts, allocation, and the strides of convolution weights.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// What conv3x3.h describes, forward.
+// The forward of the convolution that conv3x3.h describes.
 #include "conv3x3.h"
 
 #include "gemm.h"
@@ -11,11 +11,11 @@ namespace {
 
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
-// Of a task: fewer waste what the weights cost to read, more leave the cache.
+// Tiles of a task: fewer waste what the weights cost to read, more leave the cache.
 constexpr int64_t kFewestTiles = 36, kMostTiles = 132;
 
-// What a task makes: the outputs of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has the 2 x 2
-// outputs from pixel (2 * i, 2 * j) on.
+// The outputs that one task computes: those of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has
+// the 2 x 2 outputs from pixel (2 * i, 2 * j) on.
 struct Block {
   int64_t image, top, bottom, left, right;
   int64_t first_panel, last_panel;
@@ -48,7 +48,7 @@ template <class A>
 SPADE_INLINE void transform_inputs(const ConvParams& p, const Block& block, Source<A> source, A* inputs) {
   const Scratch<A> outside(p.in);
   std::fill_n(outside.data(), p.in, A(0));
-  const int64_t apart = block.input_size(p.in);
+  const int64_t point_stride = block.input_size(p.in);
   for (int64_t t = 0; t < block.rows; ++t) {
     const int64_t top = 2 * (block.top + t / block.across()) - 1, left = 2 * (block.left + t % block.across()) - 1;
     const A* d[kPoints];
@@ -59,8 +59,8 @@ SPADE_INLINE void transform_inputs(const ConvParams& p, const Block& block, Sour
     }
     const auto to = [&](int64_t c) { return inputs + (c / kDepth * block.rows + t) * kDepth + c % kDepth; };
     int64_t c = 0;
-    for (; c + kLanes<A> <= p.in; c += kLanes<A>) transform_input<A, kLanes<A>>(d, c, to(c), apart);
-    for (; c < p.in; ++c) transform_input<A, 1>(d, c, to(c), apart);
+    for (; c + kLanes<A> <= p.in; c += kLanes<A>) transform_input<A, kLanes<A>>(d, c, to(c), point_stride);
+    for (; c < p.in; ++c) transform_input<A, 1>(d, c, to(c), point_stride);
   }
 }
 
@@ -81,15 +81,15 @@ void multiply(int64_t channels, int64_t rows, const A* inputs, const A* panel, A
 
 // A^T m A + bias + add at a tile's outputs (null: outside the image), for `lanes` channels of them.
 template <class A, int lanes>
-SPADE_INLINE void transform_output(const A* m, int64_t apart, const A* bias, const A* const add[4], A* const out[4],
-                                   bool relu, int64_t channel) {
+SPADE_INLINE void transform_output(const A* m, int64_t point_stride, const A* bias, const A* const add[4],
+                                   A* const out[4], bool relu, int64_t channel) {
   using L = Lanes<A, lanes>;
   const typename L::Vector zero = {};
   typename L::Vector half[2][4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const typename L::Vector m0 = L::at(m + j * apart), m1 = L::at(m + (4 + j) * apart);
-    const typename L::Vector m2 = L::at(m + (8 + j) * apart), m3 = L::at(m + (12 + j) * apart);
+    const typename L::Vector m0 = L::at(m + j * point_stride), m1 = L::at(m + (4 + j) * point_stride);
+    const typename L::Vector m2 = L::at(m + (8 + j) * point_stride), m3 = L::at(m + (12 + j) * point_stride);
     half[0][j] = m0 + m1 + m2;
     half[1][j] = m1 - m2 - m3;
   }
@@ -111,7 +111,7 @@ SPADE_INLINE void transform_output(const A* m, int64_t apart, const A* bias, con
 template <class A>
 SPADE_INLINE void transform_outputs(const ConvParams& p, const Block& block, const A* products) {
   const A* bias = static_cast<const A*>(p.bias);
-  const int64_t apart = block.product_size(), image = block.image * p.height * p.width;
+  const int64_t point_stride = block.product_size(), image = block.image * p.height * p.width;
   for (int64_t t = 0; t < block.tiles(); ++t) {
     const int64_t top = 2 * (block.top + t / block.across()), left = 2 * (block.left + t % block.across());
     const A* add[4] = {};
@@ -127,8 +127,8 @@ SPADE_INLINE void transform_outputs(const ConvParams& p, const Block& block, con
       const A* m = products + ((j - block.first_panel) * block.rows + t) * kColumns;
       int64_t c = begin;
       for (; c + kLanes<A> <= end; c += kLanes<A>, m += kLanes<A>)
-        transform_output<A, kLanes<A>>(m, apart, bias, add, out, p.relu, c);
-      for (; c < end; ++c, ++m) transform_output<A, 1>(m, apart, bias, add, out, p.relu, c);
+        transform_output<A, kLanes<A>>(m, point_stride, bias, add, out, p.relu, c);
+      for (; c < end; ++c, ++m) transform_output<A, 1>(m, point_stride, bias, add, out, p.relu, c);
     }
   }
 }

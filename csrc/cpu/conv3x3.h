@@ -27,9 +27,9 @@ struct Lanes {
   }
 };
 
-// B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `apart` apart.
+// B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `point_stride` apart.
 template <class A, int lanes>
-SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A* to, int64_t apart) {
+SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A* to, int64_t point_stride) {
   using L = Lanes<A, lanes>;
   typename L::Vector half[4][4];
 #pragma GCC unroll 4
@@ -42,12 +42,12 @@ SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A*
     half[3][j] = d1 - d3;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i, to += 4 * apart) {
+  for (int i = 0; i < 4; ++i, to += 4 * point_stride) {
     const auto* h = half[i];
     L::at(to) = h[0] - h[2];
-    L::at(to + apart) = h[1] + h[2];
-    L::at(to + 2 * apart) = h[2] - h[1];
-    L::at(to + 3 * apart) = h[1] - h[3];
+    L::at(to + point_stride) = h[1] + h[2];
+    L::at(to + 2 * point_stride) = h[2] - h[1];
+    L::at(to + 3 * point_stride) = h[1] - h[3];
   }
 }
 

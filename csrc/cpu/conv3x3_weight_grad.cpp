@@ -30,7 +30,7 @@ struct Transformed {
 
 // A dy A^T of the 2 x 2 pixels dy.
 template <class A, int lanes>
-SPADE_INLINE void transform_grad(const A* const dy[4], int64_t channel, A* to, int64_t apart) {
+SPADE_INLINE void transform_grad(const A* const dy[4], int64_t channel, A* to, int64_t point_stride) {
   using L = Lanes<A, lanes>;
   typename L::Vector half[4][2];
 #pragma GCC unroll 2
@@ -42,12 +42,12 @@ SPADE_INLINE void transform_grad(const A* const dy[4], int64_t channel, A* to, i
     half[3][j] = -d1;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i, to += 4 * apart) {
+  for (int i = 0; i < 4; ++i, to += 4 * point_stride) {
     const auto* h = half[i];
     L::at(to) = h[0];
-    L::at(to + apart) = h[0] + h[1];
-    L::at(to + 2 * apart) = h[0] - h[1];
-    L::at(to + 3 * apart) = -h[1];
+    L::at(to + point_stride) = h[0] + h[1];
+    L::at(to + 2 * point_stride) = h[0] - h[1];
+    L::at(to + 3 * point_stride) = -h[1];
   }
 }
 

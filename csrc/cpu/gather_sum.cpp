@@ -10,12 +10,12 @@
 namespace spade {
 namespace {
 
-// rows[r] = act(bias + sum over t of taps[windows[r, t], t]).
+// rows[r] = act(bias + sum over t of tap_responses[windows[r, t], t]).
 struct GatherSumParams {
-  const void* taps;        // (codes, num_taps, width), acc
-  const void* bias;        // (width), acc, or null
-  const int64_t* windows;  // (rows, num_taps)
-  void* rows;              // (rows, width), acc
+  const void* tap_responses;  // (codes, num_taps, width), acc
+  const void* bias;           // (width), acc, or null
+  const int64_t* windows;     // (rows, num_taps)
+  void* rows;                 // (rows, width), acc
   int64_t num_rows, num_taps, width;
   bool relu;
 };
@@ -27,7 +27,7 @@ constexpr int64_t kSegmentPiece = 256;  // entries summed in one go; longer segm
 
 template <class A>
 SPADE_INLINE void add_taps(const GatherSumParams& p, int64_t begin, int64_t end) {
-  const A* taps = static_cast<const A*>(p.taps);
+  const A* tap_responses = static_cast<const A*>(p.tap_responses);
   const A* bias = static_cast<const A*>(p.bias);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t* window = p.windows + r * p.num_taps;
@@ -36,7 +36,7 @@ SPADE_INLINE void add_taps(const GatherSumParams& p, int64_t begin, int64_t end)
       const int64_t n = std::min(kBlock, p.width - c);
       A sum[kBlock] = {};
       for (int64_t t = 0; t < p.num_taps; ++t) {
-        const A* tap = taps + (window[t] * p.num_taps + t) * p.width + c;
+        const A* tap = tap_responses + (window[t] * p.num_taps + t) * p.width + c;
         if (n == kBlock)
           for (int64_t i = 0; i < kBlock; ++i) sum[i] += tap[i];
         else
@@ -120,20 +120,20 @@ Tensor where_positive(const Tensor& condition, const Tensor& values) {
   return result;
 }
 
-Tensor gather_sum_op(const Tensor& taps_in, const MaybeTensor& bias_in, const Tensor& windows_in,
+Tensor gather_sum_op(const Tensor& tap_responses_in, const MaybeTensor& bias_in, const Tensor& windows_in,
                      const MaybeTensor& indices, const MaybeTensor& offsets, bool relu) {
-  const Arguments a("gather_sum", taps_in);
-  a.floats("taps", taps_in, {kNotEmpty, kNotEmpty, kNotEmpty});
-  a.floats("bias", bias_in, {taps_in.size(2)});
-  a.index("windows", windows_in, {size_of(windows_in, 0), taps_in.size(1)}, 0, taps_in.size(0));
-  a.segments(indices, offsets, taps_in.size(0) * taps_in.size(1), windows_in.numel());
-  const ScalarType acc = accumulator(taps_in);
-  const Tensor taps = dense(taps_in, acc), windows = dense(windows_in);
+  const Arguments a("gather_sum", tap_responses_in);
+  a.floats("tap_responses", tap_responses_in, {kNotEmpty, kNotEmpty, kNotEmpty});
+  a.floats("bias", bias_in, {tap_responses_in.size(2)});
+  a.index("windows", windows_in, {size_of(windows_in, 0), tap_responses_in.size(1)}, 0, tap_responses_in.size(0));
+  a.segments(indices, offsets, tap_responses_in.size(0) * tap_responses_in.size(1), windows_in.numel());
+  const ScalarType acc = accumulator(tap_responses_in);
+  const Tensor tap_responses = dense(tap_responses_in, acc), windows = dense(windows_in);
   const MaybeTensor bias = dense(bias_in, acc);
-  const Tensor rows = torch::stable::new_empty(taps, {windows.size(0), taps.size(2)});
-  gather_sum(dtype_of(rows), {taps.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(), windows.size(0),
-                              windows.size(1), taps.size(2), relu});
-  return dense(rows, taps_in.scalar_type());
+  const Tensor rows = torch::stable::new_empty(tap_responses, {windows.size(0), tap_responses.size(2)});
+  gather_sum(dtype_of(rows), {tap_responses.const_data_ptr(), data(bias), ids(windows), rows.mutable_data_ptr(),
+                              windows.size(0), windows.size(1), tap_responses.size(2), relu});
+  return dense(rows, tap_responses_in.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> gather_sum_grad_op(const Tensor& grad, const Tensor& rows, const Tensor& indices_in,
@@ -153,10 +153,10 @@ std::tuple<Tensor, Tensor> gather_sum_grad_op(const Tensor& grad, const Tensor& 
   Tensor masked = dense(grad, acc);
   if (relu) masked = where_positive(dense(rows, acc), masked);
   const int64_t width = masked.size(1);
-  const Tensor taps = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
-  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(indices), ids(offsets), taps.mutable_data_ptr(), segments,
-                                 width, width, num_taps});
-  return {taps, column_sum(masked, masked.size(0), width)};
+  const Tensor d_tap_responses = torch::stable::new_empty(masked, {segments / num_taps, num_taps, width});
+  segment_sum(dtype_of(masked), {masked.const_data_ptr(), ids(indices), ids(offsets),
+                                 d_tap_responses.mutable_data_ptr(), segments, width, width, num_taps});
+  return {d_tap_responses, column_sum(masked, masked.size(0), width)};
 }
 
 }  // namespace

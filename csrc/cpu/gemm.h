@@ -32,7 +32,7 @@ template <class A>
 using Tile = void (*)(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
                       bool add);
 
-// What this machine multiplies with, in registers; `transposed` takes a as (depth, rows).
+// The fastest tile product of this machine, which holds the tile in registers; `transposed` takes a as (depth, rows).
 template <class A>
 struct Microkernel {
   int64_t rows, columns;

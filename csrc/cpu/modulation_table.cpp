@@ -265,16 +265,16 @@ void grad_of(Dtype dtype, const ModulationTableGradParams& p) {
   const int64_t all = 2 * w.channels, per_column = std::max(p.num_hidden * w.num_taps, int64_t{1});
   const int64_t fitting = kInCache / (per_column * static_cast<int64_t>(sizeof(A))) / kColumns * kColumns;
   const int64_t group = std::clamp(fitting, std::min(kColumns, all), all);
-  const Scratch<A> taps(per_column * group), weights(w.num_taps * group * w.depth),
+  const Scratch<A> tap_grads(per_column * group), weights(w.num_taps * group * w.depth),
       d_weights(w.num_taps * group * w.depth);
   for (int64_t first = 0; first < all; first += group) {
     const int64_t columns = std::min(group, all - first), width = w.num_taps * columns;
-    segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.indices, p.offsets, taps.data(),
+    segment_sum(dtype, {static_cast<const A*>(p.grad) + first, p.indices, p.offsets, tap_grads.data(),
                         p.num_hidden * w.num_taps, columns, all, w.num_taps});
     columns_first(w, first, columns, weights.data());
-    gemm(p.num_hidden, w.depth, width, Matrix<A>{taps.data(), width, 1}, Rows<A>{weights.data(), w.depth},
+    gemm(p.num_hidden, w.depth, width, Matrix<A>{tap_grads.data(), width, 1}, Rows<A>{weights.data(), w.depth},
          static_cast<A*>(p.d_hidden), first > 0);
-    gemm(width, w.depth, p.num_hidden, Matrix<A>{taps.data(), 1, width},
+    gemm(width, w.depth, p.num_hidden, Matrix<A>{tap_grads.data(), 1, width},
          Rows<A>{static_cast<const A*>(p.hidden), w.depth}, d_weights.data());
     scatter_columns(p, first, columns, d_weights.data());
   }
@@ -336,12 +336,12 @@ Tensor modulation_table_op(const Tensor& hidden_in, const Tensor& gamma, const T
   const Arguments a("modulation_table", hidden_in);
   a.floats("hidden", hidden_in, {size_of(hidden_in, 0), kNotEmpty});
   check_weights(a, gamma, beta, hidden_in.size(1));
-  const int64_t columns = 2 * gamma.size(0), taps = num_taps_of(gamma);
+  const int64_t columns = 2 * gamma.size(0), num_taps = num_taps_of(gamma);
   a.floats("bias", bias_in, {columns});
-  a.index("windows", windows_in, {size_of(windows_in, 0), taps}, 0, hidden_in.size(0) + 1);
+  a.index("windows", windows_in, {size_of(windows_in, 0), num_taps}, 0, hidden_in.size(0) + 1);
   a.floats("packed_weight", packed_weight_in,
-           {ceil_div(columns, kPanelColumns), taps, hidden_in.size(1), kPanelColumns});
-  a.segments(indices, offsets, (hidden_in.size(0) + 1) * taps, windows_in.numel());
+           {ceil_div(columns, kPanelColumns), num_taps, hidden_in.size(1), kPanelColumns});
+  a.segments(indices, offsets, (hidden_in.size(0) + 1) * num_taps, windows_in.numel());
   const ScalarType acc = accumulator(hidden_in);
   const Tensor hidden = dense(hidden_in, acc), bias = dense(bias_in, acc), windows = dense(windows_in);
   const MaybeTensor packed_weight = dense(packed_weight_in, acc);

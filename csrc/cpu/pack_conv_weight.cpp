@@ -25,12 +25,12 @@ SPADE_INLINE void transform(const A* a, const A* b, const A* c, A* to, int64_t r
 template <class A>
 SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, A* panels) {
   const int64_t column = panel * kColumns, valid = std::min(kColumns, w.out - column);
-  A taps[9][kDepth][kColumns] = {};
+  A weights[9][kDepth][kColumns] = {};
   const A* from = static_cast<const A*>(w.weight) + column * w.out_step + first * w.in_step;
   const auto copy = [&](int64_t t, int64_t d, int64_t c) {
-    taps[t][d][c] = from[c * w.out_step + d * w.in_step + t * w.tap_step];
+    weights[t][d][c] = from[c * w.out_step + d * w.in_step + t * w.tap_step];
   };
-  // What lies side by side is read one after another.
+  // The innermost loop reads the values that lie side by side.
   if (w.in_step < w.out_step) {
     for (int64_t c = 0; c < valid; ++c)
       for (int64_t t = 0; t < w.num_taps; ++t)
@@ -40,17 +40,19 @@ SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, 
       for (int64_t t = 0; t < w.num_taps; ++t)
         for (int64_t c = 0; c < valid; ++c) copy(t, d, c);
   }
-  const int64_t apart = ceil_div(w.out, kColumns) * w.in * kColumns;
+  const int64_t point_stride = ceil_div(w.out, kColumns) * w.in * kColumns;
   for (int64_t d = first; d < last; ++d) {
     A* to = panels + (panel * w.in + d) * kColumns;
     if (w.num_taps == 1) {
-      std::copy_n(taps[0][d - first], kColumns, to);
+      std::copy_n(weights[0][d - first], kColumns, to);
       continue;
     }
     A half[3][4][kColumns];
     for (int64_t i = 0; i < 3; ++i)
-      transform(taps[3 * i][d - first], taps[3 * i + 1][d - first], taps[3 * i + 2][d - first], half[i][0], kColumns);
-    for (int64_t j = 0; j < 4; ++j) transform(half[0][j], half[1][j], half[2][j], to + j * apart, 4 * apart);
+      transform(weights[3 * i][d - first], weights[3 * i + 1][d - first], weights[3 * i + 2][d - first], half[i][0],
+                kColumns);
+    for (int64_t j = 0; j < 4; ++j)
+      transform(half[0][j], half[1][j], half[2][j], to + j * point_stride, 4 * point_stride);
   }
 }
 SPADE_TARGET_CLONES void fill_any(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, float* panels) {

@@ -1,4 +1,4 @@
-// What the CPU kernels share: instruction sets, types, and work cut into fixed pieces.
+// Helpers of CPU kernels: instruction sets, types, and work cut into fixed pieces.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -180,7 +180,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   });
 
   std::vector<Tensor> results;
-  const int64_t taps = kernel_size * kernel_size;
+  const int64_t num_taps = kernel_size * kernel_size;
   for (int64_t s = 0; s < num_sizes; ++s) {
     int64_t height = sizes[2 * s], width = sizes[2 * s + 1];
     std::vector<int64_t> first_id(images, 0);
@@ -192,11 +192,11 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
       int64_t* first_row = mutable_ids(image_offsets);
       first_row[0] = 0;
       for (int64_t n = 0; n < images; ++n)
-        first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / taps;
-      const Tensor windows = torch::stable::new_empty(map, {first_row[images], taps});
+        first_row[n + 1] = first_row[n] + static_cast<int64_t>(of(n).windows.size()) / num_taps;
+      const Tensor windows = torch::stable::new_empty(map, {first_row[images], num_taps});
       const Tensor pixel_row = torch::stable::new_empty(map, {images, height, width});
       parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
-        int64_t* to = mutable_ids(windows) + first_row[n] * taps;
+        int64_t* to = mutable_ids(windows) + first_row[n] * num_taps;
         for (int64_t id : of(n).windows) *to++ = id == 0 ? 0 : id + first_id[n];
         to = mutable_ids(pixel_row) + n * height * width;
         for (int64_t row : of(n).pixel_row) *to++ = row + first_row[n];

@@ -1,4 +1,4 @@
-// What operators on CUDA tensors share: layouts and allocation.
+// Helpers of operators on CUDA tensors: layouts and allocation.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -37,7 +37,7 @@ struct StatsFromOrigin {
   }
 };
 
-// The same with means that are mean + rest.
+// Statistics of V channels over `count` pixels, whose means are mean + rest.
 template <class A, int V>
 struct Stats {
   A count = 0, mean[V] = {}, rest[V] = {}, m2[V] = {};
@@ -49,7 +49,7 @@ struct Stats {
     rest[i] = (a - (mean[i] - of_b)) + (b - of_b);
   }
 
-  // Of pixels there are at least as many here as in the other.
+  // This one must have at least as many pixels as the other.
   SPADE_DEVICE void merge(const Stats& other) {
     if (other.count == 0) return;
     const A share = other.count / (count + other.count), weight = count * share;
@@ -88,7 +88,7 @@ struct SharedStats {
     }
     return stats;
   }
-  // Of one channel of a thread.
+  // Reads one channel of a thread.
   SPADE_DEVICE Stats<A, 1> get_one(uint32_t thread, uint32_t channel) const {
     return {count[thread], {mean[channel][thread]}, {rest[channel][thread]}, {m2[channel][thread]}};
   }
@@ -96,10 +96,10 @@ struct SharedStats {
   SPADE_DEVICE void merge_rows(const Block& block, uint32_t rows) {
     for (uint32_t step = 1; step < rows; step *= 2)
       block.phase([&](const Thread& t) {
-        const uint32_t row = t.row % rows, thread = t.row * t.lanes + t.lane;
-        if (row % (2 * step) != 0 || row + step >= rows || t.row + step >= t.rows) return;
+        const uint32_t row = t.row % rows, thread = t.row * t.block_x + t.lane;
+        if (row % (2 * step) != 0 || row + step >= rows || t.row + step >= t.block_y) return;
         Stats<A, V> stats = get(thread);
-        stats.merge(get(thread + step * t.lanes));
+        stats.merge(get(thread + step * t.block_x));
         put(thread, stats);
       });
   }
@@ -130,7 +130,7 @@ struct PieceStats {
     uint32_t groups, channel, group;
 
     SPADE_DEVICE explicit Merger(const Thread& t)
-        : groups(t.rows / V), channel(t.row / groups), group(t.row % groups) {}
+        : groups(t.block_y / V), channel(t.row / groups), group(t.row % groups) {}
   };
 
   // Among the first pixels, channel by channel: not one that lies far off from all the rest.
@@ -177,7 +177,7 @@ struct PieceStats {
     const int64_t first = t.x * pieces.pixels_of_one;
     const auto pixels = static_cast<uint32_t>(min(p.pixels - first, pieces.pixels_of_one));
     if (t.row >= pixels) return {};
-    const int64_t step = t.rows * p.channels;
+    const int64_t step = t.block_y * p.channels;
     const T* from = static_cast<const T*>(p.x) + (t.z * p.pixels + first + t.row) * p.channels + channel;
     Values<T, V> origin;
     StatsFromOrigin<A, V> total;
@@ -189,7 +189,7 @@ struct PieceStats {
       if (total.count == 0) origin = nearest_to_0(x, count);
       total.merge(of_batch(origin, x, count));
     };
-    int left = static_cast<int>((pixels - t.row + t.rows - 1) / t.rows);
+    int left = static_cast<int>((pixels - t.row + t.block_y - 1) / t.block_y);
 #pragma unroll 1
     for (; left >= kBatch; left -= kBatch) add(kBatch);
     if (left > 0) add(left);
@@ -205,25 +205,25 @@ struct PieceStats {
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
     block.phase([&](const Thread& t) {
-      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
-      shared.of_threads.put(t.row * t.lanes + t.lane, channel < p.channels ? of_thread(t, channel) : Stats<A, V>{});
+      const int64_t channel = (static_cast<int64_t>(t.y) * t.block_x + t.lane) * V;
+      shared.of_threads.put(t.row * t.block_x + t.lane, channel < p.channels ? of_thread(t, channel) : Stats<A, V>{});
     });
     block.phase([&](const Thread& t) {
       const Merger merger(t);
       Stats<A, 1> total;
       if (merger.channel < V) {
-        total = shared.of_threads.get_one(merger.group * t.lanes + t.lane, merger.channel);
-        for (uint32_t row = merger.group + merger.groups; row < t.rows; row += merger.groups)
-          total.merge(shared.of_threads.get_one(row * t.lanes + t.lane, merger.channel));
+        total = shared.of_threads.get_one(merger.group * t.block_x + t.lane, merger.channel);
+        for (uint32_t row = merger.group + merger.groups; row < t.block_y; row += merger.groups)
+          total.merge(shared.of_threads.get_one(row * t.block_x + t.lane, merger.channel));
       }
-      shared.of_groups.put(t.row * t.lanes + t.lane, total);
+      shared.of_groups.put(t.row * t.block_x + t.lane, total);
     });
-    shared.of_groups.merge_rows(block, block.rows / V);
+    shared.of_groups.merge_rows(block, block.block_y / V);
     block.phase([&](const Thread& t) {
       const Merger merger(t);
-      const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V + merger.channel;
+      const int64_t channel = (static_cast<int64_t>(t.y) * t.block_x + t.lane) * V + merger.channel;
       if (merger.group != 0 || merger.channel >= V || channel >= p.channels) return;
-      const Stats<A, 1> stats = shared.of_groups.get(t.row * t.lanes + t.lane);
+      const Stats<A, 1> stats = shared.of_groups.get(t.row * t.block_x + t.lane);
       A* to = parts + (t.z * pieces.count + t.x) * 3 * p.channels + channel;
       to[0] = stats.mean[0];
       to[p.channels] = stats.rest[0];
@@ -244,10 +244,10 @@ struct MergePieces {
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
     block.phase([&](const Thread& t) {
-      const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
+      const int64_t channel = static_cast<int64_t>(t.x) * t.block_x + t.lane;
       Stats<A, 1> total;
       if (channel < p.channels)
-        for (int64_t piece = t.row; piece < pieces.count; piece += t.rows) {
+        for (int64_t piece = t.row; piece < pieces.count; piece += t.block_y) {
           const A* from = parts + (t.y * pieces.count + piece) * 3 * p.channels + channel;
           Stats<A, 1> stats;
           stats.count = static_cast<A>(min(pieces.pixels_of_one, p.pixels - piece * pieces.pixels_of_one));
@@ -259,11 +259,11 @@ struct MergePieces {
           else
             total.merge(stats);
         }
-      shared.put(t.row * t.lanes + t.lane, total);
+      shared.put(t.row * t.block_x + t.lane, total);
     });
-    shared.merge_rows(block, block.rows);
+    shared.merge_rows(block, block.block_y);
     block.phase([&](const Thread& t) {
-      const int64_t channel = static_cast<int64_t>(t.x) * t.lanes + t.lane;
+      const int64_t channel = static_cast<int64_t>(t.x) * t.block_x + t.lane;
       if (t.row != 0 || channel >= p.channels) return;
       static_cast<A*>(p.mean)[t.y * p.channels + channel] = shared.mean[0][t.lane] + shared.rest[0][t.lane];
       static_cast<A*>(p.m2)[t.y * p.channels + channel] = shared.m2[0][t.lane];
@@ -279,8 +279,8 @@ struct Gradient {
   ChannelStatsGradParams p;
 
   SPADE_DEVICE void operator()(const Thread& t) const {
-    const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
-    const int64_t pixel = static_cast<int64_t>(t.x) * t.rows + t.row;
+    const int64_t channel = (static_cast<int64_t>(t.y) * t.block_x + t.lane) * V;
+    const int64_t pixel = static_cast<int64_t>(t.x) * t.block_y + t.row;
     if (channel >= p.channels || pixel >= p.pixels) return;
     const int64_t of_image = t.z * p.channels + channel, at = (t.z * p.pixels + pixel) * p.channels + channel;
     Values<A, V> mean, grad_mean, grad_m2;
@@ -300,8 +300,8 @@ struct Gradient {
 template <class T, int V>
 Grid over_pieces(const ChannelStatsParams& p, Pieces& pieces) {
   Grid grid = grid_over(ceil_div(p.channels, V), kPieceLanes, p.images);
-  pieces.pixels_of_one = static_cast<int64_t>(grid.rows) * kMostPixels;
-  while (pieces.pixels_of_one > grid.rows * kBatch &&
+  pieces.pixels_of_one = static_cast<int64_t>(grid.block_y) * kMostPixels;
+  while (pieces.pixels_of_one > grid.block_y * kBatch &&
          ceil_div(p.pixels, pieces.pixels_of_one) * grid.y * grid.z < kWantedBlocks)
     pieces.pixels_of_one /= 2;
   pieces.count = ceil_div(p.pixels, pieces.pixels_of_one);
@@ -348,7 +348,7 @@ void channel_stats_grad(Dtype dtype, const ChannelStatsGradParams& p, cudaStream
     using T = typename decltype(type)::type;
     for_vector<T>(p.channels, {p.x, p.mean, p.grad_mean, p.grad_m2, p.out}, [&](auto v) {
       Grid grid = grid_over(ceil_div(p.channels, v()), 32, p.images);
-      grid.x = static_cast<uint32_t>(ceil_div(p.pixels, grid.rows));
+      grid.x = static_cast<uint32_t>(ceil_div(p.pixels, grid.block_y));
       launch(grid, stream, Gradient<T, v()>{p});
     });
   });

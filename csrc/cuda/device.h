@@ -1,4 +1,4 @@
-// What a kernel asks of the machine that runs it: threads, phases, atomics, launches. tests/cuda_host/cuda_host.h
+// All that kernels need of the machine that runs them: threads, phases, atomics, launches. tests/cuda_host/cuda_host.h
 // offers a host compiler the same, so every kernel here also runs on the CPU, one thread at a time, where a test can
 // look at it.
 //
@@ -19,17 +19,17 @@ namespace spade::cuda {
 
 // The blocks of a launch, and the threads of a block.
 struct Grid {
-  uint32_t x, y, z, lanes, rows;
+  uint32_t x, y, z, block_x, block_y;
 };
 
 // One thread: its block's place in the grid, and its own in the block.
 struct Thread {
   uint32_t x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, lane = threadIdx.x, row = threadIdx.y;
-  uint32_t lanes = blockDim.x, rows = blockDim.y;
+  uint32_t block_x = blockDim.x, block_y = blockDim.y;
 };
 
 struct Block {
-  uint32_t x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, lanes = blockDim.x, rows = blockDim.y;
+  uint32_t x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, block_x = blockDim.x, block_y = blockDim.y;
 
   template <class Body>
   SPADE_DEVICE void phase(const Body& body) const {
@@ -55,7 +55,7 @@ template <class Kernel>
 void launch(Grid grid, cudaStream_t stream, const Kernel& kernel) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   void* arguments[] = {const_cast<Kernel*>(&kernel)};
-  cudaLaunchKernel(run<Kernel>, dim3(grid.x, grid.y, grid.z), dim3(grid.lanes, grid.rows), arguments, 0, stream);
+  cudaLaunchKernel(run<Kernel>, dim3(grid.x, grid.y, grid.z), dim3(grid.block_x, grid.block_y), arguments, 0, stream);
 }
 
 inline void fill_bytes(void* to, int byte, size_t bytes, cudaStream_t stream) {

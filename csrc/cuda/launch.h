@@ -28,7 +28,7 @@ class Launch {
   cudaStream_t stream() const {
     return stream_;
   }
-  // Whether the launches so far were taken; an error of another library's shows here too.
+  // Throws if a launch failed; an error of another library's shows here too.
   void check() const {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -52,8 +52,8 @@ struct SumPieces {
   }
 
   SPADE_DEVICE void operator()(const Thread& t) const {
-    const int64_t channel = (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V;
-    const int64_t piece = static_cast<int64_t>(t.x) * t.rows + t.row, begin = piece << cut.piece_bits;
+    const int64_t channel = (static_cast<int64_t>(t.y) * t.block_x + t.lane) * V;
+    const int64_t piece = static_cast<int64_t>(t.x) * t.block_y + t.row, begin = piece << cut.piece_bits;
     const int64_t end = min((piece + 1) << cut.piece_bits, cut.entries);
     if (channel >= p.channels || begin >= end) return;
     const A negative_slope = static_cast<A>(p.negative_slope);
@@ -133,19 +133,19 @@ struct MergeParts {
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
     const int64_t width = 2 * p.channels;
-    const auto channel_of = [&](const Thread& t) { return (static_cast<int64_t>(t.y) * t.lanes + t.lane) * V; };
+    const auto channel_of = [&](const Thread& t) { return (static_cast<int64_t>(t.y) * t.block_x + t.lane) * V; };
     block.phase([&](const Thread& t) {
       if (t.row == 0 && t.lane == 0) shared.row = -1;
     });
     block.phase([&](const Thread& t) {
-      const int64_t piece = static_cast<int64_t>(t.x) * t.rows + t.row, end = (piece + 1) << cut.piece_bits;
+      const int64_t piece = static_cast<int64_t>(t.x) * t.block_y + t.row, end = (piece + 1) << cut.piece_bits;
       if (end >= cut.entries || channel_of(t) >= width) return;
       const int64_t row = load_constant(p.pixel_row + load_constant(p.indices + end - 1));
       const int64_t row_end = load_constant(p.offsets + row + 1);
       if (row_end <= end || load_constant(p.offsets + row) < piece << cut.piece_bits) return;
       const int64_t last = (row_end - 1) >> cut.piece_bits;
       // Another row cannot start before this one's last piece, so a block has one that reaches past all its pieces.
-      if (last - piece < t.rows) {
+      if (last - piece < t.block_y) {
         sum(piece, piece, last, 1, channel_of(t)).store(p.out, row * width + channel_of(t));
       } else if (t.lane == 0) {
         shared.row = row;
@@ -154,26 +154,26 @@ struct MergeParts {
       }
     });
     block.phase([&](const Thread& t) {
-      for (int64_t row = (static_cast<int64_t>(t.x) * t.rows + t.row) * t.lanes + t.lane; row < p.num_rows;
+      for (int64_t row = (static_cast<int64_t>(t.x) * t.block_y + t.row) * t.block_x + t.lane; row < p.num_rows;
            row += threads) {
         if (load_constant(p.offsets + row) != load_constant(p.offsets + row + 1)) continue;
-        const int64_t begin = static_cast<int64_t>(t.y) * t.lanes * V;
-        for (int64_t channel = begin; channel < min(begin + t.lanes * V, width); channel += V)
+        const int64_t begin = static_cast<int64_t>(t.y) * t.block_x * V;
+        for (int64_t channel = begin; channel < min(begin + t.block_x * V, width); channel += V)
           Values<A, V>{}.store(p.out, row * width + channel);
       }
     });
     if (shared.row < 0) return;
     block.phase([&](const Thread& t) {
       if (channel_of(t) < width)
-        shared.sums[t.row * t.lanes + t.lane] =
-            sum(shared.first, shared.first + t.row, shared.last, t.rows, channel_of(t));
+        shared.sums[t.row * t.block_x + t.lane] =
+            sum(shared.first, shared.first + t.row, shared.last, t.block_y, channel_of(t));
     });
-    for (uint32_t step = 1; step < block.rows; step *= 2)
+    for (uint32_t step = 1; step < block.block_y; step *= 2)
       block.phase([&](const Thread& t) {
-        if (t.row % (2 * step) != 0 || t.row + step >= t.rows || channel_of(t) >= width) return;
-        const uint32_t thread = t.row * t.lanes + t.lane;
+        if (t.row % (2 * step) != 0 || t.row + step >= t.block_y || channel_of(t) >= width) return;
+        const uint32_t thread = t.row * t.block_x + t.lane;
 #pragma unroll
-        for (int c = 0; c < V; ++c) shared.sums[thread].at[c] += shared.sums[thread + step * t.lanes].at[c];
+        for (int c = 0; c < V; ++c) shared.sums[thread].at[c] += shared.sums[thread + step * t.block_x].at[c];
       });
     block.phase([&](const Thread& t) {
       if (t.row == 0 && channel_of(t) < width) shared.sums[t.lane].store(p.out, shared.row * width + channel_of(t));
@@ -213,13 +213,13 @@ void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& p, void
     using A = acc_t<T>;
     A* parts = static_cast<A*>(scratch);
     Grid grid = grid_over(ceil_div(p.channels, v()), kMostLanes, 1);
-    grid.x = static_cast<uint32_t>(ceil_div(cut.pieces, grid.rows));
+    grid.x = static_cast<uint32_t>(ceil_div(cut.pieces, grid.block_y));
     launch(grid, stream, SumPieces<T, S, v(), upsample()>{p, cut, parts});
     if (!p.pixel_row) return;
     for_vector<A>(2 * p.channels, {p.out}, [&](auto wide) {
       Grid merge = grid_over(ceil_div(2 * p.channels, wide()), kPartLanes, 1);
-      merge.x = static_cast<uint32_t>(ceil_div(cut.pieces, merge.rows));
-      launch(merge, stream, MergeParts<A, wide()>{p, cut, parts, int64_t{merge.x} * merge.rows * merge.lanes});
+      merge.x = static_cast<uint32_t>(ceil_div(cut.pieces, merge.block_y));
+      launch(merge, stream, MergeParts<A, wide()>{p, cut, parts, int64_t{merge.x} * merge.block_y * merge.block_x});
     });
   });
 }

@@ -15,7 +15,7 @@ constexpr int64_t kMostLanes = 32;
 
 // Where the pixels of y are that a pixel of x stands for.
 template <int upsample>
-SPADE_DEVICE int64_t shown_at(const ModulateParams& p, int64_t image, int64_t source, int which) {
+SPADE_DEVICE int64_t out_pixel_of(const ModulateParams& p, int64_t image, int64_t source, int which) {
   if constexpr (upsample == 1) return image * p.height * p.width + source;
   const uint32_t y = static_cast<uint32_t>(source) / static_cast<uint32_t>(p.width),
                  x = static_cast<uint32_t>(source) - y * static_cast<uint32_t>(p.width);

@@ -90,7 +90,7 @@ struct Insert {
 
   SPADE_DEVICE void operator()(const Block& block, Shared& shared) const {
     const WindowMap& map = p.maps[block.z];
-    const uint32_t pixels = pixels_of(map), begin = block.x * block.lanes;
+    const uint32_t pixels = pixels_of(map), begin = block.x * block.block_x;
     if (begin >= pixels) return;
     block.phase([&](const Thread& t) {
       if (t.lane < kThreads / 32) shared.looked[t.lane] = 0;
@@ -147,7 +147,7 @@ struct Count {
     });
     block.phase([&](const Thread& t) {
       uint32_t count = 0;
-      for (uint32_t pixel = run.begin + t.lane; pixel < run.end; pixel += t.lanes) {
+      for (uint32_t pixel = run.begin + t.lane; pixel < run.end; pixel += t.block_x) {
         const int64_t slot = pixel_row[pixel];
         if (slots[slot] != pixel) continue;
         pixel_row[pixel] = ~slot;
@@ -184,7 +184,7 @@ struct Number {
     });
     block.phase([&](const Thread& t) {
       uint32_t sum = 0;
-      for (uint32_t b = t.lane; b < blocks_before; b += t.lanes) sum += map.counts[b];
+      for (uint32_t b = t.lane; b < blocks_before; b += t.block_x) sum += map.counts[b];
       if (sum) fetch_add(&shared.before, sum);
     });
     uint32_t number = shared.before;
@@ -195,7 +195,7 @@ struct Number {
         map.image_offsets[p.images] = *map.rows = number + map.counts[blocks_before];
     });
     uint32_t turn = 0;
-    for (uint32_t begin = run.begin; begin < run.end; begin += block.lanes, turn ^= 1) {
+    for (uint32_t begin = run.begin; begin < run.end; begin += block.block_x, turn ^= 1) {
       uint32_t* first = shared.first[turn];
       block.phase([&](const Thread& t) {
         const uint32_t pixel = begin + t.lane;
@@ -221,7 +221,7 @@ struct Look {
 
   SPADE_DEVICE void operator()(const Thread& t) const {
     const WindowMap& map = p.maps[t.z];
-    const uint32_t pixels = pixels_of(map), pixel = t.x * t.lanes + t.lane;
+    const uint32_t pixels = pixels_of(map), pixel = t.x * t.block_x + t.lane;
     if (pixel >= pixels) return;
     int64_t& pixel_row = map.pixel_row[static_cast<int64_t>(t.y) * pixels + pixel];
     pixel_row = slots_of(map, t.y)[pixel_row < 0 ? ~pixel_row : pixel_row];
@@ -235,16 +235,16 @@ struct Write {
 
   SPADE_DEVICE void operator()(const Thread& t) const {
     const WindowMap& map = p.maps[t.z];
-    const uint32_t taps = p.kernel_size * p.kernel_size, pixels = pixels_of(map);
-    const int64_t at = static_cast<int64_t>(t.x) * t.lanes + t.lane;
-    if (at >= static_cast<int64_t>(map.num_rows) * taps) return;
-    const uint32_t first = map.firsts[at / taps], tap = at % taps;
+    const uint32_t num_taps = p.kernel_size * p.kernel_size, pixels = pixels_of(map);
+    const int64_t at = static_cast<int64_t>(t.x) * t.block_x + t.lane;
+    if (at >= static_cast<int64_t>(map.num_rows) * num_taps) return;
+    const uint32_t first = map.firsts[at / num_taps], tap = at % num_taps;
     const Windows windows(p, map, first / pixels);
     map.windows[at] = windows.id(first % pixels, tap / p.kernel_size, tap % p.kernel_size);
   }
 };
 
-// As many blocks as the map that asks for the most.
+// A grid of as many blocks as the map that needs the most.
 template <class Blocks>
 Grid over_maps(const WindowIndexCall& p, uint32_t images, const Blocks& blocks) {
   int64_t most = 0;
@@ -284,8 +284,8 @@ void number_windows(const WindowIndexCall& p, cudaStream_t stream) {
 }
 
 void write_windows(const WindowIndexCall& p, cudaStream_t stream) {
-  const int64_t taps = int64_t{p.kernel_size} * p.kernel_size;
-  launch(over_maps(p, 1, [&](const WindowMap& map) { return ceil_div(map.num_rows * taps, kThreads); }), stream,
+  const int64_t num_taps = int64_t{p.kernel_size} * p.kernel_size;
+  launch(over_maps(p, 1, [&](const WindowMap& map) { return ceil_div(map.num_rows * num_taps, kThreads); }), stream,
          Write{p});
 }
 

@@ -87,7 +87,7 @@ class WindowPlan {
     }
   }
 
-  // Of the scratch that the kernels need, a uint32_t each.
+  // Values of scratch that the kernels need, each a uint32_t.
   int64_t scratch_size() const {
     return slots_ + counts_ + firsts_ + maps_;
   }

@@ -89,7 +89,7 @@ def call(operator: Any, *arguments: Any) -> Any:
 def _by_plain_form(name: str, arguments: Sequence[Any]) -> Any:
     if name not in _plain_forms:
         raise _without_derivatives(name)
-    # As in kernels: autocast would round the factors of float32 products.
+    # Kernels run without autocast, too: it would round the factors of float32 products.
     with torch.autocast(arguments[0].device.type, enabled=False):
         return _plain_forms[name](*arguments)
 

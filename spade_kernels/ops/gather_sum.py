@@ -22,32 +22,38 @@ from spade_kernels.ops._register import (
 
 
 def gather_sum(
-    taps: Tensor, bias: Tensor | None, windows: Tensor, indices: Tensor | None, offsets: Tensor | None, relu: bool
+    tap_responses: Tensor,
+    bias: Tensor | None,
+    windows: Tensor,
+    indices: Tensor | None,
+    offsets: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """The first convolution at every distinct window: `reference.gather_sum`."""
-    return call(operators.gather_sum, taps, bias, windows, indices, offsets, relu)
+    return call(operators.gather_sum, tap_responses, bias, windows, indices, offsets, relu)
 
 
-def differentiable_sum_of_taps(taps: Tensor, windows: Tensor) -> Tensor:
-    """(rows, D): sum over t of taps[windows[:, t], t], by operators that PyTorch can differentiate twice."""
-    first, *others = map(F.embedding, windows.unbind(1), taps.unbind(1))
+def differentiable_sum_of_taps(tap_responses: Tensor, windows: Tensor) -> Tensor:
+    """(rows, D): sum over t of tap_responses[windows[:, t], t], by operators that PyTorch can differentiate twice."""
+    first, *others = map(F.embedding, windows.unbind(1), tap_responses.unbind(1))
     return sum(others, first)
 
 
-def _check(a, taps, bias, windows, indices, offsets, relu):
-    a.floats("taps", taps, (NOT_EMPTY,) * 3)
-    a.floats("bias", bias, (taps.shape[2],))
-    a.index("windows", windows, (size_of(windows, 0), taps.shape[1]), 0, taps.shape[0])
-    a.segments(indices, offsets, taps.shape[0] * taps.shape[1], windows.numel())
+def _check(a, tap_responses, bias, windows, indices, offsets, relu):
+    a.floats("tap_responses", tap_responses, (NOT_EMPTY,) * 3)
+    a.floats("bias", bias, (tap_responses.shape[2],))
+    a.index("windows", windows, (size_of(windows, 0), tap_responses.shape[1]), 0, tap_responses.shape[0])
+    a.segments(indices, offsets, tap_responses.shape[0] * tap_responses.shape[1], windows.numel())
 
 
-def _fake(taps, bias, windows, indices, offsets, relu):
-    return taps.new_empty(windows.shape[0], taps.shape[2])
+def _fake(tap_responses, bias, windows, indices, offsets, relu):
+    return tap_responses.new_empty(windows.shape[0], tap_responses.shape[2])
 
 
 def _setup(ctx, inputs, output):
-    taps, bias, windows, indices, offsets, ctx.relu = inputs
-    ctx.shape, ctx.dtype, ctx.bias_dtype = taps.shape, taps.dtype, None if bias is None else bias.dtype
+    tap_responses, bias, windows, indices, offsets, ctx.relu = inputs
+    ctx.shape, ctx.dtype = tap_responses.shape, tap_responses.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(output, windows, indices, offsets)
 
 
@@ -60,12 +66,14 @@ def _backward(ctx, grad):
         arguments = (*floats, windows, indices, offsets, False)
         return plain_gradients("gather_sum", arguments, ctx.needs_input_grad, (grad,))
     require_segments("gather_sum", indices, offsets)
-    taps, bias = operators.gather_sum_grad(grad, rows, indices, offsets, ctx.shape[1], ctx.relu)
-    return taps.to(ctx.dtype), None if ctx.bias_dtype is None else bias.to(ctx.bias_dtype), None, None, None, None
+    d_tap_responses, d_bias = operators.gather_sum_grad(grad, rows, indices, offsets, ctx.shape[1], ctx.relu)
+    d_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
+    return d_tap_responses.to(ctx.dtype), d_bias, None, None, None, None
 
 
 register(
-    "gather_sum(Tensor taps, Tensor? bias, Tensor windows, Tensor? indices, Tensor? offsets, bool relu) -> Tensor",
+    "gather_sum(Tensor tap_responses, Tensor? bias, Tensor windows, Tensor? indices, Tensor? offsets, bool relu)"
+    " -> Tensor",
     check=_check,
     fake=_fake,
     kernels=("triton", "cpu"),

@@ -42,12 +42,12 @@ def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _check(a, hidden, gamma, beta, bias, windows, packed_weight, indices, offsets):
     a.floats("hidden", hidden, (size_of(hidden, 0), NOT_EMPTY))
-    taps = _check_weights(a, gamma, beta, hidden.shape[1])
+    num_taps = _check_weights(a, gamma, beta, hidden.shape[1])
     columns = 2 * gamma.shape[0]
     a.floats("bias", bias, (columns,))
-    a.index("windows", windows, (size_of(windows, 0), taps), 0, hidden.shape[0] + 1)
-    a.floats("packed_weight", packed_weight, (num_panels(columns), taps, hidden.shape[1], PANEL_COLUMNS))
-    a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, windows.numel())
+    a.index("windows", windows, (size_of(windows, 0), num_taps), 0, hidden.shape[0] + 1)
+    a.floats("packed_weight", packed_weight, (num_panels(columns), num_taps, hidden.shape[1], PANEL_COLUMNS))
+    a.segments(indices, offsets, (hidden.shape[0] + 1) * num_taps, windows.numel())
 
 
 def _check_weights(a, gamma: Tensor, beta: Tensor, depth: int | None) -> int:
@@ -93,9 +93,9 @@ register(
 
 def _check_grad(a, grad, hidden, gamma, beta, indices, offsets):
     a.floats("hidden", hidden, (size_of(hidden, 0), NOT_EMPTY))
-    taps = _check_weights(a, gamma, beta, hidden.shape[1])
+    num_taps = _check_weights(a, gamma, beta, hidden.shape[1])
     a.floats("grad", grad, (size_of(grad, 0), 2 * gamma.shape[0]))
-    a.segments(indices, offsets, (hidden.shape[0] + 1) * taps, grad.shape[0] * taps)
+    a.segments(indices, offsets, (hidden.shape[0] + 1) * num_taps, grad.shape[0] * num_taps)
 
 
 def _fake_grad(grad, hidden, gamma, beta, indices, offsets):
@@ -118,10 +118,10 @@ def _check_pack(a, gamma, beta):
 
 def _fake_pack(gamma, beta):
     channels, depth, height, width = gamma.shape
-    panels, taps = num_panels(2 * channels), height * width
+    panels, num_taps = num_panels(2 * channels), height * width
     if gamma.is_cuda:
-        return gamma.new_empty(panels, PANEL_COLUMNS, taps, depth).permute(0, 2, 3, 1)
-    return gamma.new_empty(panels, taps, depth, PANEL_COLUMNS, dtype=acc_dtype(gamma))
+        return gamma.new_empty(panels, PANEL_COLUMNS, num_taps, depth).permute(0, 2, 3, 1)
+    return gamma.new_empty(panels, num_taps, depth, PANEL_COLUMNS, dtype=acc_dtype(gamma))
 
 
 register(

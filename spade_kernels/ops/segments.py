@@ -33,7 +33,7 @@ def segments_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> lis
     first_value, first_entry = ([0, *accumulate(counts)] for counts in (num_values, lengths))
     own = torch._foreach_add([value.flatten() for value in values], first_value[:-1])
     keys = torch.cat(own)
-    # Of half the width in half the passes.
+    # Keys of half the width take half the passes.
     indices = (keys.int() if first_value[-1] < 2**31 else keys).argsort(stable=True)
     offsets = _segment_offsets(keys, first_value[-1])
     all_indices = torch._foreach_sub(indices.split(lengths), first_entry[:-1])
@@ -43,8 +43,8 @@ def segments_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> lis
 
 def tap_keys(windows: Tensor) -> Tensor:
     """id * T + tap of every use of an id by windows (rows, T): what `segments_by_tap` groups."""
-    taps = windows.shape[1]
-    return torch.add(torch.arange(taps, device=windows.device), windows, alpha=taps)
+    num_taps = windows.shape[1]
+    return torch.add(torch.arange(num_taps, device=windows.device), windows, alpha=num_taps)
 
 
 def segments_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from spade_kernels.triton.segments import accumulator
 from spade_kernels.triton.tiles import (
-    at,
     block_of_program,
     channel_tile,
     channels_last,
     empty_channels_last,
+    ptr,
     tile_grid,
 )
 from spade_kernels.triton.variants import launch
@@ -73,10 +73,10 @@ def _merge(count, origin, mean, m2):
     share = count / tl.sum(count, 0)
     rough = tl.sum((origin + mean) * share[:, None], 0)
     # Differences of large numbers are exact: what rounding took from the mean, the mean of the deviations gives back.
-    apart = origin - rough[None, :] + mean
-    missing = tl.sum(apart * share[:, None], 0)
-    apart -= missing[None, :]
-    return rough, missing, tl.sum(m2 + apart * apart * count[:, None], 0)
+    deviation = origin - rough[None, :] + mean
+    missing = tl.sum(deviation * share[:, None], 0)
+    deviation -= missing[None, :]
+    return rough, missing, tl.sum(m2 + deviation * deviation * count[:, None], 0)
 
 
 @triton.jit(do_not_specialize=["pixels", "parts", "steps"])
@@ -93,21 +93,23 @@ def _part_stats(
     BLOCK_C: tl.constexpr,
 ):
     image, part, channel = block_of_program(channels, BLOCK_C)
-    inside = channel < channels
+    channel_mask = channel < channels
     x += image * pixels * channels
     dtype = means.dtype.element_ty
     pixel = part * steps * BLOCK_P + tl.arange(0, BLOCK_P)
-    held = pixel < pixels
-    origin = tl.load(at(x, pixel, channel, channels), held[:, None] & inside[None, :], other=0).to(dtype)
-    count = held.to(dtype)
+    pixel_mask = pixel < pixels
+    origin = tl.load(ptr(x, pixel, channel, channels), pixel_mask[:, None] & channel_mask[None, :], other=0).to(dtype)
+    count = pixel_mask.to(dtype)
     mean = tl.zeros((BLOCK_P, BLOCK_C), dtype)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), dtype)
     for _ in range(1, steps):
         pixel += BLOCK_P
-        held = pixel < pixels
-        value = tl.load(at(x, pixel, channel, channels), held[:, None] & inside[None, :], other=0).to(dtype)
-        count += held.to(dtype)
-        delta = tl.where(held[:, None], value - origin - mean, 0)
+        pixel_mask = pixel < pixels
+        value = tl.load(ptr(x, pixel, channel, channels), pixel_mask[:, None] & channel_mask[None, :], other=0).to(
+            dtype
+        )
+        count += pixel_mask.to(dtype)
+        delta = tl.where(pixel_mask[:, None], value - origin - mean, 0)
         share = 1 / tl.maximum(count, 1)
         mean += delta * share[:, None]
         m2 += delta * delta * (1 - share)[:, None]
@@ -116,9 +118,9 @@ def _part_stats(
     if origins is None:
         mean += origin
     else:
-        tl.store(origins + to, origin, inside)
-    tl.store(means + to, mean, inside)
-    tl.store(m2s + to, m2, inside)
+        tl.store(origins + to, origin, channel_mask)
+    tl.store(means + to, mean, channel_mask)
+    tl.store(m2s + to, m2, channel_mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "parts", "part"])
@@ -127,31 +129,31 @@ def _merge_parts(
 ):
     image = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
+    channel_mask = channel < channels
     k = tl.arange(0, BLOCK_K)
     count = tl.minimum(tl.maximum(pixels - k * part, 0), part).to(mean.dtype.element_ty)
-    row, mask = image * parts + k, (k < parts)[:, None] & inside[None, :]
+    row, mask = image * parts + k, (k < parts)[:, None] & channel_mask[None, :]
     origin, average, total = _merge(
         count,
-        tl.load(at(origins, row, channel, channels), mask, other=0),
-        tl.load(at(means, row, channel, channels), mask, other=0),
-        tl.load(at(m2s, row, channel, channels), mask, other=0),
+        tl.load(ptr(origins, row, channel, channels), mask, other=0),
+        tl.load(ptr(means, row, channel, channels), mask, other=0),
+        tl.load(ptr(m2s, row, channel, channels), mask, other=0),
     )
     to = image * channels + channel
-    tl.store(mean + to, origin + average, inside)
-    tl.store(m2 + to, total, inside)
+    tl.store(mean + to, origin + average, channel_mask)
+    tl.store(m2 + to, total, channel_mask)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _stats_grad(x, mean, grad_mean, grad_m2, out, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     image, block, channel = block_of_program(channels, BLOCK_C)
-    inside = channel < channels
+    channel_mask = channel < channels
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (pixel < pixels)[:, None] & inside[None, :]
+    mask = (pixel < pixels)[:, None] & channel_mask[None, :]
     stats = image * channels + channel
-    centre = tl.load(mean + stats, inside)
-    offset = tl.load(grad_mean + stats, inside) / pixels
-    factor = 2 * tl.load(grad_m2 + stats, inside)
-    value = tl.load(at(x, image * pixels + pixel, channel, channels), mask).to(centre.dtype)
+    centre = tl.load(mean + stats, channel_mask)
+    offset = tl.load(grad_mean + stats, channel_mask) / pixels
+    factor = 2 * tl.load(grad_m2 + stats, channel_mask)
+    value = tl.load(ptr(x, image * pixels + pixel, channel, channels), mask).to(centre.dtype)
     value = offset[None, :] + factor[None, :] * (value - centre[None, :])
-    tl.store(at(out, image * pixels + pixel, channel, channels), value, mask)
+    tl.store(ptr(out, image * pixels + pixel, channel, channels), value, mask)

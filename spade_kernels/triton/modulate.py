@@ -15,11 +15,11 @@ from torch import Tensor
 
 from spade_kernels.triton.segments import accumulator, merge_pieces, piece_of_program, pieces, store_sum
 from spade_kernels.triton.tiles import (
-    at,
     block_of_program,
     channel_tile,
     channels_last,
     empty_channels_last,
+    ptr,
     tile_grid,
 )
 from spade_kernels.triton.variants import launch
@@ -61,9 +61,9 @@ def modulate_table_grad(
     x, table = channels_last(x), table.contiguous()
     arguments = (channels_last(grad), x, *_stats(mean, rstd), table)
     out = torch.empty(table.shape, dtype=accumulator(x.dtype), device=x.device)
-    how: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
+    constexprs: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
     if pixel_row is None:
-        _over_pixels(_table_grad_of_pixels, x, *arguments, out, *_sizes(x), _stride(mean), **how)
+        _over_pixels(_table_grad_of_pixels, x, *arguments, out, *_sizes(x), _stride(mean), **constexprs)
         return out
     assert indices is not None
     assert offsets is not None
@@ -74,7 +74,7 @@ def modulate_table_grad(
         _table_grad_pieces,
         (rows + len(scratch), triton.cdiv(x.shape[1], block["BLOCK_C"])),
         *(*arguments, indices.contiguous(), offsets, out, scratch, rows, *_sizes(x)),
-        **how,
+        **constexprs,
         **block,
         **pieced,
         PER_IMAGE=len(mean) > 1,
@@ -103,8 +103,8 @@ def modulate_input_grad(
     arguments = (channels_last(grad), x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), *means, out)
     strides = (_stride(mean), 0 if mean_shift is None else _stride(mean_shift))
     # Half as many pixels where a sum is held beside them: more do not fit into registers.
-    how: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
-    _over_pixels(_input_grad, x, *arguments, *_sizes(x), *strides, **how, fraction=upsample)
+    constexprs: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
+    _over_pixels(_input_grad, x, *arguments, *_sizes(x), *strides, **constexprs, fraction=upsample)
     return out
 
 
@@ -133,7 +133,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _shown(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
+def _out_pixel(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
     """Where pixels of y are, in all images: the i-th of those that stand for each pixel of x."""
     if UPSAMPLE == 1:
         return image * pixels + pixel
@@ -144,7 +144,7 @@ def _shown(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
 @triton.jit
 def _normalized(x, mean, rstd, pixel, channel, channels, mask):
     """x's pixels (in all images), normalized by mean and rstd (1 or pixels, channels)."""
-    return (tl.load(at(x, pixel, channel, channels), mask, other=0).to(mean.dtype) - mean) * rstd
+    return (tl.load(ptr(x, pixel, channel, channels), mask, other=0).to(mean.dtype) - mean) * rstd
 
 
 @triton.jit
@@ -152,18 +152,18 @@ def _tile_of_program(x, mean, rstd, pixels, channels, stats_stride, BLOCK_P: tl.
     """(image, pixels in it, channels, which pixels there are, which of both, normalized x, rstd)."""
     image, block, channel = block_of_program(channels, BLOCK_C)
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    held, inside = pixel < pixels, channel < channels
-    mask = held[:, None] & inside[None, :]
+    pixel_mask, channel_mask = pixel < pixels, channel < channels
+    mask = pixel_mask[:, None] & channel_mask[None, :]
     stats = image * stats_stride + channel
-    mean, rstd = tl.load(mean + stats, inside)[None, :], tl.load(rstd + stats, inside)[None, :]
+    mean, rstd = tl.load(mean + stats, channel_mask)[None, :], tl.load(rstd + stats, channel_mask)[None, :]
     xhat = _normalized(x, mean, rstd, image * pixels + pixel, channel, channels, mask)
-    return image, pixel, channel, held, mask, xhat, rstd
+    return image, pixel, channel, pixel_mask, mask, xhat, rstd
 
 
 @triton.jit
-def _scale_shift(table, pixel_row, shown, held, channel, channels, mask, dtype: tl.constexpr):
-    row = shown if pixel_row is None else tl.load(pixel_row + shown, held, other=0)
-    scale = at(table, row, channel, 2 * channels)
+def _scale_shift(table, pixel_row, out_pixel, pixel_mask, channel, channels, mask, dtype: tl.constexpr):
+    row = out_pixel if pixel_row is None else tl.load(pixel_row + out_pixel, pixel_mask, other=0)
+    scale = ptr(table, row, channel, 2 * channels)
     return tl.load(scale, mask, other=0).to(dtype), tl.load(scale + channels, mask, other=0).to(dtype)
 
 
@@ -189,14 +189,14 @@ def _modulate(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+    image, pixel, channel, pixel_mask, mask, xhat, rstd = _tile_of_program(
         x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
     )
     for i in range(UPSAMPLE * UPSAMPLE):
-        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
-        scale, shift = _scale_shift(table, pixel_row, shown, held, channel, channels, mask, xhat.dtype)
+        out_pixel = _out_pixel(image, pixel, i, pixels, width, UPSAMPLE)
+        scale, shift = _scale_shift(table, pixel_row, out_pixel, pixel_mask, channel, channels, mask, xhat.dtype)
         value = xhat * scale + shift
-        tl.store(at(y, shown, channel, channels), _through_leaky_relu(value, value, SLOPE), mask)
+        tl.store(ptr(y, out_pixel, channel, channels), _through_leaky_relu(value, value, SLOPE), mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -216,15 +216,15 @@ def _table_grad_of_pixels(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+    image, pixel, channel, pixel_mask, mask, xhat, rstd = _tile_of_program(
         x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
     )
     for i in range(UPSAMPLE * UPSAMPLE):
-        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
-        scale, shift = _scale_shift(table, None, shown, held, channel, channels, mask, xhat.dtype)
-        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(xhat.dtype)
+        out_pixel = _out_pixel(image, pixel, i, pixels, width, UPSAMPLE)
+        scale, shift = _scale_shift(table, None, out_pixel, pixel_mask, channel, channels, mask, xhat.dtype)
+        dy = tl.load(ptr(grad, out_pixel, channel, channels), mask, other=0).to(xhat.dtype)
         d = _through_leaky_relu(dy, xhat * scale + shift, SLOPE)
-        d_scale = at(out, shown, channel, 2 * channels)
+        d_scale = ptr(out, out_pixel, channel, 2 * channels)
         tl.store(d_scale, d * xhat, mask)
         tl.store(d_scale + channels, d, mask)
 
@@ -258,32 +258,34 @@ def _table_grad_pieces(
     if begin > stop:
         return
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
+    channel_mask = channel < channels
     dtype = scratch.dtype.element_ty
     scale = table + row.to(tl.int64) * 2 * channels + channel
-    shift = tl.load(scale + channels, inside, other=0).to(dtype)[None, :]
-    scale = tl.load(scale, inside, other=0).to(dtype)[None, :]
+    shift = tl.load(scale + channels, channel_mask, other=0).to(dtype)[None, :]
+    scale = tl.load(scale, channel_mask, other=0).to(dtype)[None, :]
     d_scale = tl.zeros((BLOCK_E, BLOCK_C), dtype)
     d_shift = tl.zeros((BLOCK_E, BLOCK_C), dtype)
     for e in range(begin, stop, BLOCK_E):
         entry = e + tl.arange(0, BLOCK_E)
-        held = entry < stop
-        mask = held[:, None] & inside[None, :]
-        shown = tl.load(indices + entry, held, other=0).to(INDEX)
-        pixel = shown
+        pixel_mask = entry < stop
+        mask = pixel_mask[:, None] & channel_mask[None, :]
+        out_pixel = tl.load(indices + entry, pixel_mask, other=0).to(INDEX)
+        pixel = out_pixel
         if UPSAMPLE == 2:
-            pixel = shown // (4 * width) * width + shown % (2 * width) // 2
+            pixel = out_pixel // (4 * width) * width + out_pixel % (2 * width) // 2
         image = pixel // pixels if PER_IMAGE else tl.zeros((1,), INDEX)
-        known = mask if PER_IMAGE else inside[None, :]
-        image_mean = tl.load(at(mean, image, channel, channels), known, other=0)
-        image_rstd = tl.load(at(rstd, image, channel, channels), known, other=0)
+        known = mask if PER_IMAGE else channel_mask[None, :]
+        image_mean = tl.load(ptr(mean, image, channel, channels), known, other=0)
+        image_rstd = tl.load(ptr(rstd, image, channel, channels), known, other=0)
         xhat = _normalized(x, image_mean, image_rstd, pixel, channel, channels, mask)
-        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(dtype)
+        dy = tl.load(ptr(grad, out_pixel, channel, channels), mask, other=0).to(dtype)
         d = _through_leaky_relu(dy, xhat * scale + shift, SLOPE)
         d_scale += d * xhat
         d_shift += d
-    store_sum(tl.sum(d_scale, 0), out, scratch, row, scratch_row, 2 * channels, channel, inside)
-    store_sum(tl.sum(d_shift, 0), out + channels, scratch + channels, row, scratch_row, 2 * channels, channel, inside)
+    store_sum(tl.sum(d_scale, 0), out, scratch, row, scratch_row, 2 * channels, channel, channel_mask)
+    store_sum(
+        tl.sum(d_shift, 0), out + channels, scratch + channels, row, scratch_row, 2 * channels, channel, channel_mask
+    )
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -307,17 +309,20 @@ def _input_grad(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image, pixel, channel, held, mask, xhat, rstd = _tile_of_program(
+    image, pixel, channel, pixel_mask, mask, xhat, rstd = _tile_of_program(
         x, mean, rstd, pixels, channels, stats_stride, BLOCK_P, BLOCK_C
     )
     d_xhat = tl.zeros_like(xhat)
     for i in range(UPSAMPLE * UPSAMPLE):
-        shown = _shown(image, pixel, i, pixels, width, UPSAMPLE)
-        dy = tl.load(at(grad, shown, channel, channels), mask, other=0).to(xhat.dtype)
-        scale, shift = _scale_shift(table, pixel_row, shown, held, channel, channels, mask, xhat.dtype)
+        out_pixel = _out_pixel(image, pixel, i, pixels, width, UPSAMPLE)
+        dy = tl.load(ptr(grad, out_pixel, channel, channels), mask, other=0).to(xhat.dtype)
+        scale, shift = _scale_shift(table, pixel_row, out_pixel, pixel_mask, channel, channels, mask, xhat.dtype)
         d_xhat += _through_leaky_relu(dy, xhat * scale + shift, SLOPE) * scale
     if mean_shift is not None:
-        means, inside = image * means_stride + channel, channel < channels
-        mean_d = tl.load(mean_shift + means, inside)[None, :] + xhat * tl.load(mean_scale + means, inside)[None, :]
+        means, channel_mask = image * means_stride + channel, channel < channels
+        mean_d = (
+            tl.load(mean_shift + means, channel_mask)[None, :]
+            + xhat * tl.load(mean_scale + means, channel_mask)[None, :]
+        )
         d_xhat -= UPSAMPLE * UPSAMPLE * mean_d
-    tl.store(at(out, image * pixels + pixel, channel, channels), d_xhat * rstd, mask)
+    tl.store(ptr(out, image * pixels + pixel, channel, channels), d_xhat * rstd, mask)

@@ -43,7 +43,7 @@ def _gather_gemm(
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_inside, column_inside = row < num_rows, column < columns
+    row_mask, column_mask = row < num_rows, column < columns
     window = windows + row * NUM_TAPS
     # Columns past the last repeat it: what they give is not stored, and their loads need no mask.
     column_weight = weight + tl.minimum(column, columns - 1)[None, :] * (NUM_TAPS * DEPTH)
@@ -51,19 +51,19 @@ def _gather_gemm(
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     # Rows to spare have nothing but bias: a static label map has tiles of them.
     taps = tl.arange(0, ALL_TAPS)
-    numbers = tl.load(window[:, None] + taps[None, :], row_inside[:, None] & (taps < NUM_TAPS)[None, :], other=0)
+    numbers = tl.load(window[:, None] + taps[None, :], row_mask[:, None] & (taps < NUM_TAPS)[None, :], other=0)
     steps = tl.where(tl.max(tl.max(numbers, 1), 0) > 0, NUM_TAPS * blocks, 0)
     for step in range(steps):
         tap = step // blocks
         d = step % blocks * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
-        d_inside = d < DEPTH
-        number = tl.load(window + tap, row_inside, other=0)[:, None]
-        gathered = tl.load(hidden + (number - 1) * DEPTH + d[None, :], (number > 0) & d_inside[None, :], other=0)
-        tap_weight = tl.load(column_weight + tap * DEPTH + d[:, None], d_inside[:, None], other=0)
+        d_mask = d < DEPTH
+        number = tl.load(window + tap, row_mask, other=0)[:, None]
+        gathered = tl.load(hidden + (number - 1) * DEPTH + d[None, :], (number > 0) & d_mask[None, :], other=0)
+        tap_weight = tl.load(column_weight + tap * DEPTH + d[:, None], d_mask[:, None], other=0)
         total = tl.dot(gathered, tap_weight, total, input_precision=PRECISION)
-    total += tl.load(bias + column, column_inside, other=0).to(tl.float32)[None, :]
+    total += tl.load(bias + column, column_mask, other=0).to(tl.float32)[None, :]
     place = table + row[:, None] * columns + column[None, :]
-    tl.store(place, total.to(table.dtype.element_ty), row_inside[:, None] & column_inside[None, :])
+    tl.store(place, total.to(table.dtype.element_ty), row_mask[:, None] & column_mask[None, :])
 
 
 class Tile(NamedTuple):

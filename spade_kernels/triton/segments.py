@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spade_kernels.triton.tiles import at
+from spade_kernels.triton.tiles import ptr
 from spade_kernels.triton.variants import launch
 
 PIECE = 64  # at the least
@@ -57,15 +57,15 @@ def segment_sum(
     entries = places if indices is None else indices.numel()
     acc = accumulator(values.dtype)
     sums = torch.empty((segments, width), dtype=dtype or acc, device=values.device)
-    how: dict[str, Any] = _LONG if long else _SHORT
+    constexprs: dict[str, Any] = _LONG if long else _SHORT
     scratch, pieced = pieces(entries, segments, width, acc, values.device, 4 * PIECE if long else PIECE)
     block = min(128, max(16, triton.next_power_of_2(width)))
     launch(
         _sum_pieces,
-        (triton.cdiv(segments, how["BLOCK_S"]) + len(scratch), triton.cdiv(width, block)),
+        (triton.cdiv(segments, constexprs["BLOCK_S"]) + len(scratch), triton.cdiv(width, block)),
         *(values, indices, offsets, sums, scratch, segments, width),
         **pieced,
-        **how,
+        **constexprs,
         BLOCK_D=block,
         DIVISOR=divisor,
         INDEX=tl.int32 if places < 2**31 else tl.int64,
@@ -90,12 +90,12 @@ def pieces(
     return scratch, {"PIECE": piece, "PROBES": _PROBES, "ROUNDS": rounds}
 
 
-def merge_pieces(offsets: Tensor, sums: Tensor, scratch: Tensor, **how: int) -> None:
+def merge_pieces(offsets: Tensor, sums: Tensor, scratch: Tensor, **constexprs: int) -> None:
     """Writes the sums of all segments that have several slots."""
     segments, width = sums.shape
     block = {"BLOCK_K": 32, "BLOCK_D": 128}
     grid = (triton.cdiv(len(scratch), 2), triton.cdiv(width, block["BLOCK_D"]))
-    launch(_merge_pieces, grid, offsets, sums, scratch, segments, width, **how, **block)
+    launch(_merge_pieces, grid, offsets, sums, scratch, segments, width, **constexprs, **block)
 
 
 @triton.jit
@@ -171,20 +171,20 @@ def _values(
     values,
     indices,
     entry,
-    held,
+    entry_mask,
     columns,
-    inside,
+    column_mask,
     width,
     DIVISOR: tl.constexpr,
     INDEX: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Loads the values of the entries that are held, and 0 for the others."""
+    """Loads the values of the entries that the mask selects, and 0 for the others."""
     if indices is not None:
-        entry = tl.load(indices + entry, held, other=0)
+        entry = tl.load(indices + entry, entry_mask, other=0)
     row = entry.to(INDEX) // DIVISOR
     value = (values + row.to(tl.int64) * width)[:, None] + columns[None, :]
-    return tl.load(value, held[:, None] & inside[None, :], other=0).to(dtype)
+    return tl.load(value, entry_mask[:, None] & column_mask[None, :], other=0).to(dtype)
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def _sum_of_piece(
     begin,
     stop,
     columns,
-    inside,
+    column_mask,
     width,
     DIVISOR: tl.constexpr,
     INDEX: tl.constexpr,
@@ -205,7 +205,7 @@ def _sum_of_piece(
     total = tl.zeros((BLOCK_E, BLOCK_D), dtype)
     for e in range(begin, stop, BLOCK_E):
         entry = e + tl.arange(0, BLOCK_E)
-        total += _values(values, indices, entry, entry < stop, columns, inside, width, DIVISOR, INDEX, dtype)
+        total += _values(values, indices, entry, entry < stop, columns, column_mask, width, DIVISOR, INDEX, dtype)
     return tl.sum(total, 0)
 
 
@@ -229,16 +229,16 @@ def _sum_pieces(
     BLOCK_D: tl.constexpr,
 ):
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < width
+    column_mask = columns < width
     dtype: tl.constexpr = scratch.dtype.element_ty
     program, tiles = tl.program_id(0), tl.cdiv(segments, BLOCK_S)
     if program >= tiles:
         segment, begin, stop, row = _slot(offsets, segments, program - tiles, PIECE, PROBES, ROUNDS)
         if begin <= stop:
             total = _sum_of_piece(
-                values, indices, begin, stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+                values, indices, begin, stop, columns, column_mask, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
             )
-            store_sum(total, sums, scratch, segment, row, width, columns, inside)
+            store_sum(total, sums, scratch, segment, row, width, columns, column_mask)
         return
     segment = program * BLOCK_S + tl.arange(0, BLOCK_S)
     begin, stop = _whole(offsets, segment, segment < segments, PIECE)
@@ -246,18 +246,29 @@ def _sum_pieces(
     short = entries <= TOGETHER
     total = tl.zeros((BLOCK_S, BLOCK_D), dtype)
     for e in range(tl.max(tl.where(short, entries, 0), 0)):
-        held = short & (e < entries)
-        total += _values(values, indices, begin + e, held, columns, inside, width, DIVISOR, INDEX, dtype)
-    tl.store(at(sums, segment, columns, width), total, (short & (entries >= 0))[:, None] & inside[None, :])
+        entry_mask = short & (e < entries)
+        total += _values(values, indices, begin + e, entry_mask, columns, column_mask, width, DIVISOR, INDEX, dtype)
+    tl.store(ptr(sums, segment, columns, width), total, (short & (entries >= 0))[:, None] & column_mask[None, :])
     if tl.max(entries, 0) > TOGETHER:
         for i in range(BLOCK_S):
             s = program * BLOCK_S + i
             s_begin, s_stop = _whole(offsets, s, s < segments, PIECE)
             if s_stop - s_begin > TOGETHER:
                 s_total = _sum_of_piece(
-                    values, indices, s_begin, s_stop, columns, inside, width, DIVISOR, INDEX, BLOCK_E, BLOCK_D, dtype
+                    values,
+                    indices,
+                    s_begin,
+                    s_stop,
+                    columns,
+                    column_mask,
+                    width,
+                    DIVISOR,
+                    INDEX,
+                    BLOCK_E,
+                    BLOCK_D,
+                    dtype,
                 )
-                tl.store(sums + s.to(tl.int64) * width + columns, s_total, inside)
+                tl.store(sums + s.to(tl.int64) * width + columns, s_total, column_mask)
 
 
 @triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["offsets"])
@@ -273,7 +284,7 @@ def _merge_pieces(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Of several slots one of the first two is even: its program merges them all.
+    # One of the first two of several slots is even: its program merges them all.
     slot = 2 * tl.program_id(0).to(tl.int64)
     cut = tl.load(offsets) + slot * PIECE
     if cut >= tl.load(offsets + segments):
@@ -283,10 +294,10 @@ def _merge_pieces(
     if (end - begin < PIECE) | (first_slot == last_slot) | (slot > first_slot + 1):
         return
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < width
+    column_mask = columns < width
     total = tl.zeros((BLOCK_K, BLOCK_D), scratch.dtype.element_ty)
     for s in range(first_slot, last_slot + 1, BLOCK_K):
         slots = s + tl.arange(0, BLOCK_K)
         value = (scratch + slots * width)[:, None] + columns[None, :]
-        total += tl.load(value, (slots <= last_slot)[:, None] & inside[None, :], other=0)
-    tl.store(sums + segment.to(tl.int64) * width + columns, tl.sum(total, 0), inside)
+        total += tl.load(value, (slots <= last_slot)[:, None] & column_mask[None, :], other=0)
+    tl.store(sums + segment.to(tl.int64) * width + columns, tl.sum(total, 0), column_mask)

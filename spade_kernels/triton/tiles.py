@@ -46,6 +46,6 @@ def block_of_program(channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def at(pointer, row, columns, width):
+def ptr(pointer, row, columns, width):
     """Where (row, column) of a dense matrix is, for all rows and columns; in 64 bits."""
     return (pointer + row.to(tl.int64) * width)[:, None] + columns[None, :]

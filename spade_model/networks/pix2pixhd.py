@@ -55,7 +55,7 @@ class Pix2PixHDGenerator(nn.Module):
         super().__init__()
         self.semantic_nc = semantic_nc
         border = resnet_initial_kernel_size // 2
-        # What the blocks see must be larger than their reflected border, and have more than one pixel to normalize.
+        # The input of the blocks must be larger than their reflected border, and have more than one pixel to normalize.
         in_blocks = max(1, resnet_kernel_size // 2)
         self.least_side = max(border, in_blocks * 2**resnet_n_downsample) + 1
         first = nn.Conv2d(semantic_nc, ngf, resnet_initial_kernel_size)

@@ -26,11 +26,11 @@ namespace spade::cuda {
 using std::min;
 
 struct Grid {
-  uint32_t x, y, z, lanes, rows;
+  uint32_t x, y, z, block_x, block_y;
 };
 
 struct Thread {
-  uint32_t x, y, z, lane, row, lanes, rows;
+  uint32_t x, y, z, lane, row, block_x, block_y;
 };
 
 // How the next launches run.
@@ -45,7 +45,7 @@ void in_any_order(uint32_t count, const Body& body) {
 }
 
 struct Block {
-  uint32_t x, y, z, lanes, rows;
+  uint32_t x, y, z, block_x, block_y;
 
   template <class Body>
   void phase(const Body& body) const {
@@ -72,7 +72,7 @@ void launch(Grid grid, cudaStream_t, const Kernel& kernel) {
   const auto share = [&](uint32_t first, uint32_t step) {
     in_any_order(blocks, [&](uint32_t i) {
       if (i % step == first)
-        run_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, grid.lanes, grid.rows}, kernel);
+        run_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, grid.block_x, grid.block_y}, kernel);
     });
   };
   std::vector<std::thread> threads;

@@ -44,7 +44,7 @@ class _Extents:
     def set(self, arguments: tuple) -> None:
         tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.numel()]
         self.begin = np.array([t.data_ptr() for t in tensors], dtype=np.uint64)
-        # Of the tensor, not of its storage: in tests those are wider.
+        # The bounds are the tensor's, not those of its storage, which in tests is wider.
         last = [sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors]
         bytes_ = [(at + 1) * t.element_size() for at, t in zip(last, tensors, strict=True)]
         self.end = self.begin + np.array(bytes_, dtype=np.uint64)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("_poisoned")
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Of one part and of several, of full tiles and not.
+# Shapes of one part and of several, of full tiles and not.
 SHAPES = [(2, 3, 5, 7), (1, 20, 29, 31), (2, 16, 64, 64), (2, 130, 19, 18), (1, 1, 97, 101), (2, 1, 1, 1)]
 
 

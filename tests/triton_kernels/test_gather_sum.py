@@ -34,7 +34,7 @@ class Problem:
             return (values.mul(4).round() if whole else values).to(device, dtype)
 
         self.taps, self.bias = random(codes, self.num_taps, width), random(width)
-        # Of one sign: where a sum cancels, its error relative to what is left says nothing.
+        # All values have one sign: where a sum cancels, its error relative to what is left says nothing.
         self.grad = random(rows, width).abs()
         self.taps[0] = 0
         windows = torch.randint(codes - 1, (rows, self.num_taps))
