@@ -46,7 +46,11 @@ class Windows(Packable):
     pixel_row: torch.Tensor
     image_offsets: torch.Tensor
     num_ids: int
-    cache: Cache = field(default_factory=Cache)
+    cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Not a default_factory, which torch.compile does not trace.
+        self.cache = Cache()
 
     @classmethod
     def of(

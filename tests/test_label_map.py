@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spade_kernels import SPADE, LabelMap, instance_edges, ops
 from spade_kernels import label_map as label_map_module
+from spade_kernels.cache import Cache
 from spade_kernels.condition import conv2d
 from spade_kernels.testing import (
     MASK_KINDS,
@@ -415,7 +416,7 @@ def test_weigh_is_the_product_with_the_codebook(edges, pooled):
 @pytest.mark.parametrize("edges", [False, True])
 def test_the_cached_codebook(edges, monkeypatch):
     """A GPU multiplies by one codebook tensor for all label maps of a kind, and by another for other kinds."""
-    monkeypatch.setattr(label_map_module, "_codebooks", {})
+    monkeypatch.setattr(label_map_module, "_codebooks", Cache(shared=True))
     of_kind = [random_label_map("blobs", (1, 4, 4), 5, edges=edges, seed=seed) for seed in (0, 1)]
     other = random_label_map("blobs", (1, 4, 4), 5, edges=not edges)
     first, second = (label_map_module._cached_codebook(label_map, torch.float32) for label_map in of_kind)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import Golden, assert_close
 
-from spade_kernels import SPADE, functional, instance_edges
+from spade_kernels import SPADE, condition, instance_edges
 from spade_model import losses, networks
 from spade_model.config import DataConfig, ModelConfig, TrainConfig
 from spade_model.data import Batch
@@ -22,7 +22,7 @@ LAYERS = [1, 2, 3, 4, 7, 8, 9, 10, 13, 14, 15, 16, 19, 20, 21, 22, 25, 26, 27, 2
 def form(request, monkeypatch) -> str:
     """The condition as a label map, or as one-hot planes that nothing recognises as one."""
     if request.param == "dense":
-        monkeypatch.setattr(functional, "detect_one_hot", lambda planes: None)
+        monkeypatch.setattr(condition, "detect_one_hot", lambda planes: None)
     return request.param
 
 

@@ -53,7 +53,8 @@ def test_nothing_stays_of_label_maps_before():
     for before in others:
         place.copy_(before)
         index = place.copy_(target).window_index(SIZE, 3)
-        seen.append([t.clone() for windows in index for t in (windows.windows, *windows.segments())])
+        seen.append([windows.windows.clone() for windows in index])
+        seen[-1] += [t.clone() for windows in index for name in windows.cache for t in windows.cache[name]]
     for tensors in zip(*seen, strict=True):
         assert all(torch.equal(t, tensors[0]) for t in tensors)
 
