@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -27,6 +26,7 @@ from spade_model.benchmark.results import (
     TRAINING,
     BenchRun,
     Result,
+    file_name,
     load_runs,
     save_runs,
 )
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _named(out: Path, run: BenchRun) -> Path:
-    name = re.sub(r"\W+", "-", f"{run.environment['device']}-{run.environment['threads']}-threads".lower())
-    return out / f"{name}.json" if out.is_dir() else out
+    name = file_name(f"{run.environment['device']}-{run.environment['threads']}-threads")
+    return out / name if out.is_dir() else out
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import re
 import shutil
 from functools import partial
 
-from gpu import ROOT
-from gpu.steps import FAILED, PASSED, Job, python
+from spade_model.benchmark.steps import FAILED, PASSED, Job, python
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("cuda", "triton")
@@ -31,7 +30,7 @@ def job(tool: str, limit: float) -> Job:
     # Some of the driver calls that torch makes at its start may fail.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
     # With env, as it may not be there.
-    command = ["env", program(), "--tool", tool, *options, *python(ROOT / "benchmarks" / "gpu_sanitize.py")]
+    command = ["env", program(), "--tool", tool, *options, *python("-m", "benchmarks.gpu_sanitize")]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Job(f"sanitizer {tool}", command, limit, environment, partial(judge, tool))
 

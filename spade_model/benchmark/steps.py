@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
+ALONE, TOGETHER, MEASUREMENT = "alone", "together", "measurement"
 _SHOWN = 40  # lines of what a failed step printed last
 _POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of one step: PASSED, FAILED or NOT_RUN, and why."""
+    """The outcome of one job: PASSED, FAILED or NOT_RUN, and why."""
 
     name: str
     status: str
@@ -41,9 +42,13 @@ class Job:
 
     Attributes:
         limit: seconds after which it is killed, with everything it started.
+        stage: ALONE jobs run one after the other, then those TOGETHER at the same time, then every MEASUREMENT.
         judge: (exit status, output) -> what became of it, and why.
         may_be_cut: that it takes longer than there is time is no failure.
         needs: modules without which it cannot run.
+        writes: the file that holds its results.
+        after, unless: name of a job that must have passed, or must not have, or this one is left out.
+        least: seconds that must be left to start it. keep: seconds that it leaves to later jobs.
     """
 
     name: str
@@ -53,6 +58,12 @@ class Job:
     judge: Callable[[int, str], tuple[str, str]] = by_exit_status
     may_be_cut: bool = False
     needs: tuple[str, ...] = ()
+    stage: str = ALONE
+    writes: Path | None = None
+    after: str = ""
+    unless: str = ""
+    least: float = 5.0
+    keep: float = 0.0
 
 
 class Steps:
@@ -82,17 +93,22 @@ class Steps:
     def skip(self, name: str, reason: str) -> None:
         self._finish(Step(name, NOT_RUN, 0.0, reason))
 
-    def run(self, *jobs: Job, least: float = 5.0, keep: float = 0.0) -> None:
-        """All of them at the same time; none with less than `least` seconds left, not counting the `keep` last ones."""
+    def calls_for(self, job: Job) -> bool:
+        """Returns True where the jobs that passed are those that the job asks for."""
+        passed = {step.name for step in self.done if step.status == PASSED}
+        return (not job.after or job.after in passed) and job.unless not in passed
+
+    def run(self, *jobs: Job) -> None:
+        """Runs the jobs at the same time, except those that there is no time left for."""
         running = []
         for job in jobs:
             missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
             if missing:
                 self.skip(job.name, f"needs {', '.join(missing)}")
-            elif self.left - keep < least:
+            elif self.left - job.keep < job.least:
                 self.skip(job.name, "no time left")
             else:
-                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - keep)))
+                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - job.keep)))
         while running:
             time.sleep(_POLL)
             for one in [one for one in running if one.is_over()]:

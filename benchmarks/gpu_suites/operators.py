@@ -12,22 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import spade_kernels as sk
-from gpu.batches import Workload, place_for
-from gpu.clock import PRECISIONS, Captured, float32_products, interleave
-from gpu.rotation import copies_beyond_cache, moved, rotated
 from spade_kernels import backends, ops
 from spade_kernels.functional import use_path
 from spade_kernels.testing import random_spade, relative_error
-from spade_model.benchmark.masks import fresh, resolutions
-from spade_model.benchmark.results import ALL_LAYERS, Result
+from spade_model.benchmark.calls import Calls, Recorder, copies_beyond_cache, moved, rotated
+from spade_model.benchmark.clock import PRECISIONS, Captured, products_of
+from spade_model.benchmark.masks import fresh
+from spade_model.benchmark.results import (
+    ALL_LAYERS,
+    BANDWIDTH,
+    GPU_INDEX,
+    INDEX_GROUPS,
+    LABEL_MAP,
+    OPERATOR,
+    PRODUCTS,
+    Result,
+)
+from spade_model.benchmark.shapes import layer_shapes, resolutions
+from spade_model.benchmark.workload import Workload, place_for
 
-OPERATOR = "operator"
-BANDWIDTH, PRODUCTS = "bandwidth", "products"
-INDEX, INDEX_GROUPS, LABEL_MAP = "window indexes", "window indexes with groups", "label map of labels"
 LIMIT = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3}
 """Largest difference of an output from the reference's, over its largest value."""
 
@@ -35,28 +41,6 @@ _COPIED, _PRODUCT = 1 << 29, 8192  # bytes that a copy reads, rows of a square m
 _BOUND_BY_MEMORY = ("channel_stats", "modulate", "modulate_table_grad", "modulate_input_grad")
 
 Shape = tuple[int, int, int]
-Calls = dict[str, tuple[Callable[..., Any], tuple]]
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the first call of each of our operators: (operator, arguments) by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "spade_kernels":
-            self.calls.setdefault(func._opname, (func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def shapes(ngf: int, size: int) -> dict[Shape, int]:
-    """(channels, side of y, upsample) -> how many of the generator's layers have it."""
-    found: dict[Shape, int] = {(16 * ngf, size // 32, 1): 2, (16 * ngf, size // 16, 2): 1, (16 * ngf, size // 16, 1): 3}
-    for width, step in ((16, 8), (8, 4), (4, 2), (2, 1)):
-        found |= {(width * ngf, size // step, 2): 2, (width * ngf // 2, size // step, 1): 1}
-    return found
 
 
 def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
@@ -73,7 +57,7 @@ def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
         y.backward(torch.randn(y.shape, generator=generator, device=device, dtype=dtype))
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()
-    calls = recorder.calls
+    calls = recorder.first_calls()
     func, arguments = calls["modulate"]
     calls["modulate"] = func, (*arguments[:5], None, None, None, *arguments[8:])
     return {name: (func, _detached(arguments)) for name, (func, arguments) in calls.items() if name != "window_index"}
@@ -90,7 +74,7 @@ class _Timed:
 
 def agreement(work: Workload, precision: str) -> Iterator[Result]:
     """Compares every operator on every backend with the reference, as `operators` does, which also takes times."""
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
+    with products_of(precision):
         for shape, _, calls in _calls(work, precision):
             for _ in _verified(calls, shape, precision, work):
                 pass
@@ -100,7 +84,7 @@ def agreement(work: Workload, precision: str) -> Iterator[Result]:
 def operators(work: Workload, precision: str) -> Iterator[Result]:
     """Times by shape and over all 18 layers; rates of what memory or products bound."""
     sums: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
+    with products_of(precision):
         ceilings = _ceilings(work, precision)
         for shape, count, calls in _calls(work, precision):
             timed: dict[str, _Timed] = {}
@@ -117,7 +101,7 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                     timed[name].runs[backend] = _many(func, each, backend, work.device)
             for name, one in timed.items():
                 case = _case(work, precision, name, shape)
-                times = interleave(one.runs, [None], work.device, work.repeats, work.seconds / 20)
+                times = work.times(one.runs, [None], part=0.05)
                 for backend, values in times.items():
                     values = [value / one.copies for value in values]
                     sums[name, backend].append([count * value for value in values])
@@ -125,7 +109,7 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                     yield from _rates(name, case, backend, values, one.nbytes, calls[name][1])
                 yield from _ceiling_of(name, case, ceilings)
     for (name, backend), every in sums.items():
-        if len(every) == len(shapes(work.ngf, work.size[1])):
+        if len(every) == len(layer_shapes(work.ngf, work.size[1])):
             values = [sum(repeat) for repeat in zip(*every, strict=False)]
             yield Result.of(OPERATOR, _case(work, precision, name, None), backend, values)
 
@@ -144,7 +128,7 @@ def window_index(work: Workload) -> Iterator[Result]:
             expected = expected or got
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "the window indexes differ"
     how: dict[str, Callable[[sk.LabelMap], object]] = {
-        INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
+        GPU_INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
         INDEX_GROUPS: lambda mask: mask.prepare(resolutions(mask), gradients=True),
         LABEL_MAP: fresh,
     }
@@ -154,7 +138,7 @@ def window_index(work: Workload) -> Iterator[Result]:
             # A label map keeps its indexes: each call takes one that was made before.
             unused = [fresh(found[0]) for _ in range(work.repeats + 3)]
             runs = {name: lambda _, unused=unused, run=run: run(unused.pop())}
-            times = interleave(runs, [None], work.device, work.repeats, work.seconds)
+            times = work.times(runs, [None])
             yield Result.of(suite, case, name, times[name])
     sk.use_backend("auto")
 
@@ -162,7 +146,7 @@ def window_index(work: Workload) -> Iterator[Result]:
 def _calls(work: Workload, precision: str) -> Iterator[tuple[Shape, int, Calls]]:
     found = work.batches()[:1]
     place, _ = place_for(found, lambda mask: mask.prepare(resolutions(mask)))
-    for shape, count in shapes(work.ngf, work.size[1]).items():
+    for shape, count in layer_shapes(work.ngf, work.size[1]).items():
         sk.use_backend("auto")
         yield shape, count, recorded(place.label_map, shape, PRECISIONS[precision])
     sk.use_backend("auto")
@@ -241,7 +225,7 @@ def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
     target = torch.empty_like(source)
     left, right = torch.randn(2, rows, rows, device=device, dtype=PRECISIONS[precision])
     runs = {"copy": lambda _: target.copy_(source), "matmul": lambda _: left @ right}
-    times = interleave(runs, [None], device, work.repeats, work.seconds)
+    times = work.times(runs, [None])
     return {
         "copy": [2 * nbytes / 1e6 / ms for ms in times["copy"]],
         "matmul": [2 * rows**3 / 1e9 / ms for ms in times["matmul"]],

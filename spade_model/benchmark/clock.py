@@ -1,10 +1,11 @@
-"""Times on a device: captured in CUDA graphs where there is one, providers interleaved, by the device's own clock."""
+"""Times on the CPU and on a GPU: providers take turns, and on CUDA their calls are captured in graphs."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16}
 _WARM_UPS = 3
+_CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -59,8 +61,8 @@ class Captured:
         return self._output
 
 
-def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device) -> float:
-    """Milliseconds of one call on an idle device, the host's work included."""
+def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device = _CPU) -> float:
+    """Returns the milliseconds of one call on an idle device, the host's work included."""
     if device.type != "cuda":
         started = time.perf_counter()
         run(argument)
@@ -77,25 +79,22 @@ def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.devi
 def interleave(
     runs: Mapping[str, Callable[[Any], object]],
     arguments: Sequence[Any],
-    device: torch.device,
-    repeats: int,
-    seconds: float,
+    rounds: int,
+    device: torch.device = _CPU,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider, one for every repeat; the arguments are interleaved, too.
+    """Returns the milliseconds of each provider, one value for every round; the providers must be warm.
 
-    At most `repeats` repeats of each argument's worth, fewer when `seconds` are over, but every argument once.
+    A round gives every provider one call with the same argument, and the next round takes the next argument. Every
+    argument has its round, however long that takes. Once `seconds` are over, no round starts after the third.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        # Brings the clocks up, too.
-        run(arguments[0])
-        run(arguments[-1])
     started = time.monotonic()
-    for repeat in range(max(repeats, len(arguments))):
-        if repeat >= max(3, len(arguments)) and time.monotonic() - started > seconds:
+    for number in range(max(rounds, len(arguments))):
+        if number >= max(3, len(arguments)) and time.monotonic() - started > seconds:
             break
         for name, run in runs.items():
-            times[name].append(milliseconds(run, arguments[repeat % len(arguments)], device))
+            times[name].append(milliseconds(run, arguments[number % len(arguments)], device))
     return times
 
 
@@ -112,6 +111,11 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def products_of(precision: str) -> AbstractContextManager[None]:
+    """Returns `float32_products` for a network in this precision."""
+    return float32_products("tf32" if precision == "tf32" else "shipped")
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
