@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import spade_kernels as sk
-from spade_kernels import functional
-from spade_model.benchmark.clock import milliseconds
+from spade_kernels.functional import use_path
+from spade_model.benchmark.clock import interleave
 from spade_model.benchmark.environment import environment
 from spade_model.benchmark.masks import bench_masks, coco_or_toy, fresh
 
@@ -57,13 +57,10 @@ def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats
             if training:
                 y.backward(y.detach())
 
-    times: dict[str, list[float]] = {"windows": [], "dense": []}
-    for repeat in range(repeats + 1):
-        for path, taken in times.items():
-            with functional.use_path(path):
-                spent = milliseconds(run, segmap)
-            if repeat:
-                taken.append(spent)
+    runs = {path: use_path(path)(run) for path in ("windows", "dense")}
+    # The first round warms up.
+    interleave(runs, [segmap], 1)
+    times = interleave(runs, [segmap], repeats)
     index = segmap.window_index((size, size), 3)
     return {
         "hidden windows": round(len(index.hidden) / size**2, 3),

@@ -145,7 +145,7 @@ def run(jobs: Sequence[Job], steps: Steps, save: Callable[[], object]) -> None:
     steps.run(*(job for job in jobs if job.stage == TOGETHER))
     print(f"{max(steps.left, 0):.0f} s left for measurements", flush=True)
     for job in jobs:
-        if job.stage == MEASUREMENT and steps.calls_for(job):
+        if job.stage == MEASUREMENT and job.is_due(steps.passed):
             steps.run(job)
             save()
 
@@ -279,12 +279,8 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".json"
 
 
-def is_wanted(name: str, only: Sequence[str]) -> bool:
-    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
-
-
 def wanted(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    return [job for job in jobs if is_wanted(job.name, only)]
+    return [job for job in jobs if not only or any(fnmatch.fnmatch(job.name, pattern) for pattern in only)]
 
 
 def saved(arguments: argparse.Namespace, jobs: Sequence[Job], steps: Steps, final: bool = False) -> str:

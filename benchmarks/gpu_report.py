@@ -9,27 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from spade_model.benchmark.results import (
-    ALL_LAYERS,
-    BANDWIDTH,
-    EVAL,
-    FAILURES,
-    GPU_INDEX,
-    GPU_PEAK,
-    INDEX_GROUPS,
-    LABEL_MAP,
-    LAYER,
-    LAYER_TRAINING,
-    OPERATOR,
-    PRODUCTS,
-    TRAINING,
-    BenchRun,
-    PartFile,
-    Result,
-    load_runs,
-    newest,
-    save_runs,
-)
+from spade_model.benchmark import results
+from spade_model.benchmark.results import BenchRun, PartFile, Result, load_runs, newest, save_runs
 from spade_model.benchmark.steps import FAILED, NOT_RUN, PASSED, Step
 from spade_model.benchmark.tables import by_provider, markdown
 from spade_model.benchmark.targets import Verdict, at_full_size, gpu_targets, judge
@@ -46,6 +27,7 @@ _PROVIDERS = (
     "spade-free",
 )
 _KERNELS = ("cuda", "triton", "cpu", "reference", "copy", "matmul")
+_FASTER = ("baseline", "ours")
 _TOYS = "reported (toy masks)"
 _WORDS = {"met": "pass", "missed": "FAIL"}
 _SAME = ("device", "torch", "cuda", "triton", "sources", "dataroot")  # for results to stand in one file
@@ -83,11 +65,11 @@ def judged(verdicts: Sequence[Verdict]) -> Step:
     return Step("bounds", status, 0.0, counts + "".join(lists))
 
 
-def fastest(results: Iterable[Result]) -> dict[str, str]:
+def fastest(found: Iterable[Result]) -> dict[str, str]:
     """By operator and precision, the backend with the least time over all layers: for the table in `backends.py`."""
     best: dict[str, Result] = {}
-    for result in results:
-        if result.suite == OPERATOR and ALL_LAYERS in result.case:
+    for result in found:
+        if result.suite == results.OPERATOR and results.ALL_LAYERS in result.case:
             first = best.setdefault(result.case, result)
             best[result.case] = min(first, result, key=lambda r: r.p50)
     return {case: result.provider for case, result in best.items()}
@@ -108,7 +90,7 @@ def earlier(path: Path, environment: dict[str, Any]) -> tuple[list[Result], list
     if any(run.environment.get(key) != environment.get(key) for key in _SAME):
         return [], [], {}
     content = json.loads(path.read_text())
-    return run.results, [Step(**step) for step in content["steps"]], content[FAILURES]
+    return run.results, [Step(**step) for step in content["steps"]], content[results.FAILURES]
 
 
 def save(
@@ -123,33 +105,32 @@ def save(
         "steps": [asdict(step) for step in steps],
         "bounds": [asdict(verdict) | {"word": _word(verdict)} for verdict in verdicts],
         "fastest": fastest(run.results),
-        FAILURES: failed,
+        results.FAILURES: failed,
     }
     save_runs([run], path, beside)
 
 
 def tables(run: BenchRun, verdicts: Sequence[Verdict], failed: dict[str, dict[str, str]]) -> str:
     """A summary short enough for a screen or two, the bounds last."""
+
+    def of(*suites: str, only: str = "") -> list[Result]:
+        return [r for r in run.results if r.suite in suites and only in r.case]
+
     lines = [["bound", "required", "goal", "measured", ""]]
     for v in verdicts:
         measured = "" if v.measured is None else f"{v.measured:.3g}"
         lines.append([v.name, v.bound, v.goal, measured, _word(v)])
     texts = [
-        by_provider(_of(run, EVAL, TRAINING, GPU_PEAK), _PROVIDERS, [("baseline", "ours")]),
-        by_provider(_of(run, LAYER, LAYER_TRAINING, only=ALL_LAYERS), _PROVIDERS, [("baseline", "ours")]),
-        by_provider(_of(run, GPU_INDEX, INDEX_GROUPS, LABEL_MAP), _KERNELS),
-        by_provider(_of(run, OPERATOR, only=ALL_LAYERS), _KERNELS),
-        by_provider(_of(run, BANDWIDTH, only=at_full_size(run)), _KERNELS, [("cuda", "copy")]),
-        by_provider(_of(run, PRODUCTS, only="bf16"), _KERNELS, [("triton", "matmul")]),
+        by_provider(of(results.EVAL, results.TRAINING, results.GPU_PEAK), _PROVIDERS, [_FASTER]),
+        by_provider(of(results.LAYER, results.LAYER_TRAINING, only=results.ALL_LAYERS), _PROVIDERS, [_FASTER]),
+        by_provider(of(results.GPU_INDEX, results.INDEX_GROUPS, results.LABEL_MAP), _KERNELS),
+        by_provider(of(results.OPERATOR, only=results.ALL_LAYERS), _KERNELS),
+        by_provider(of(results.BANDWIDTH, only=at_full_size(run)), _KERNELS, [("cuda", "copy")]),
+        by_provider(of(results.PRODUCTS, only="bf16"), _KERNELS, [("triton", "matmul")]),
         "\n".join(f"left out of {part}: {who}: {why[:200]}" for part in failed for who, why in failed[part].items()),
         markdown(lines),
     ]
     return "\n\n".join(text for text in texts if text)
-
-
-def _of(run: BenchRun, *suites: str, only: str = "") -> list[Result]:
-    """Returns the results of these suites whose case holds `only`."""
-    return [r for r in run.results if r.suite in suites and only in r.case]
 
 
 def _word(verdict: Verdict) -> str:

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu_suites.evaluation import Evaluation
 from benchmarks.gpu_suites.layers import Layers
 from benchmarks.gpu_suites.training import Training
-from spade_model.benchmark.clock import products_of
+from spade_model.benchmark.clock import float32_products
 from spade_model.benchmark.results import Result
 from spade_model.benchmark.shapes import input_shapes
 from spade_model.benchmark.workload import Workload, release
@@ -17,14 +17,14 @@ from spade_model.benchmark.workload import Workload, release
 
 def both_compiled(work: Workload, precision: str, batch: int) -> Iterator[Result]:
     """`evaluation` and `training` of the main masks with ours compiled too, once everything is."""
-    with torch.no_grad(), products_of(precision):
+    with torch.no_grad(), float32_products(precision):
         evaluated = Evaluation(work, precision, batch)
         evaluated.add("baseline")
         evaluated.compile_ours()
         yield from evaluated.measured(work.main_masks)
         del evaluated
     release(work.device)
-    with products_of(precision):
+    with float32_products(precision):
         trained = Training(work, precision, batch)
         trained.add("ours", "baseline")
         trained.compile_ours()
@@ -33,14 +33,14 @@ def both_compiled(work: Workload, precision: str, batch: int) -> Iterator[Result
 
 def compile_networks(work: Workload, precision: str, batch: int, *, gradients: bool) -> Iterator[Result]:
     """Nothing but the baseline's first call, after which the compiler has it in its caches."""
-    with torch.set_grad_enabled(gradients), products_of(precision):
+    with torch.set_grad_enabled(gradients), float32_products(precision):
         (Training if gradients else Evaluation)(work, precision, batch).stock_step("baseline")()
     yield from ()
 
 
 def compile_layers(work: Workload, precision: str) -> Iterator[Result]:
     """Nothing but the baselines' first calls."""
-    with products_of(precision):
+    with float32_products(precision):
         for training in (False, True):
             every = Layers(work, precision, training)
             for shape in input_shapes(work.ngf, work.size[1]):

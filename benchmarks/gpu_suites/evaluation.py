@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spade_kernels import LabelMap, freeze
 from spade_kernels.functional import use_path
-from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, products_of
-from spade_model.benchmark.graphs import filled, our_runs, preparation, static_mask, variant, with_products
+from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, float32_products
+from spade_model.benchmark.graphs import filled, our_runs, preparation, static_mask, variant
 from spade_model.benchmark.providers import Run, settled_generator
 from spade_model.benchmark.results import EVAL, Result
 from spade_model.benchmark.stock import stock_generator
@@ -21,9 +21,11 @@ from spade_model.benchmark.workload import Workload, place_for
 
 def evaluation(work: Workload, precision: str, batch: int, *, with_baseline: bool) -> Iterator[Result]:
     """The generator in eval mode; with the baseline, other masks than the main ones, too."""
-    with torch.no_grad(), products_of(precision):
+    with torch.no_grad(), float32_products(precision):
         networks = Evaluation(work, precision, batch)
-        networks.add("tuned", "spade-free", *(("original",) if batch == work.batch else ()))
+        networks.add("tuned", "spade-free")
+        if batch == work.batch:
+            networks.runs["original"] = networks.original
         yield from networks.measured(work.main_masks)
         if with_baseline:
             networks.add("baseline")
@@ -46,26 +48,22 @@ class Evaluation:
             }
         freeze(self.ours.to(self.dtype))
         self.runs: dict[str, Run] = {}
-        self.original = with_products("shipped", lambda mask: original.paint(original.planes(mask, torch.float32)))
-        self.exact = with_products("ieee", lambda mask: original.paint(original.planes(mask, torch.float32)))
+        self.original = float32_products("shipped")(lambda mask: original.paint(original.planes(mask, torch.float32)))
+        self.exact = float32_products("ieee")(lambda mask: original.paint(original.planes(mask, torch.float32)))
         tuned = self.stocks["tuned"]
         self.tuned: Run = lambda mask: tuned.paint(tuned.planes(mask, self.dtype))
         self.paint: Callable[[LabelMap], Tensor] | None = None
 
     def add(self, *names: str) -> None:
-        """Captures the stock networks of these names; "original" is eager."""
+        """Captures the stock networks of these names."""
         for name in names:
             with self.work.may_fail(name, self.work.case(self.precision, self.batch), self.runs):
                 static = static_mask(self.example)
-                step = self.stock_step(name, static)
-                self.runs[name] = self.original if name == "original" else filled(static, self._captured(step))
+                self.runs[name] = filled(static, Captured(self.stock_step(name, static), self.work.device))
 
     def stock_step(self, name: str, static: LabelMap | None = None) -> Callable[[], Tensor]:
         """Returns a function that generates one batch."""
-        mask = static or static_mask(self.example)
-        if name == "original":
-            return lambda: self.original(mask)
-        stock = self.stocks[name]
+        stock, mask = self.stocks[name], static or static_mask(self.example)
         if name == "baseline":
             stock.paint = compiled(stock.paint, self.work.device)  # type: ignore[method-assign]
         return lambda: stock.paint(stock.planes(mask, self.dtype))
@@ -91,6 +89,3 @@ class Evaluation:
         check_images(runs, self.exact, self.tuned, found, SLACK[self.precision], may_fail)
         times = self.work.times(runs, found)
         yield from (Result.of(EVAL, case, name, values, batches=len(found)) for name, values in times.items())
-
-    def _captured(self, step: Callable[[], Tensor]) -> Captured:
-        return Captured(step, self.work.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spade_kernels import SPADE, freeze
 from spade_kernels.testing import random_spade, relative_error
 from spade_model.benchmark.calls import copies_beyond_cache
-from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, float32_products, products_of
+from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, float32_products
 from spade_model.benchmark.results import ALL_LAYERS, LAYER, LAYER_TRAINING, Result
 from spade_model.benchmark.shapes import input_shapes, resolutions
 from spade_model.benchmark.stock import one_hot, stock_layer
@@ -30,7 +30,7 @@ Shape = tuple[int, int]
 
 def layers(work: Workload, precision: str, *, training: bool, with_baseline: bool) -> Iterator[Result]:
     """Each shape, and all layers in one graph, forward or forward and backward."""
-    with products_of(precision):
+    with float32_products(precision):
         every = Layers(work, precision, training)
         names = ("tuned", *(("baseline",) if with_baseline else ()), "ours")
         for shape in input_shapes(work.ngf, work.size[1]):
@@ -126,7 +126,8 @@ class Layers:
         layer = stock_layer(ours, self.mask.channels, joined=name != "exact")
         if name == "exact":
             layer.to(self.work.device)
-            return layer, lambda x: _exactly(layer, x, self.planes)
+            planes = self.planes.float()
+            return layer, float32_products("ieee")(lambda x: F.leaky_relu(layer(x.float(), planes), SLOPE))
         layer.to(self.work.device, self._dtype, memory_format=torch.channels_last)
 
         def forward(x: Tensor, planes: Tensor) -> Tensor:
@@ -134,8 +135,3 @@ class Layers:
 
         called = compiled(forward, self.work.device) if name == "baseline" else forward
         return layer, lambda x: called(x, self.planes)
-
-
-def _exactly(layer: nn.Module, x: Tensor, planes: Tensor) -> Tensor:
-    with float32_products("ieee"):
-        return F.leaky_relu(layer(x.float(), planes.float()), SLOPE)

@@ -18,19 +18,11 @@ import spade_kernels as sk
 from spade_kernels import backends, ops
 from spade_kernels.functional import use_path
 from spade_kernels.testing import random_spade, relative_error
+from spade_model.benchmark import results
 from spade_model.benchmark.calls import Calls, Recorder, copies_beyond_cache, moved, rotated
-from spade_model.benchmark.clock import PRECISIONS, Captured, products_of
+from spade_model.benchmark.clock import PRECISIONS, Captured, float32_products
 from spade_model.benchmark.masks import fresh
-from spade_model.benchmark.results import (
-    ALL_LAYERS,
-    BANDWIDTH,
-    GPU_INDEX,
-    INDEX_GROUPS,
-    LABEL_MAP,
-    OPERATOR,
-    PRODUCTS,
-    Result,
-)
+from spade_model.benchmark.results import Result
 from spade_model.benchmark.shapes import layer_shapes, resolutions
 from spade_model.benchmark.workload import Workload, place_for
 
@@ -74,7 +66,7 @@ class _Timed:
 
 def agreement(work: Workload, precision: str) -> Iterator[Result]:
     """Compares every operator on every backend with the reference, as `operators` does, which also takes times."""
-    with products_of(precision):
+    with float32_products(precision):
         for shape, _, calls in _calls(work, precision):
             for _ in _verified(calls, shape, precision, work):
                 pass
@@ -84,7 +76,7 @@ def agreement(work: Workload, precision: str) -> Iterator[Result]:
 def operators(work: Workload, precision: str) -> Iterator[Result]:
     """Times by shape and over all 18 layers; rates of what memory or products bound."""
     sums: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    with products_of(precision):
+    with float32_products(precision):
         ceilings = _ceilings(work, precision)
         for shape, count, calls in _calls(work, precision):
             timed: dict[str, _Timed] = {}
@@ -105,13 +97,13 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                 for backend, values in times.items():
                     values = [value / one.copies for value in values]
                     sums[name, backend].append([count * value for value in values])
-                    yield Result.of(OPERATOR, case, backend, values, layers=count, MB=one.nbytes / 1e6)
+                    yield Result.of(results.OPERATOR, case, backend, values, layers=count, MB=one.nbytes / 1e6)
                     yield from _rates(name, case, backend, values, one.nbytes, calls[name][1])
                 yield from _ceiling_of(name, case, ceilings)
     for (name, backend), every in sums.items():
         if len(every) == len(layer_shapes(work.ngf, work.size[1])):
             values = [sum(repeat) for repeat in zip(*every, strict=False)]
-            yield Result.of(OPERATOR, _case(work, precision, name, None), backend, values)
+            yield Result.of(results.OPERATOR, _case(work, precision, name, None), backend, values)
 
 
 def window_index(work: Workload) -> Iterator[Result]:
@@ -128,9 +120,9 @@ def window_index(work: Workload) -> Iterator[Result]:
             expected = expected or got
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "the window indexes differ"
     how: dict[str, Callable[[sk.LabelMap], object]] = {
-        GPU_INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
-        INDEX_GROUPS: lambda mask: mask.prepare(resolutions(mask), gradients=True),
-        LABEL_MAP: fresh,
+        results.GPU_INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
+        results.INDEX_GROUPS: lambda mask: mask.prepare(resolutions(mask), gradients=True),
+        results.LABEL_MAP: fresh,
     }
     for suite, run in how.items():
         for name in names:
@@ -202,19 +194,19 @@ def _rates(
     name: str, case: str, backend: str, milliseconds: list[float], nbytes: int, arguments: tuple
 ) -> Iterator[Result]:
     if name in _BOUND_BY_MEMORY:
-        yield Result.of(BANDWIDTH, case, backend, [nbytes / 1e6 / ms for ms in milliseconds], "GB/s")
+        yield Result.of(results.BANDWIDTH, case, backend, [nbytes / 1e6 / ms for ms in milliseconds], "GB/s")
     if name == "modulation_table":
         gamma, windows = arguments[1], arguments[4]
         flops = 4 * windows.numel() * gamma.shape[0] * gamma.shape[1]
-        yield Result.of(PRODUCTS, case, backend, [flops / 1e9 / ms for ms in milliseconds], "TFLOP/s")
+        yield Result.of(results.PRODUCTS, case, backend, [flops / 1e9 / ms for ms in milliseconds], "TFLOP/s")
 
 
 def _ceiling_of(name: str, case: str, ceilings: dict[str, list[float]]) -> Iterator[Result]:
     """The device's own limits, beside which operators are reported."""
     if name in _BOUND_BY_MEMORY:
-        yield Result.of(BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
+        yield Result.of(results.BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
     if name == "modulation_table":
-        yield Result.of(PRODUCTS, case, "matmul", ceilings["matmul"], "TFLOP/s")
+        yield Result.of(results.PRODUCTS, case, "matmul", ceilings["matmul"], "TFLOP/s")
 
 
 def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
@@ -234,7 +226,7 @@ def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
 
 def _case(work: Workload, precision: str, name: str, shape: Shape | None) -> str:
     if shape is None:
-        return work.case(precision, what=f"{name}, {ALL_LAYERS}")
+        return work.case(precision, what=f"{name}, {results.ALL_LAYERS}")
     channels, side, upsample = shape
     doubled = ", doubled" if upsample == 2 else ""
     return work.case(precision, what=f"{name}, {channels} x {side} x {side}{doubled}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spade_kernels import LabelMap
-from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, products_of
-from spade_model.benchmark.graphs import filled, our_runs, preparation, static_mask, variant, with_products
+from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, float32_products
+from spade_model.benchmark.graphs import filled, our_runs, preparation, static_mask, variant
 from spade_model.benchmark.memory import allocated, peak_on_device
 from spade_model.benchmark.providers import Run, settled_generator
 from spade_model.benchmark.results import GPU_PEAK, TRAINING, Result
@@ -21,7 +21,7 @@ from spade_model.benchmark.workload import Workload, place_for, release
 
 def training(work: Workload, precision: str, batch: int, *, with_baseline: bool) -> Iterator[Result]:
     """The generator's forward and backward, and the memory that they take."""
-    with products_of(precision):
+    with float32_products(precision):
         networks = Training(work, precision, batch)
         # At larger batches there is no memory for every network's activations.
         networks.add("ours", "spade-free", *(("tuned",) * (batch <= work.batch)))
@@ -98,7 +98,7 @@ class Training:
 
     @cached_property
     def exact(self) -> Run:
-        return with_products("ieee", self._image("exact", "original", torch.float32))
+        return float32_products("ieee")(self._image("exact", "original", torch.float32))
 
     @cached_property
     def tuned(self) -> Run:
@@ -173,4 +173,4 @@ class Training:
             image.float().square().mean().backward()
             return image.detach()
 
-        return step if products is None else with_products(products, step)
+        return step if products is None else float32_products(products)(step)

@@ -1,1 +1,1 @@
-"""How fast and how large the generator is here, against stock PyTorch: what `spade bench` and benchmarks/ share."""
+"""How fast and how large the generator is, against stock PyTorch: what `spade bench` and benchmarks/ share."""

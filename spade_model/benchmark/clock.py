@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,9 +100,11 @@ def interleave(
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Within it, float32 products and convolutions are as `precision` says: "tf32", "ieee", or "shipped".
+    """Within it, float32 products and convolutions are as `precision` says.
 
-    "shipped" is what PyTorch does when told nothing: convolutions in tf32, other products in float32.
+    Args:
+        precision: "tf32"; "ieee", without rounding; or "shipped", what PyTorch does when told nothing: convolutions in
+            tf32, other products in float32. The other PRECISIONS are "shipped", too.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -111,11 +113,6 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def products_of(precision: str) -> AbstractContextManager[None]:
-    """Returns `float32_products` for a network in this precision."""
-    return float32_products("tf32" if precision == "tf32" else "shipped")
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from spade_kernels import LabelMap, StaticLabelMap
-from spade_model.benchmark.clock import Captured, float32_products
+from spade_model.benchmark.clock import Captured
 from spade_model.benchmark.masks import fresh
 from spade_model.benchmark.providers import Run
 from spade_model.benchmark.stock import Variant
@@ -70,13 +70,3 @@ def our_runs(
         return graph()
 
     return {"ours": whole, "ours-indexed": ahead, "ours-replay": lambda mask: graph()}
-
-
-def with_products(precision: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns the run within `float32_products(precision)`."""
-
-    def wrapped(*arguments: LabelMap) -> Tensor:
-        with float32_products(precision):
-            return run(*arguments)
-
-    return wrapped

@@ -64,12 +64,11 @@ def busiest(masks: Sequence[LabelMap], count: int) -> list[LabelMap]:
 def noise(example: LabelMap, count: int) -> list[LabelMap]:
     """Returns masks of the example's shape and classes in which every pixel's label and edge are random."""
     random, shape, labels = torch.Generator().manual_seed(0), example.shape, example.num_labels
-    has_edges = example.edges is not None
     return [
         LabelMap(
             torch.randint(labels, shape, generator=random),
             labels,
-            torch.rand(shape, generator=random) < 0.5 if has_edges else None,
+            torch.rand(shape, generator=random) < 0.5 if example.edges is not None else None,
         )
         for _ in range(count)
     ]

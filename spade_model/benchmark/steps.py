@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,10 @@ class Job:
     least: float = 5.0
     keep: float = 0.0
 
+    def is_due(self, passed: Collection[str]) -> bool:
+        """Returns True where the jobs that passed are those that this one waits for."""
+        return (not self.after or self.after in passed) and self.unless not in passed
+
 
 class Steps:
     """Runs jobs one after the other or together, until there is no time left.
@@ -90,13 +94,10 @@ class Steps:
         """Seconds."""
         return self._end - time.monotonic()
 
-    def skip(self, name: str, reason: str) -> None:
-        self._finish(Step(name, NOT_RUN, 0.0, reason))
-
-    def calls_for(self, job: Job) -> bool:
-        """Returns True where the jobs that passed are those that the job asks for."""
-        passed = {step.name for step in self.done if step.status == PASSED}
-        return (not job.after or job.after in passed) and job.unless not in passed
+    @property
+    def passed(self) -> list[str]:
+        """The names of the steps that passed."""
+        return [step.name for step in self.done if step.status == PASSED]
 
     def run(self, *jobs: Job) -> None:
         """Runs the jobs at the same time, except those that there is no time left for."""
@@ -104,9 +105,9 @@ class Steps:
         for job in jobs:
             missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
             if missing:
-                self.skip(job.name, f"needs {', '.join(missing)}")
+                self._finish(Step(job.name, NOT_RUN, 0.0, f"needs {', '.join(missing)}"))
             elif self.left - job.keep < job.least:
-                self.skip(job.name, "no time left")
+                self._finish(Step(job.name, NOT_RUN, 0.0, "no time left"))
             else:
                 running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - job.keep)))
         while running:

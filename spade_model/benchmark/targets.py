@@ -6,20 +6,8 @@ import operator
 from dataclasses import dataclass
 
 from spade_kernels import backends
-from spade_model.benchmark.results import (
-    ALL_LAYERS,
-    BANDWIDTH,
-    DENSE,
-    EVAL,
-    GPU_INDEX,
-    GPU_PEAK,
-    INDEX,
-    LAYER,
-    PEAK,
-    SAVED,
-    TRAINING,
-    BenchRun,
-)
+from spade_model.benchmark import results
+from spade_model.benchmark.results import BenchRun
 
 
 @dataclass(frozen=True)
@@ -58,18 +46,18 @@ class Verdict:
 
 
 TARGETS = (
-    Target(EVAL, "eager", "ours", ">=", 6, 8),
-    Target(EVAL, "compiled", "ours", ">=", 2.5, 3.5),
-    Target(EVAL, "ours", "spade-free", "<=", 1.1, 0.85),
-    Target(EVAL, "ours", "spade-free-compiled", "<=", 1.6, 1.2),
-    Target(TRAINING, "eager", "ours", ">=", 2.5, 3.2),
-    Target(TRAINING, "ours", "spade-free", "<=", 1.4, 1.15),
-    Target(SAVED, "eager", "ours", ">=", 4, 8),
-    Target(INDEX, "ours", "", "<", 8, 3),
-    Target(EVAL, "ours-dense", "ours", ">=", 0.95, 1.0, case="noise"),
-    Target(DENSE, "eager", "ours", ">=", 1.3, 1.6, case=ALL_LAYERS),
-    Target(DENSE, "compiled", "ours", ">=", 1.0, 1.2, case=ALL_LAYERS),
-    Target(PEAK, "eager", "ours"),
+    Target(results.EVAL, "eager", "ours", ">=", 6, 8),
+    Target(results.EVAL, "compiled", "ours", ">=", 2.5, 3.5),
+    Target(results.EVAL, "ours", "spade-free", "<=", 1.1, 0.85),
+    Target(results.EVAL, "ours", "spade-free-compiled", "<=", 1.6, 1.2),
+    Target(results.TRAINING, "eager", "ours", ">=", 2.5, 3.2),
+    Target(results.TRAINING, "ours", "spade-free", "<=", 1.4, 1.15),
+    Target(results.SAVED, "eager", "ours", ">=", 4, 8),
+    Target(results.INDEX, "ours", "", "<", 8, 3),
+    Target(results.EVAL, "ours-dense", "ours", ">=", 0.95, 1.0, case="noise"),
+    Target(results.DENSE, "eager", "ours", ">=", 1.3, 1.6, case=results.ALL_LAYERS),
+    Target(results.DENSE, "compiled", "ours", ">=", 1.0, 1.2, case=results.ALL_LAYERS),
+    Target(results.PEAK, "eager", "ours"),
 )
 """The bounds on two cores in float32, batch 1."""
 
@@ -88,16 +76,16 @@ def gpu_targets(run: BenchRun, batch: int) -> tuple[Target, ...]:
         for backend in ("cuda", "triton"):
             bound = ">=" if taken[name] in (backend, "reference") else ""
             largest = f"{name}, {at_full_size(run)}, bf16, batch {batch}"
-            rates.append(Target(BANDWIDTH, backend, "copy", bound, 0.8, 0.9, largest))
+            rates.append(Target(results.BANDWIDTH, backend, "copy", bound, 0.8, 0.9, largest))
     return (
-        Target(EVAL, "baseline", _faster(run, EVAL, case), ">=", 2.0, 2.5, case),
-        Target(TRAINING, "baseline", _faster(run, TRAINING, case), ">=", 1.6, 2.0, case),
-        Target(LAYER, "baseline", "ours", ">=", 2.5, 3.5, f"{ALL_LAYERS}, bf16, batch {batch}"),
-        Target(TRAINING, "original", _faster(run, TRAINING, case), case=case),
+        Target(results.EVAL, "baseline", _faster(run, results.EVAL, case), ">=", 2.0, 2.5, case),
+        Target(results.TRAINING, "baseline", _faster(run, results.TRAINING, case), ">=", 1.6, 2.0, case),
+        Target(results.LAYER, "baseline", "ours", ">=", 2.5, 3.5, f"{results.ALL_LAYERS}, bf16, batch {batch}"),
+        Target(results.TRAINING, "original", _faster(run, results.TRAINING, case), case=case),
         *rates,
-        Target(GPU_PEAK, "baseline", "ours", ">=", 2.0, 3.0, case),
-        Target(GPU_INDEX, "cuda", "", "<", 0.3, 0.1, f"{kind}, integers, batch {batch}"),
-        Target(EVAL, "baseline", "ours", ">=", 0.95, 1.0, f"noise, bf16, batch {batch}"),
+        Target(results.GPU_PEAK, "baseline", "ours", ">=", 2.0, 3.0, case),
+        Target(results.GPU_INDEX, "cuda", "", "<", 0.3, 0.1, f"{kind}, integers, batch {batch}"),
+        Target(results.EVAL, "baseline", "ours", ">=", 0.95, 1.0, f"noise, bf16, batch {batch}"),
     )
 
 
