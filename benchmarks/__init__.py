@@ -1,1 +1,1 @@
-"""The suites and scripts that measure, on top of `spade_model.benchmark`; imported from the repository root."""
+"""The suites and scripts here measure with `spade_model.benchmark`; they are imported from the repository root."""

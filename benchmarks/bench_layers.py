@@ -40,7 +40,7 @@ def shapes(config) -> dict[tuple[int, int], int]:
 def layer_run(
     provider: str, shape: tuple[int, int], condition: LabelMap | Tensor, *, training: bool
 ) -> Callable[[None], Tensor]:
-    """One forward pass, with backward in training; returns the output. The argument means nothing."""
+    """Returns a function that runs forward, in training also backward, and returns y. It ignores its argument."""
     channels, side = shape
     memory_format = torch.contiguous_format if provider == "eager" else torch.channels_last
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))

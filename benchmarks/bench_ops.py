@@ -24,7 +24,7 @@ LIMIT = 1e-3
 
 @cache
 def recorded(mask: sk.LabelMap, ngf: int) -> Calls:
-    """The operators' calls of a layer and its convolution: forward and backward, and frozen."""
+    """Returns the operators' calls of a layer and its convolution: forward and backward, and frozen."""
     layer = random_spade("spadesyncbatch3x3", 2 * ngf, mask.channels).train()
     convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)

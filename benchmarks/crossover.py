@@ -36,7 +36,7 @@ def masks(dataroot: Path | None) -> list[sk.LabelMap]:
 
 
 def noisy_mask(part: float) -> sk.LabelMap:
-    """Noise over `part` of the width."""
+    """Returns noise over `part` of the width."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (1, 256, 256), generator=generator)
     labels[:, :, int(256 * part) :] = 0
@@ -44,7 +44,7 @@ def noisy_mask(part: float) -> sk.LabelMap:
 
 
 def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats: int) -> dict[str, float]:
-    """Distinct windows and hidden windows per pixel, and how many times longer the dense path takes."""
+    """Returns distinct windows and hidden windows per pixel, and how many times longer the dense path takes."""
     layer = sk.SPADE("spadebatch3x3", channels, CLASSES + 1).train(training)
     if not training:
         sk.freeze(layer)

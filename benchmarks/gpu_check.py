@@ -151,7 +151,7 @@ def run(jobs: Sequence[Job], steps: Steps, save: Callable[[], object]) -> None:
 
 
 def exit_status(done: Sequence[Step], may_miss: Collection[str]) -> int:
-    """1 where a step failed, 3 where one was not run that may not be missed."""
+    """Returns 1 where a step failed, and 3 where one was not run that may not be missed."""
     if any(step.status == FAILED for step in done):
         return 1
     return 3 if any(step.status == NOT_RUN and step.name not in may_miss for step in done) else 0
@@ -165,7 +165,7 @@ def build() -> Job:
 
 
 def tests(fast: bool) -> list[Job]:
-    """The tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
+    """Returns the tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
     repeated = pytest("determinism", "-k", REPEATED, "tests/gpu/test_device.py")
     workers = ["-n", _WORKERS] if importlib.util.find_spec("xdist") else []
     if fast:
@@ -175,7 +175,7 @@ def tests(fast: bool) -> list[Job]:
 
 
 def pytest(name: str, *arguments: object) -> Job:
-    """Names each test as soon as it is over: of a run that is cut they tell how far it came."""
+    """Returns a job of pytest. It names each test as soon as it is over, for runs that are cut."""
     command = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments)
     # What tests start must find the package, too.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -183,7 +183,7 @@ def pytest(name: str, *arguments: object) -> Job:
 
 
 def tests_passed(status: int, output: str) -> tuple[str, str]:
-    """PASSED only where some ran."""
+    """Returns PASSED only where some tests ran, and why."""
     judged, last = by_exit_status(status, output)
     if status == 0 and not re.search(r"\b[1-9]\d* passed", last):
         return FAILED, f"no test ran: {last}"
@@ -191,10 +191,10 @@ def tests_passed(status: int, output: str) -> tuple[str, str]:
 
 
 def measurements(arguments: argparse.Namespace) -> list[Job]:
-    """The most important ones first.
+    """Returns the measurements, the most important ones first.
 
-    Where compiling one of the first has not succeeded, what needs no compiler is measured in its place, and all of it
-    last.
+    Where the compilation of one of the first has not passed, the providers that need no compiler are measured in its
+    place, and all of them last.
     """
     # A part that does not end leaves most of the time to others.
     limit = 15 * arguments.minutes
@@ -228,9 +228,10 @@ def measurements(arguments: argparse.Namespace) -> list[Job]:
 
 
 def compilations(arguments: argparse.Namespace) -> list[Job]:
-    """The baselines' compiling for the measurements that come first; it takes minutes, but may run beside other steps.
+    """Returns the compilations of baselines for the measurements that come first.
 
-    What the compiler finds fastest meanwhile may not be what it would find on a device of its own.
+    They take minutes, but may run beside other steps. The compiler may then choose other kernels than it would on a
+    device of its own.
     """
     at = [("bf16", arguments.batch)]
     return [
@@ -241,7 +242,7 @@ def compilations(arguments: argparse.Namespace) -> list[Job]:
 
 
 def agreements(arguments: argparse.Namespace) -> list[Job]:
-    """Comparisons at full size, which take no times and may run beside other steps."""
+    """Returns the comparisons at full size, which take no times and may run beside other steps."""
     return [
         measurement(arguments, f"agreement {precision}", ("agreement",), [(precision, arguments.batch)])
         for precision in arguments.compared
@@ -266,6 +267,7 @@ def measurement(
 
 
 def preparation(arguments: argparse.Namespace) -> Job:
+    """Returns the job that finds the masks for all parts."""
     how = [f"--{key}={getattr(arguments, key)}" for key in ("device", "work", "ngf", "size", "dataroot")]
     return Job("prepare", python("-m", "benchmarks.gpu_measure", "prepare", *how), 120, needs=NEEDS)
 

@@ -1,9 +1,9 @@
-"""One process of `make gpu-check` that measures, so that a failing kernel ends one part and no more.
+"""This is the process of `make gpu-check` that measures one part: a failing kernel ends one part and no more.
 
     python -m benchmarks.gpu_measure prepare --work folder --dataroot folder
     python -m benchmarks.gpu_measure part eval-bf16-8 --suites eval --at bf16-8 --baseline --work folder
 
-`prepare` finds the masks, and says where and on what the parts measure. A part writes a line for each result as soon as
+`prepare` finds the masks and describes them and this machine. A part writes a line for each result as soon as
 it has it, to `<part>.jsonl`. `benchmarks/gpu_check.py` has the commands of all parts.
 """
 
@@ -71,7 +71,7 @@ def prepare(folder: Path, dataroot: str, device: torch.device, ngf: int, size: i
 
 
 def measure(path: Path, part: Callable[[Workload], Iterator[Result]], work: Workload) -> dict[str, str]:
-    """Runs one part, writing last of all the clock under load; returns which providers were left out, and why."""
+    """Runs one part, writing last of all the clock under load; returns the providers left out with the reasons."""
     with settled(work.device):
         PartFile(path).write(_lines(path.stem, part, work))
     return work.failed

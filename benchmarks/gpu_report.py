@@ -1,4 +1,4 @@
-"""The bounds that must hold on a GPU, the tables, and the file with everything."""
+"""The report of `make gpu-check` has the bounds that must hold on a GPU, the tables, and the file with everything."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DETERMINISM, SANITIZER = "determinism", "sanitizer"  # how the names of those st
 
 
 def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
-    """The verdicts of all bounds; measurements on toy masks are reported without a verdict."""
+    """Returns the verdicts of all bounds; measurements on toy masks are reported without a verdict."""
     found = judge(run, gpu_targets(run, batch))
     if run.main_masks != "real":
         found = [replace(verdict, met=None) for verdict in found]
@@ -47,7 +47,7 @@ def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
 
 
 def _from_steps(name: str, steps: Sequence[Step], start: str, counted: str) -> Verdict:
-    """A bound of zero on what the steps whose names start so have counted."""
+    """Returns the verdict of a bound of zero on the counts of all steps whose names begin with `start`."""
     found = [step for step in steps if step.name.startswith(start)]
     count = sum(int(n) for step in found for n in re.findall(counted, step.detail))
     clean = bool(found) and all(step.status == PASSED for step in found)
@@ -55,7 +55,7 @@ def _from_steps(name: str, steps: Sequence[Step], start: str, counted: str) -> V
 
 
 def judged(verdicts: Sequence[Verdict]) -> Step:
-    """The bounds as one step: FAILED where one is missed, PASSED where every one is met."""
+    """Returns the bounds as one step: FAILED where one is missed, PASSED where every one is met."""
     missed = [v.name for v in verdicts if v.met is False]
     open_ = [v.name for v in verdicts if v.measured is None]
     met, toys = sum(v.met is True for v in verdicts), sum(_word(v) == _TOYS for v in verdicts)
@@ -66,7 +66,7 @@ def judged(verdicts: Sequence[Verdict]) -> Step:
 
 
 def fastest(found: Iterable[Result]) -> dict[str, str]:
-    """By operator and precision, the backend with the least time over all layers: for the table in `backends.py`."""
+    """Returns by operator and precision the backend that is fastest over all layers, for the table in `backends.py`."""
     best: dict[str, Result] = {}
     for result in found:
         if result.suite == results.OPERATOR and results.ALL_LAYERS in result.case:
@@ -76,14 +76,14 @@ def fastest(found: Iterable[Result]) -> dict[str, str]:
 
 
 def gathered(files: Iterable[Path]) -> tuple[list[Result], dict[str, dict[str, str]]]:
-    """Returns what the parts have written so far: the results; and by part, which providers were left out, and why."""
+    """Returns the results that the parts have written so far, and by part the providers left out with the reasons."""
     parts = [PartFile(path) for path in files]
     failures = {part.path.stem: why for part in parts if (why := part.failures())}
     return newest(result for part in parts for result in part.results()), failures
 
 
 def earlier(path: Path, environment: dict[str, Any]) -> tuple[list[Result], list[Step], dict[str, dict[str, str]]]:
-    """Results, steps and failures in the file, if it is of the same code on the same device and masks."""
+    """Returns the results, steps and failures in the file, if it is of the same code on the same device and masks."""
     if not path.exists():
         return [], [], {}
     (run,) = load_runs(path)
@@ -111,7 +111,7 @@ def save(
 
 
 def tables(run: BenchRun, verdicts: Sequence[Verdict], failed: dict[str, dict[str, str]]) -> str:
-    """A summary short enough for a screen or two, the bounds last."""
+    """Returns a summary short enough for a screen or two, with the bounds last."""
 
     def of(*suites: str, only: str = "") -> list[Result]:
         return [r for r in run.results if r.suite in suites and only in r.case]

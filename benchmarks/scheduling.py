@@ -16,7 +16,7 @@ from spade_model.benchmark.masks import bench_masks, coco_or_toy
 
 
 def masks(config: pytest.Config) -> dict[str, list[LabelMap]]:
-    """The masks by kind, the main kind first."""
+    """Returns the masks by kind, the main kind first."""
     return _masks(*(config.getoption(name) for name in ("dataroot", "masks", "crop_size")))
 
 
@@ -36,7 +36,7 @@ def main_kind(config: pytest.Config) -> str:
 
 
 def long_repeats(config: pytest.Config) -> int:
-    """Repeats of what takes several seconds."""
+    """Returns the repeats of runs that take several seconds."""
     return max(1, config.getoption("repeats") // 2)
 
 

@@ -1,4 +1,4 @@
-"""The suites of `make gpu-check`: ours against the honest baseline.
+"""The suites of `make gpu-check` measure ours against the honest baseline.
 
 A suite is a generator function that measures a `Workload` and yields results; `benchmarks/gpu_measure.py` runs each in
 a process of its own. These are the providers of whole generators and layers:
@@ -15,4 +15,4 @@ Precision: in eval, "bf16" has the weights themselves in bfloat16; in training i
 """
 
 COMPILE, UNCOMPILED = "compile ", "-uncompiled"
-"""How the names of parts begin that only compile for others, and end that leave the baseline out."""
+"""The names of parts that only compile for others begin so, and of those without the baseline end so."""

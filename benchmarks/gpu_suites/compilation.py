@@ -1,4 +1,4 @@
-"""What the compiler does: ours compiled like the baseline, and baselines compiled ahead, into the compiler's caches."""
+"""These suites compile ours like the baseline, and baselines ahead of time into the compiler's caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spade_model.benchmark.workload import Workload, release
 
 
 def both_compiled(work: Workload, precision: str, batch: int) -> Iterator[Result]:
-    """`evaluation` and `training` of the main masks with ours compiled too, once everything is."""
+    """Measures the main masks as `evaluation` and `training` do, with ours compiled too, once everything is."""
     with torch.no_grad(), float32_products(precision):
         evaluated = Evaluation(work, precision, batch)
         evaluated.add("baseline")
@@ -32,14 +32,14 @@ def both_compiled(work: Workload, precision: str, batch: int) -> Iterator[Result
 
 
 def compile_networks(work: Workload, precision: str, batch: int, *, gradients: bool) -> Iterator[Result]:
-    """Nothing but the baseline's first call, after which the compiler has it in its caches."""
+    """Calls the baseline once, after which the compiler has it in its caches; yields nothing."""
     with torch.set_grad_enabled(gradients), float32_products(precision):
         (Training if gradients else Evaluation)(work, precision, batch).stock_step("baseline")()
     yield from ()
 
 
 def compile_layers(work: Workload, precision: str) -> Iterator[Result]:
-    """Nothing but the baselines' first calls."""
+    """Calls the baseline of every layer once, for the compiler's caches; yields nothing."""
     with float32_products(precision):
         for training in (False, True):
             every = Layers(work, precision, training)

@@ -1,4 +1,4 @@
-"""The generator in eval mode, from labels to image: ours against the honest baseline."""
+"""This suite measures the generator in eval mode, from labels to image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spade_model.benchmark.workload import Workload, place_for
 
 
 def evaluation(work: Workload, precision: str, batch: int, *, with_baseline: bool) -> Iterator[Result]:
-    """The generator in eval mode; with the baseline, other masks than the main ones, too."""
+    """Measures the generator in eval mode; with the baseline, on other masks than the main ones, too."""
     with torch.no_grad(), float32_products(precision):
         networks = Evaluation(work, precision, batch)
         networks.add("tuned", "spade-free")
@@ -34,7 +34,7 @@ def evaluation(work: Workload, precision: str, batch: int, *, with_baseline: boo
 
 
 class Evaluation:
-    """The networks in eval mode, captured for one batch size."""
+    """Holds the networks in eval mode, captured for one batch size."""
 
     def __init__(self, work: Workload, precision: str, batch: int):
         self.work, self.precision, self.batch, self.dtype = work, precision, batch, PRECISIONS[precision]
@@ -72,7 +72,7 @@ class Evaluation:
         self.paint = compiled(self.ours.forward, self.work.device)
 
     def measured(self, kind: str) -> Iterator[Result]:
-        """Captures ours for masks of this kind, compares every output, takes the times."""
+        """Captures ours for masks of this kind, compares every output and takes the times."""
         prepare = preparation(self.ours, gradients=False)
         place, found = place_for(self.work.batches(self.batch, kind), prepare)
         case = self.work.case(self.precision, self.batch, kind)

@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 
 def layers(work: Workload, precision: str, *, training: bool, with_baseline: bool) -> Iterator[Result]:
-    """Each shape, and all layers in one graph, forward or forward and backward."""
+    """Measures each shape, and all layers in one graph, forward or forward and backward."""
     with float32_products(precision):
         every = Layers(work, precision, training)
         names = ("tuned", *(("baseline",) if with_baseline else ()), "ours")
@@ -39,7 +39,7 @@ def layers(work: Workload, precision: str, *, training: bool, with_baseline: boo
 
 
 class Layers:
-    """The layers of one precision, forward or forward and backward, with those of each shape that were compared."""
+    """Holds the layers of one precision, forward or forward and backward, that agree with the exact ones."""
 
     def __init__(self, work: Workload, precision: str, training: bool):
         self.work, self.precision, self.training = work, precision, training
@@ -87,7 +87,7 @@ class Layers:
         yield from (Result.of(self.suite, case, name, values) for name, values in times.items())
 
     def ours(self, shape: Shape) -> SPADE:
-        """The layer whose weights all of its kind have."""
+        """Returns the layer whose weights all of its shape have."""
         layer = random_spade("spadesyncbatch3x3", shape[0], self.mask.channels).to(self.work.device, self._dtype)
         return layer.train(self.training)
 
@@ -102,7 +102,7 @@ class Layers:
         return lambda _: captured()
 
     def call(self, name: str, ours: SPADE) -> Callable[[Tensor], Tensor]:
-        """x -> y, after its backward in training."""
+        """Returns x -> y, after its backward in training."""
         layer, forward = self._forward(name, ours)
         if not self.training:
             return torch.no_grad()(forward)

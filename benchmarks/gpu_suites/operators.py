@@ -1,6 +1,7 @@
-"""Every operator on every backend at the shapes of the generator's layers, and what the device can do at all.
+"""These suites measure every operator on every backend at the shapes of the generator's layers.
 
-What decides `spade_kernels/backends.py`, and how far the kernels are from the device's own copy and matrix product.
+The table of `spade_kernels/backends.py` follows from them. Beside the rates of kernels stand those of the device's own
+copy and matrix product.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Shape = tuple[int, int, int]
 
 
 def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
-    """The operators' calls in the forward and backward of one layer, without arguments that they do not read."""
+    """Returns the operators' calls in one layer's forward and backward, without arguments that they do not read."""
     channels, side, upsample = shape
     device = mask.device
     layer = random_spade("spadesyncbatch3x3", channels, mask.channels).to(device).train()
@@ -57,7 +58,7 @@ def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
 
 @dataclass
 class _Timed:
-    """One operator at one shape: what calls it on each backend, `copies` times with `nbytes` to move each time."""
+    """Holds one operator at one shape: by backend, what calls it `copies` times with `nbytes` to move each time."""
 
     copies: int
     nbytes: int
@@ -74,7 +75,7 @@ def agreement(work: Workload, precision: str) -> Iterator[Result]:
 
 
 def operators(work: Workload, precision: str) -> Iterator[Result]:
-    """Times by shape and over all 18 layers; rates of what memory or products bound."""
+    """Measures times by shape and over all 18 layers, and rates where memory or products bound an operator."""
     sums: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     with float32_products(precision):
         ceilings = _ceilings(work, precision)
@@ -107,7 +108,7 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
 
 
 def window_index(work: Workload) -> Iterator[Result]:
-    """Making label maps and their indexes at all resolutions, on labels that are on the device."""
+    """Measures the making of label maps and their indexes at all resolutions, on labels that are on the device."""
     found = work.batches()
     case, expected = work.case("integers"), []
     names = dict.fromkeys(name for name in backends_on(work.device) if name != "triton")
@@ -145,14 +146,14 @@ def _calls(work: Workload, precision: str) -> Iterator[tuple[Shape, int, Calls]]
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """The backends that have kernels for the device and run here, the reference last."""
+    """Returns the backends that have kernels for the device and run here, the reference last."""
     there = backends.build_info()["backends"]
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     return [*(name for name in names if there[name] is None), "reference"]  # type: ignore[index]
 
 
 def _verified(calls: Calls, shape: Shape, precision: str, work: Workload) -> Iterator[tuple[str, str, object]]:
-    """(backend, operator, outputs) of every call that agrees with the reference; that backend is in use meanwhile."""
+    """Yields (backend, operator, outputs) of every call that agrees with the reference, with the backend in use."""
     sk.use_backend("reference")
     expected = {name: _run(func, arguments) for name, (func, arguments) in calls.items()}
     for backend in backends_on(work.device):
@@ -178,7 +179,7 @@ def _run(func: Callable[..., Any], arguments: tuple) -> Any:
 
 
 def _many(func: Callable[..., Any], each: list[tuple], backend: str, device: torch.device) -> Callable[[None], object]:
-    """A call with each of the arguments, in one graph; the reference asks the device for sizes, and cannot be."""
+    """Returns a call with each of the arguments, in one graph except for the reference, which reads sizes back."""
 
     def run() -> None:
         for arguments in each:
@@ -202,7 +203,7 @@ def _rates(
 
 
 def _ceiling_of(name: str, case: str, ceilings: dict[str, list[float]]) -> Iterator[Result]:
-    """The device's own limits, beside which operators are reported."""
+    """Yields the device's own limits, beside which operators are reported."""
     if name in _BOUND_BY_MEMORY:
         yield Result.of(results.BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
     if name == "modulation_table":
@@ -210,7 +211,7 @@ def _ceiling_of(name: str, case: str, ceilings: dict[str, list[float]]) -> Itera
 
 
 def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
-    """GB/s of a large copy, counting what it reads and writes; TFLOP/s of a large matrix product."""
+    """Returns GB/s of a large copy, counting what it reads and writes; TFLOP/s of a large matrix product."""
     device = work.device
     nbytes, rows = (_COPIED, _PRODUCT) if device.type == "cuda" else (1 << 20, 256)
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""The generator's forward and backward, and the memory that they take: ours against the honest baseline."""
+"""This suite measures the generator's forward and backward, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spade_model.benchmark.workload import Workload, place_for, release
 
 
 def training(work: Workload, precision: str, batch: int, *, with_baseline: bool) -> Iterator[Result]:
-    """The generator's forward and backward, and the memory that they take."""
+    """Measures the generator's forward and backward, and the memory that they take."""
     with float32_products(precision):
         networks = Training(work, precision, batch)
         # At larger batches there is no memory for every network's activations.
@@ -34,7 +34,7 @@ def training(work: Workload, precision: str, batch: int, *, with_baseline: bool)
 
 
 class Training:
-    """The networks in training mode, each captured with its backward for one batch size."""
+    """Holds the networks in training mode, each captured with its backward for one batch size."""
 
     def __init__(self, work: Workload, precision: str, batch: int):
         self.work, self.precision, self.batch, self.dtype = work, precision, batch, PRECISIONS[precision]
@@ -75,7 +75,7 @@ class Training:
             self.runs["ours-compiled"] = self._our_runs(step)["ours"]
 
     def stock_step(self, name: str, static: LabelMap | None = None) -> Callable[[], Tensor]:
-        """One forward and backward of the stock network of this name, which is built for it."""
+        """Builds the stock network of this name and returns a function that runs one forward and backward."""
         stock, mask = self._stock(name), static or static_mask(self.found[0])
         self._remember(name, stock)
         if name == "baseline":
@@ -85,7 +85,7 @@ class Training:
         return self._step(stock, lambda: stock.paint(stock.planes(mask, self.dtype)))
 
     def measured(self) -> Iterator[Result]:
-        """The peaks; then compares every image and takes the times."""
+        """Yields the peaks, compares every image and takes the times."""
         if self.work.device.type == "cuda":
             yield from (Result.of(GPU_PEAK, self.case, name, [value], "MB") for name, value in self.peaks.items())
         may_fail = partial(self.work.may_fail, case=self.case, runs=self.runs)
@@ -124,7 +124,7 @@ class Training:
         self.runs[name] = filled(static, step if name == "original" else Captured(step, self.work.device))
 
     def _from_the_start(self, run: Run) -> Run:
-        """The run with the networks as they were: every forward pass moves the vectors of spectral norm on."""
+        """Returns the run with the networks as they were: every forward pass moves the vectors of spectral norm on."""
 
         def with_first_state(mask: LabelMap) -> Tensor:
             for name in self.first:
@@ -149,7 +149,7 @@ class Training:
             return stock_generator(self.ours, variant(name), training=True)
 
     def _image(self, key: str, name: str, dtype: torch.dtype) -> Run:
-        """The stock network's image, with nothing kept for a backward."""
+        """Returns a run of the stock network that keeps nothing for a backward."""
         stock, device = self._stock(name), self.work.device
         self._remember(key, stock)
 

@@ -1,4 +1,4 @@
-"""Calls of single operators: recorded from a layer, with the bytes that they move, and in copies beyond the cache."""
+"""Calls of single operators are recorded from a layer, and repeated with arguments that no cache holds."""
 
 from __future__ import annotations
 

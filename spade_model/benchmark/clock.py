@@ -1,4 +1,4 @@
-"""Times on the CPU and on a GPU: providers take turns, and on CUDA their calls are captured in graphs."""
+"""The clock takes times on CPUs and GPUs; providers take turns, and on CUDA their calls are captured in graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def settled(device: torch.device) -> Iterator[None]:
-    """Settings for everything that a process measures; on CUDA all of it runs on one stream, not the default one.
+    """Within it, cuDNN chooses the fastest algorithms and CUDA's work runs on one stream, not the default one.
 
     Spectral norm keeps nodes of autograd from one step to the next, with the stream that they were made on. Were it
     another than the one a graph is captured on, the capture would break.
@@ -35,7 +35,7 @@ def settled(device: torch.device) -> Iterator[None]:
 
 
 class Captured:
-    """run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
+    """Holds run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
 
     Calling it gives what run() returned, at the same address every time.
     """
@@ -116,7 +116,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile as the baseline has it; elsewhere only what traces."""
+    """Returns the function compiled as the baseline is; without CUDA it is only traced."""
     # One function for many layers; beyond the usual limit of versions it would quietly run uncompiled.
     torch._dynamo.config.recompile_limit = 100
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Where and when something was measured."""
+"""The environment says where and when something was measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, date, commit (None outside a checkout) and the allocator's setting."""
+    """Returns device, versions, date, commit (None outside a checkout) and the allocator's setting."""
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model, such as "AMD EPYC"; the architecture where the system does not say."""
+    """Returns the processor's model, such as "AMD EPYC"; the architecture where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -55,7 +55,7 @@ def allocator() -> str:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Returns the GPU's model and limits, and the versions of what compiles for it and drives it."""
+    """Returns the GPU's model and limits, and the versions of its compilers and driver."""
     properties = torch.cuda.get_device_properties(device)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
@@ -92,7 +92,7 @@ def clock_under_load(device: torch.device) -> float:
 
 
 def sources(root: Path = _CHECKOUT) -> str:
-    """A hash of what is measured and what measures; a copy of the checkout may have no commit."""
+    """Returns a hash of all measured and measuring sources; a copy of the checkout may have no commit."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "csrc", "spade_kernels", "spade_model"):
         for path in sorted((root / folder).rglob("*")):
@@ -109,7 +109,7 @@ def _commit() -> str | None:
 
 
 def _query(what: str) -> str:
-    """nvidia-smi's answer for the first GPU; asks only, sets nothing."""
+    """Returns nvidia-smi's answer for the first GPU; asks only, sets nothing."""
     lines = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else "0"
 

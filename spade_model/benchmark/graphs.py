@@ -1,4 +1,4 @@
-"""The generator's providers where its calls are CUDA graphs, which read masks at a fixed place."""
+"""On a GPU the generator's providers are CUDA graphs, which read masks at a fixed place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The masks that are timed: the user's or toy landscapes, the busiest of them, uniform noise and one class; batches."""
+"""The masks are the user's or toy landscapes, the busiest of them, noise and one class, single or in batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def coco_or_toy(dataroot: str, crop_size: int) -> DataConfig:
 
 
 def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dict[str, list[LabelMap]]:
-    """By kind, masks of one image each, all with the classes and size of `data`.
+    """Returns by kind masks of one image each, all with the classes and size of `data`.
 
     Args:
         data: a folder of masks, or the toy data set.
@@ -87,23 +87,23 @@ def load_masks(path: Path) -> dict[str, list[LabelMap]]:
 
 
 def batches(masks: Sequence[LabelMap], size: int, count: int) -> list[LabelMap]:
-    """`count` batches of `size` images, no two alike before every mask and its mirror images have been taken."""
+    """Returns `count` batches of `size` images; no image comes twice before all masks and mirror images have come."""
     every = itertools.cycle(_mirrored(mask, dims) for dims in _MIRRORED for mask in masks)
     return [LabelMap.cat(list(itertools.islice(every, size))) for _ in range(count)]
 
 
 def fresh(mask: LabelMap) -> LabelMap:
-    """A copy of the mask without its window indexes, so that building them is timed."""
+    """Returns a copy of the mask without its window indexes, so that building them is timed."""
     return LabelMap(mask.labels, mask.num_labels, mask.edges)
 
 
 def distinct_fraction(mask: LabelMap, size: tuple[int, ...]) -> float:
-    """Distinct modulation windows over pixels, at size (h, w)."""
+    """Returns distinct modulation windows over pixels, at size (h, w)."""
     return len(fresh(mask).window_index(size, KERNEL_SIZE).modulation) / (len(mask) * size[0] * size[1])
 
 
 def distinct_fractions(kinds: dict[str, list[LabelMap]]) -> dict[str, dict[str, float]]:
-    """Mean `distinct_fraction` by kind and "height x width"."""
+    """Returns the mean `distinct_fraction` by kind and "height x width"."""
     return {
         kind: {
             f"{h} x {w}": round(sum(distinct_fraction(mask, (h, w)) for mask in masks) / len(masks), 4)

@@ -1,4 +1,4 @@
-"""The memory that training takes, on the CPU and on a GPU: bytes saved for backward, and the peak of a step."""
+"""Training takes memory, on the CPU and on a GPU, for tensors saved for backward and at the peak of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLAIN_CONVOLUTIONS = ("conv_0", "conv_1", "conv_s")
 
 
 def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
-    """MB (1e6 bytes) that autograd keeps for the backward of the generator's SPADE layers after a forward pass.
+    """Returns the MB (1e6 bytes) that autograd keeps for the backward of SPADE layers after a forward pass.
 
     Counted: each storage once, at its full size, that is saved in a stock SPADE layer, or, in ours, anywhere in a
     residual block but in its plain convolutions (ours folds the activation, and may fold more, into the layer).
@@ -48,7 +48,7 @@ def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
 
 
 def peak_of_step(provider: str, mask: LabelMap, ngf: int) -> float | None:
-    """MB (1e6 bytes) by which the first training step of a fresh process raises its resident memory.
+    """Returns the MB (1e6 bytes) by which the first training step of a fresh process raises its resident memory.
 
     With gradients and the optimizers' state. None where the system cannot tell (it takes Linux's /proc).
     """

@@ -1,4 +1,4 @@
-"""Measured values and their files: what was measured, on what, how, and the median with its percentiles."""
+"""Results name a suite, a case and a provider, and hold the median with its percentiles; here are their files, too."""
 
 from __future__ import annotations
 
@@ -118,12 +118,12 @@ def file_name(what: str) -> str:
 
 @dataclass(frozen=True)
 class PartFile:
-    """The results of one process, which writes a line for each as soon as it has it; a reader takes whole lines."""
+    """A part's process writes a line for each result as soon as it has it; a reader takes whole lines."""
 
     path: Path
 
     def write(self, lines: Iterable[Result | Mapping[str, str]]) -> None:
-        """Starts the file anew. A mapping says which providers have been left out so far, and why."""
+        """Starts the file anew. A mapping gives by provider the reason why it has been left out so far."""
         with self.path.open("w") as file:
             for line in lines:
                 content = asdict(line) if isinstance(line, Result) else {FAILURES: line}
@@ -133,7 +133,7 @@ class PartFile:
         return [Result(**line) for line in self._lines() if FAILURES not in line]
 
     def failures(self) -> dict[str, str]:
-        """Returns by provider why it was left out."""
+        """Returns by provider the reason why it was left out."""
         return next((line[FAILURES] for line in reversed(list(self._lines())) if line.get(FAILURES)), {})
 
     def _lines(self) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Commands with a time limit, what became of them, and what they printed. Standard library only."""
+"""A job is a command with a time limit; a step is its outcome. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of one job: PASSED, FAILED or NOT_RUN, and why."""
+    """A step is the outcome of one job: PASSED, FAILED or NOT_RUN, and why."""
 
     name: str
     status: str
@@ -30,7 +30,7 @@ class Step:
 
 
 def by_exit_status(status: int, output: str) -> tuple[str, str]:
-    """(True if the command passed, the last line it printed)."""
+    """Returns PASSED for exit status 0, else FAILED, and the last line of the output."""
     lines = output.strip().splitlines()
     last = lines[-1] if lines else "(no output)"
     return (PASSED, last) if status == 0 else (FAILED, f"exit status {status}: {last}")
@@ -38,7 +38,7 @@ def by_exit_status(status: int, output: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run.
+    """A job is a command to run.
 
     Attributes:
         limit: seconds after which it is killed, with everything it started.
@@ -91,7 +91,7 @@ class Steps:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds left."""
         return self._end - time.monotonic()
 
     @property
@@ -163,11 +163,11 @@ class _Running:
 
 
 def table(steps: Sequence[Step]) -> str:
-    """One aligned line for each step."""
+    """Returns one aligned line for each step."""
     width = max((len(step.name) for step in steps), default=0)
     return "\n".join(f"{s.name:{width}}  {s.status:7}  {s.seconds:5.0f} s  {s.detail[:110]}" for s in steps)
 
 
 def python(*arguments: object) -> list[str]:
-    """A command of this interpreter."""
+    """Returns a command of this interpreter."""
     return [sys.executable, *map(str, arguments)]

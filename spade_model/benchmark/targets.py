@@ -1,4 +1,4 @@
-"""Performance targets for ngf 64, real COCO masks of 256 x 256 pixels and 184 channels."""
+"""The targets bound performance for ngf 64, real COCO masks of 256 x 256 pixels and 184 channels."""
 
 from __future__ import annotations
 

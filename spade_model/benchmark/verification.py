@@ -18,7 +18,7 @@ SLACK = {"bf16": 2e-3, "tf32": 1e-3}
 
 
 def verify(runs: Mapping[str, Callable[[Any], Tensor]], argument: Any, limit: float = LIMIT) -> dict[str, float]:
-    """`relative_error` of every provider's output from eager's, or else the first provider's.
+    """Returns the `relative_error` of every provider's output from eager's, or else the first provider's.
 
     Every provider is run, which also warms it up; the spade-free ones are another network and are not compared.
 
@@ -44,9 +44,9 @@ def check_images(
     slack: float,
     may_fail: Callable[[str], AbstractContextManager[None]],
 ) -> None:
-    """Every network's distance from the exact image is at most twice the tuned one's, or it may not be timed.
+    """Takes every network out whose distance from the exact image is more than twice the tuned one's.
 
-    By norm: whole networks in bfloat16 have single pixels that are far off.
+    Distances are by norm: whole networks in bfloat16 have single pixels that are far off.
     """
     failed = set()
     for mask in found:

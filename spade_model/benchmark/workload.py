@@ -1,4 +1,4 @@
-"""What is measured on a device, how long at most, and a place for masks that a CUDA graph can read."""
+"""A workload says what to measure on a device and how long; its masks get a place that a CUDA graph can read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spade_model.benchmark.masks import batches, fresh
 
 @dataclass(frozen=True)
 class Workload:
-    """The networks, masks and settings of the measurements.
+    """Holds the networks' width, the masks and the settings of the measurements.
 
     Attributes:
         masks: by kind, the main kind first; one image each, on the CPU.
@@ -61,11 +61,11 @@ class Workload:
         return self.masks[self.main_masks][0].shape[1:]
 
     def case(self, precision: str, batch: int | None = None, what: str = "") -> str:
-        """The case of a result: kind of masks (or `what`), precision, batch size."""
+        """Returns the case of a result: kind of masks (or `what`), precision, batch size."""
         return f"{what or self.main_masks}, {precision}, batch {batch or self.batch}"
 
     def batches(self, batch: int | None = None, kind: str = "") -> list[LabelMap]:
-        """A few batches on the device, without window indexes."""
+        """Returns a few batches on the device, without window indexes."""
         batch = batch or self.batch
         count = max(1, min(3, 24 // batch))
         return [mask.to(self.device) for mask in batches(self.masks[kind or self.main_masks], batch, count)]
@@ -82,7 +82,7 @@ class Workload:
 
 
 def place_for(found: Sequence[LabelMap], prepare: Callable[[LabelMap], LabelMap]) -> tuple[StaticLabelMap, list]:
-    """A place that has room for the most of the label maps, and those it has room for."""
+    """Returns a place that has room for the most of the label maps, and those it has room for."""
     best: tuple[StaticLabelMap, list] | None = None
     for example in found:
         place = StaticLabelMap(prepare(fresh(example)))
