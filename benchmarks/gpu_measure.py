@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,20 +39,18 @@ def suite(name: str, precision: str, batch: int, with_baseline: bool) -> Callabl
     Raises:
         KeyError: there is no such suite.
     """
-    whole = {"precision": precision, "batch": batch}
-    compared = {"with_baseline": with_baseline}
     suites: dict[str, Callable[[Workload], Iterator[Result]]] = {
-        "eval": partial(evaluation, **whole, **compared),
-        "training": partial(training, **whole, **compared),
-        "compiled": partial(both_compiled, **whole),
-        "layers": partial(layers, precision=precision, training=False, **compared),
-        "layers-training": partial(layers, precision=precision, training=True, **compared),
+        "eval": lambda work: evaluation(work, precision, batch, with_baseline=with_baseline),
+        "training": lambda work: training(work, precision, batch, with_baseline=with_baseline),
+        "compiled": lambda work: both_compiled(work, precision, batch),
+        "layers": lambda work: layers(work, precision, training=False, with_baseline=with_baseline),
+        "layers-training": lambda work: layers(work, precision, training=True, with_baseline=with_baseline),
         "indexes": window_index,
-        "operators": partial(operators, precision=precision),
-        "agreement": partial(agreement, precision=precision),
-        "compile-eval": partial(compile_networks, **whole, gradients=False),
-        "compile-training": partial(compile_networks, **whole, gradients=True),
-        "compile-layers": partial(compile_layers, precision=precision),
+        "operators": lambda work: operators(work, precision),
+        "agreement": lambda work: agreement(work, precision),
+        "compile-eval": lambda work: compile_networks(work, precision, batch, gradients=False),
+        "compile-training": lambda work: compile_networks(work, precision, batch, gradients=True),
+        "compile-layers": lambda work: compile_layers(work, precision),
     }
     return suites[name]
 

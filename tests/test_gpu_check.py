@@ -528,7 +528,9 @@ def test_sources_are_told_apart(tmp_path):
 
 def test_packages_that_measuring_does_not_need(runner):
     missing = "sys.modules.update(dict.fromkeys(('matplotlib', 'jinja2', 'safetensors', 'tqdm')))"
-    code = f"import sys; {missing}; from benchmarks import gpu_measure, gpu_report; print('imported')"
+    # The kernels are built after gpu_check has started.
+    first = "from benchmarks import gpu_check; assert 'spade_kernels' not in sys.modules"
+    code = f"import sys; {missing}; {first}; from benchmarks import gpu_measure, gpu_report; print('imported')"
     runner.run(job("import", code, environment={"PYTHONPATH": str(gpu_check.ROOT)}))
     assert runner.done[0].detail == "imported"
 

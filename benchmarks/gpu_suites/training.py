@@ -93,8 +93,7 @@ class Training:
         runs = {name: self._from_the_start(run) for name, run in self.runs.items()}
         check_images(runs, exact, tuned, self.found, SLACK[self.precision], may_fail)
         times = self.work.times(self.runs, self.found)
-        notes = {"batches": len(self.found)}
-        yield from (Result.of(TRAINING, self.case, name, values, **notes) for name, values in times.items())
+        yield from (Result.of(TRAINING, self.case, name, ms, batches=len(self.found)) for name, ms in times.items())
 
     @cached_property
     def exact(self) -> Run:
