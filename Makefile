@@ -65,7 +65,7 @@ bench: install
 
 # Not in $(VENV): with the Python that has the CUDA torch.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(FAST),--fast) $(if $(DATAROOT),"--dataroot=$(DATAROOT)") $(if $(OUT),"--out=$(OUT)")
+	$(PYTHON) -m benchmarks.gpu_check $(if $(FAST),--fast) $(if $(DATAROOT),"--dataroot=$(DATAROOT)") $(if $(OUT),"--out=$(OUT)")
 
 fuzz: install
 	for backend in cpu reference; do $(BIN)/python tests/operator_fuzz.py --backend $$backend || exit 1; done

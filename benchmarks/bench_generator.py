@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import interleaving
 import pytest
 
+from benchmarks import scheduling
 from spade_model.benchmark import providers, results
 from spade_model.benchmark.masks import distinct_fraction
-from spade_model.benchmark.measure import verify
+from spade_model.benchmark.verification import verify
 
 
 def pytest_generate_tests(metafunc):
-    interleaving.generate(metafunc, "repeat, kind, number, provider")
+    scheduling.generate(metafunc, "repeat, kind, number, provider")
 
 
 class TestEval:
     @staticmethod
     def schedule(config):
-        kinds, repeats = interleaving.masks(config), config.getoption("repeats")
+        kinds, repeats = scheduling.masks(config), config.getoption("repeats")
         return [
             (repeat, kind, number, provider)
             for repeat in range(repeats)
             for kind, masks in kinds.items()
             # The other kinds are for comparison only.
-            if kind == interleaving.main_kind(config) or repeat < (repeats + 1) // 2
+            if kind == scheduling.main_kind(config) or repeat < (repeats + 1) // 2
             for number in range(len(masks))
             for provider in providers.EVAL
             if provider != "ours-dense" or kind == "noise"
@@ -32,8 +32,8 @@ class TestEval:
     @pytest.fixture(scope="class")
     @classmethod
     def runs(cls, pytestconfig):
-        kinds = interleaving.masks(pytestconfig)
-        mask = kinds[interleaving.main_kind(pytestconfig)][0]
+        kinds = scheduling.masks(pytestconfig)
+        mask = kinds[scheduling.main_kind(pytestconfig)][0]
         generator = providers.settled_generator(mask, pytestconfig.getoption("ngf"))
         runs = providers.eval_runs(generator, providers.EVAL)
         for kind in kinds.values():
@@ -41,26 +41,26 @@ class TestEval:
         return runs
 
     def test_eval(self, benchmark, pytestconfig, runs, repeat, kind, number, provider):
-        mask = interleaving.masks(pytestconfig)[kind][number]
+        mask = scheduling.masks(pytestconfig)[kind][number]
         distinct = distinct_fraction(mask, mask.shape[1:])
-        interleaving.timed(benchmark, lambda: runs[provider](mask), results.EVAL, kind, provider, distinct=distinct)
+        scheduling.timed(benchmark, lambda: runs[provider](mask), results.EVAL, kind, provider, distinct=distinct)
 
 
 class TestTraining:
     @staticmethod
     def schedule(config):
-        kind = interleaving.main_kind(config)
+        kind = scheduling.main_kind(config)
         return [
             (repeat, kind, number, provider)
-            for repeat in range(interleaving.long_repeats(config))
-            for number in range(len(interleaving.masks(config)[kind]))
+            for repeat in range(scheduling.long_repeats(config))
+            for number in range(len(scheduling.masks(config)[kind]))
             for provider in providers.TRAINING
         ]
 
     @pytest.fixture(scope="class")
     @classmethod
     def runs(cls, pytestconfig):
-        mask = interleaving.masks(pytestconfig)[interleaving.main_kind(pytestconfig)][0]
+        mask = scheduling.first_mask(pytestconfig)
         generator = providers.settled_generator(mask, pytestconfig.getoption("ngf"))
         networks = providers.training_networks(generator, providers.TRAINING)
         runs = {name: providers.training_run(network) for name, network in networks.items()}
@@ -68,6 +68,6 @@ class TestTraining:
         return runs
 
     def test_training(self, benchmark, pytestconfig, runs, repeat, kind, number, provider):
-        mask = interleaving.masks(pytestconfig)[kind][number]
+        mask = scheduling.masks(pytestconfig)[kind][number]
         distinct = distinct_fraction(mask, mask.shape[1:])
-        interleaving.timed(benchmark, lambda: runs[provider](mask), results.TRAINING, kind, provider, distinct=distinct)
+        scheduling.timed(benchmark, lambda: runs[provider](mask), results.TRAINING, kind, provider, distinct=distinct)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import interleaving
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
+from benchmarks import scheduling
 from spade_kernels import LabelMap, freeze
 from spade_kernels.testing import random_spade
 from spade_model.benchmark import results
 from spade_model.benchmark.masks import distinct_fraction
-from spade_model.benchmark.measure import verify
-from spade_model.benchmark.stock import StockSPADE, one_hot
+from spade_model.benchmark.shapes import input_shapes
+from spade_model.benchmark.stock import one_hot, stock_layer
+from spade_model.benchmark.verification import verify
 
 PROVIDERS = ("eager", "tuned", "compiled", "ours")
 DENSE_PROVIDERS = ("eager", "compiled", "ours")
@@ -33,19 +34,13 @@ Runs = dict[tuple[int, int], dict[str, Callable[[None], Tensor]]]
 
 
 def shapes(config) -> dict[tuple[int, int], int]:
-    """(channels, side) of x -> how many of the generator's layers have it."""
-    ngf, size = config.getoption("ngf"), config.getoption("crop_size")
-    found = {(16 * ngf, size // 32): 2, (16 * ngf, size // 16): 4}
-    for width, step in ((16, 8), (8, 4), (4, 2), (2, 1)):
-        # norm_0 and norm_s see the block's input, norm_1 half of its channels.
-        found |= {(width * ngf, size // step): 2, (width * ngf // 2, size // step): 1}
-    return found
+    return input_shapes(config.getoption("ngf"), config.getoption("crop_size"))
 
 
 def layer_run(
     provider: str, shape: tuple[int, int], condition: LabelMap | Tensor, *, training: bool
 ) -> Callable[[None], Tensor]:
-    """One forward pass, with backward in training; returns the output. The argument means nothing."""
+    """Returns a function that runs forward, in training also backward, and returns y. It ignores its argument."""
     channels, side = shape
     memory_format = torch.contiguous_format if provider == "eager" else torch.channels_last
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
@@ -74,11 +69,7 @@ def _forward(provider: str, channels: int, condition: LabelMap | Tensor, memory_
         if not training:
             freeze(ours)
         return lambda x: ours(x, condition, negative_slope=SLOPE), ours
-    layer = StockSPADE(channels, planes.shape[1]).train(training)
-    layer.load_state_dict(ours.state_dict())
-    if provider != "eager":
-        layer.join()
-    layer.to(memory_format=memory_format)
+    layer = stock_layer(ours, planes.shape[1], joined=provider != "eager").to(memory_format=memory_format)
     planes = planes.contiguous(memory_format=memory_format)
 
     def forward(x: Tensor, planes: Tensor) -> Tensor:
@@ -96,12 +87,8 @@ def verified(config, names: tuple[str, ...], condition: LabelMap | Tensor, *, tr
     return runs
 
 
-def first_mask(config) -> LabelMap:
-    return interleaving.masks(config)[interleaving.main_kind(config)][0]
-
-
 def pytest_generate_tests(metafunc):
-    interleaving.generate(metafunc, "repeat, shape, provider")
+    scheduling.generate(metafunc, "repeat, shape, provider")
 
 
 class _Suite:
@@ -117,10 +104,10 @@ class _Suite:
         notes = self.notes(pytestconfig, side) | {"layers": shapes(pytestconfig)[shape]}
         notes["MB"] = self.passes * 4e-6 * channels * side**2
         case = f"{channels} x {side} x {side}"
-        interleaving.timed(benchmark, lambda: runs[shape][provider](None), self.suite, case, provider, **notes)
+        scheduling.timed(benchmark, lambda: runs[shape][provider](None), self.suite, case, provider, **notes)
 
     def notes(self, config, side: int) -> dict[str, float]:
-        return {"distinct": distinct_fraction(first_mask(config), (side, side))}
+        return {"distinct": distinct_fraction(scheduling.first_mask(config), (side, side))}
 
 
 class TestLayer(_Suite):
@@ -129,7 +116,7 @@ class TestLayer(_Suite):
     @pytest.fixture(scope="class")
     @classmethod
     def runs(cls, pytestconfig):
-        return verified(pytestconfig, cls.names, first_mask(pytestconfig), training=False)
+        return verified(pytestconfig, cls.names, scheduling.first_mask(pytestconfig), training=False)
 
 
 class TestLayerTraining(_Suite):
@@ -139,7 +126,7 @@ class TestLayerTraining(_Suite):
     @pytest.fixture(scope="class")
     @classmethod
     def runs(cls, pytestconfig):
-        return verified(pytestconfig, cls.names, first_mask(pytestconfig), training=True)
+        return verified(pytestconfig, cls.names, scheduling.first_mask(pytestconfig), training=True)
 
 
 class TestDense(_Suite):

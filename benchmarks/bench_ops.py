@@ -5,60 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import interleaving
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import spade_kernels as sk
+from benchmarks import scheduling
 from spade_kernels.convolution import Conv2d
 from spade_kernels.layers import spade_conv
 from spade_kernels.testing import random_spade, relative_error
 from spade_model.benchmark import results
-from spade_model.benchmark.masks import KERNEL_SIZE, fresh, resolutions
+from spade_model.benchmark.calls import Calls, Recorder, moved
+from spade_model.benchmark.masks import KERNEL_SIZE, fresh
+from spade_model.benchmark.shapes import resolutions
 
 LIMIT = 1e-3
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of one of our operators: (operator, arguments) by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "spade_kernels":
-            name, same = func._opname, sum(key.split()[0] == func._opname for key in self.calls)
-            self.calls[f"{name} {same + 1}" if same else name] = func, args
-        return func(*args, **(kwargs or {}))
-
-
 @cache
-def recorded(mask: sk.LabelMap, ngf: int) -> dict[str, tuple]:
-    """The operators' calls of a layer and its convolution: forward and backward, and frozen."""
+def recorded(mask: sk.LabelMap, ngf: int) -> Calls:
+    """Returns the operators' calls of a layer and its convolution: forward and backward, and frozen."""
     layer = random_spade("spadesyncbatch3x3", 2 * ngf, mask.channels).train()
     convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         spade_conv(convolution, layer, x, fresh(mask), negative_slope=0.2).square().mean().backward()
     sk.freeze(layer)
     sk.freeze(convolution)
-    with torch.no_grad(), _Recorder() as frozen:
+    with torch.no_grad(), Recorder() as frozen:
         convolution(layer(x, fresh(mask), negative_slope=0.2))
         spade_conv(convolution, layer, x, fresh(mask), negative_slope=0.2)
     return recorder.calls | {name: call for name, call in frozen.calls.items() if "conv" in name}
 
 
-def calls(config) -> dict[str, tuple]:
-    return recorded(interleaving.masks(config)[interleaving.main_kind(config)][0], config.getoption("ngf"))
-
-
-def moved(args: tuple, outputs: object) -> float:
-    """MB (1e6 bytes) of all tensors that go in and come out, each once: the least that must be moved."""
-    return sum(t.nbytes for t in tree_leaves((args, outputs)) if isinstance(t, Tensor)) / 1e6
+def calls(config) -> Calls:
+    return recorded(scheduling.first_mask(config), config.getoption("ngf"))
 
 
 @pytest.fixture
@@ -69,7 +50,7 @@ def backend(provider) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc):
-    interleaving.generate(metafunc, "repeat, case, provider")
+    scheduling.generate(metafunc, "repeat, case, provider")
 
 
 class TestOps:
@@ -92,20 +73,20 @@ class TestOps:
         if repeat == 0:
             for got, exact in zip(tree_leaves(func(*args)), tree_leaves(expected[case]), strict=True):
                 assert relative_error(got, exact) < LIMIT
-        traffic = moved(args, expected[case])
-        interleaving.timed(benchmark, lambda: func(*args), "operator", case, provider, MB=traffic)
+        megabytes = moved(args, expected[case]) / 1e6
+        scheduling.timed(benchmark, lambda: func(*args), "operator", case, provider, MB=megabytes)
 
 
 class TestWindowIndex:
     @staticmethod
     def schedule(config):
-        kind = interleaving.main_kind(config)
-        numbers = range(len(interleaving.masks(config)[kind]))
+        kind = scheduling.main_kind(config)
+        numbers = range(len(scheduling.masks(config)[kind]))
         return [(repeat, number, "ours") for repeat in range(config.getoption("repeats")) for number in numbers]
 
     def test_all_resolutions(self, benchmark, pytestconfig, repeat, case, provider):
-        kind = interleaving.main_kind(pytestconfig)
-        mask, threads = interleaving.masks(pytestconfig)[kind][case], torch.get_num_threads()
+        kind = scheduling.main_kind(pytestconfig)
+        mask, threads = scheduling.masks(pytestconfig)[kind][case], torch.get_num_threads()
 
         def index() -> None:
             fresh(mask).prepare(resolutions(mask), KERNEL_SIZE, gradients=False)
@@ -113,5 +94,5 @@ class TestWindowIndex:
         torch.set_num_threads(1)
         if repeat == 0:
             index()
-        interleaving.timed(benchmark, index, results.INDEX, kind, provider)
+        scheduling.timed(benchmark, index, results.INDEX, kind, provider)
         torch.set_num_threads(threads)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import interleaving
 import pytest
 
+from benchmarks import scheduling
 from spade_model.benchmark import providers, results
 from spade_model.benchmark.memory import peak_of_step, saved_by_spade
 from spade_model.benchmark.training import STEPS, step_run
 
 
 def pytest_generate_tests(metafunc):
-    interleaving.generate(metafunc, "repeat, provider")
-
-
-def first_mask(config):
-    return interleaving.masks(config)[interleaving.main_kind(config)][0]
+    scheduling.generate(metafunc, "repeat, provider")
 
 
 class TestStep:
@@ -23,21 +19,21 @@ class TestStep:
 
     @staticmethod
     def schedule(config):
-        return [(repeat, provider) for repeat in range(interleaving.long_repeats(config)) for provider in STEPS]
+        return [(repeat, provider) for repeat in range(scheduling.long_repeats(config)) for provider in STEPS]
 
     @pytest.fixture(scope="class")
     @classmethod
     def runs(cls, pytestconfig):
-        mask, ngf = first_mask(pytestconfig), pytestconfig.getoption("ngf")
+        mask, ngf = scheduling.first_mask(pytestconfig), pytestconfig.getoption("ngf")
         runs = {name: step_run(name, mask, ngf) for name in STEPS}
         for run in runs.values():
             run(mask)
         return runs
 
     def test_step(self, benchmark, pytestconfig, runs, repeat, provider):
-        mask = first_mask(pytestconfig)
-        interleaving.timed(
-            benchmark, lambda: runs[provider](mask), results.STEP, interleaving.main_kind(pytestconfig), provider
+        mask = scheduling.first_mask(pytestconfig)
+        scheduling.timed(
+            benchmark, lambda: runs[provider](mask), results.STEP, scheduling.main_kind(pytestconfig), provider
         )
 
 
@@ -47,12 +43,12 @@ class TestSaved:
         return [(0, provider) for provider in ("eager", "tuned", "ours")]
 
     def test_saved(self, benchmark, pytestconfig, repeat, provider):
-        kind = interleaving.main_kind(pytestconfig)
-        masks = interleaving.masks(pytestconfig)[kind]
+        kind = scheduling.main_kind(pytestconfig)
+        masks = scheduling.masks(pytestconfig)[kind]
         generator = providers.settled_generator(masks[0], pytestconfig.getoption("ngf"))
         network = providers.training_networks(generator, [provider])[provider]
         mean = sum(saved_by_spade(network, mask) for mask in masks) / len(masks)
-        interleaving.noted(benchmark, mean, "MB", results.SAVED, kind, provider)
+        scheduling.noted(benchmark, mean, "MB", results.SAVED, kind, provider)
 
 
 class TestPeak:
@@ -61,7 +57,7 @@ class TestPeak:
         return [(0, provider) for provider in ("eager", "ours")]
 
     def test_peak(self, benchmark, pytestconfig, repeat, provider):
-        peak = peak_of_step(provider, first_mask(pytestconfig), pytestconfig.getoption("ngf"))
+        peak = peak_of_step(provider, scheduling.first_mask(pytestconfig), pytestconfig.getoption("ngf"))
         if peak is None:
             pytest.skip("this system does not tell a process's peak memory")
-        interleaving.noted(benchmark, peak, "MB", results.PEAK, interleaving.main_kind(pytestconfig), provider)
+        scheduling.noted(benchmark, peak, "MB", results.PEAK, scheduling.main_kind(pytestconfig), provider)

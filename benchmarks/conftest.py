@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import interleaving
-
-from spade_model.benchmark.command import settings
+from benchmarks import scheduling
 from spade_model.benchmark.environment import environment
+from spade_model.benchmark.masks import settings
 
 
 def pytest_addoption(parser):
@@ -20,5 +19,5 @@ def pytest_addoption(parser):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["spade"] = {
         "environment": environment(),
-        "settings": settings(config.getoption("ngf"), interleaving.masks(config)),
+        "settings": settings(config.getoption("ngf"), scheduling.masks(config)),
     }

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import spade_kernels as sk
-from spade_kernels import functional
+from spade_kernels.functional import use_path
+from spade_model.benchmark.clock import interleave
 from spade_model.benchmark.environment import environment
-from spade_model.benchmark.masks import bench_masks, fresh
-from spade_model.config import default_data_config
+from spade_model.benchmark.masks import bench_masks, coco_or_toy, fresh
 
 SIZES = ((8, 1024), (16, 1024), (32, 1024), (64, 512), (128, 256), (256, 128), (256, 64))
 PARTS = (0.3, 0.5, 0.65, 0.8, 1.0)
@@ -34,41 +32,35 @@ def masks(dataroot: Path | None) -> list[sk.LabelMap]:
     noise = [noisy_mask(part) for part in PARTS]
     if dataroot is None:
         return noise
-    data = replace(default_data_config("coco"), dataroot=str(dataroot), crop_size=256)
-    return noise + bench_masks(data, REAL, every_kind=False)["real"]
+    return noise + bench_masks(coco_or_toy(str(dataroot), 256), REAL, every_kind=False)["real"]
 
 
 def noisy_mask(part: float) -> sk.LabelMap:
-    """Noise over `part` of the width."""
+    """Returns noise over `part` of the width."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (1, 256, 256), generator=generator)
     labels[:, :, int(256 * part) :] = 0
     return sk.LabelMap(labels, CLASSES, torch.zeros_like(labels, dtype=torch.bool))
 
 
-def milliseconds(layer: sk.SPADE, x: torch.Tensor, segmap: sk.LabelMap, training: bool) -> float:
-    started = time.perf_counter()
-    with torch.set_grad_enabled(training):
-        y = layer(x, segmap)
-        if training:
-            y.backward(y.detach())
-    return (time.perf_counter() - started) * 1e3
-
-
 def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats: int) -> dict[str, float]:
-    """Distinct windows and hidden windows per pixel, and how many times longer the dense path takes."""
+    """Returns distinct windows and hidden windows per pixel, and how many times longer the dense path takes."""
     layer = sk.SPADE("spadebatch3x3", channels, CLASSES + 1).train(training)
     if not training:
         sk.freeze(layer)
     x = torch.randn(1, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_(training)
     segmap = fresh(mask).prepare([(size, size)], gradients=training)
-    times: dict[str, list[float]] = {"windows": [], "dense": []}
-    for repeat in range(repeats + 1):
-        for path, taken in times.items():
-            with functional.use_path(path):
-                spent = milliseconds(layer, x, segmap, training)
-            if repeat:
-                taken.append(spent)
+
+    def run(segmap: sk.LabelMap) -> None:
+        with torch.set_grad_enabled(training):
+            y = layer(x, segmap)
+            if training:
+                y.backward(y.detach())
+
+    runs = {path: use_path(path)(run) for path in ("windows", "dense")}
+    # The first round warms up.
+    interleave(runs, [segmap], 1)
+    times = interleave(runs, [segmap], repeats)
     index = segmap.window_index((size, size), 3)
     return {
         "hidden windows": round(len(index.hidden) / size**2, 3),

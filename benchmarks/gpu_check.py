@@ -1,6 +1,6 @@
 """Everything that takes a GPU: builds, tests, sanitizes and measures, and prints what came of it last.
 
-    python benchmarks/gpu_check.py [--fast] [--minutes 8] [--dataroot folder] [--out folder or file] [--only name ...]
+    python -m benchmarks.gpu_check [--fast] [--minutes 8] [--dataroot folder] [--out folder or file] [--only name ...]
 
 Any Python with a CUDA torch, and nvcc. A step that fails does not keep later ones from running; what there is no time
 for is "not run". With --only, results that earlier runs took of the same code on the same device stay in the file.
@@ -14,20 +14,35 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
+import json
 import math
 import os
 import re
 import sys
-import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from gpu import ROOT, sanitizers
-from gpu.steps import FAILED, NOT_RUN, PASSED, Job, Step, Steps, by_exit_status, python, table
 
-NEEDS = ("numpy", "PIL")  # of the masks and the networks
+from benchmarks.gpu_suites import COMPILE, UNCOMPILED, sanitizers
+from spade_model.benchmark.steps import (
+    ALONE,
+    FAILED,
+    MEASUREMENT,
+    NOT_RUN,
+    TOGETHER,
+    Job,
+    Step,
+    Steps,
+    by_exit_status,
+    python,
+    table,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDS = ("numpy", "PIL", "tyro")  # of the masks and the networks
 DATAROOTS = [root / "data" / "coco_stuff" for root in (ROOT.parent / "shared", ROOT / "shared", ROOT)]
 TESTS = (
     "tests/gpu",
@@ -57,8 +72,6 @@ _RESULTS = ROOT / "benchmarks" / "results"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed(argv)
-    if arguments.part or arguments.prepare:
-        return child(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: not run: there is no GPU that PyTorch can use", file=sys.stderr)
         return 2
@@ -78,92 +91,67 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu: to try the measurements themselves")
     parser.add_argument("--tiny", action="store_true", help="small networks and few repeats, for the same")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="folder for logs and parts")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.minutes = arguments.minutes or (_FAST_MINUTES if arguments.fast else _MINUTES)
     arguments.batch, arguments.others = (2, (1,)) if arguments.tiny else (8, () if arguments.fast else (1, 32))
     arguments.compared = ("bf16",) if arguments.fast else ("bf16", "tf32", "fp16")
     arguments.ngf, arguments.size = (2, 64) if arguments.tiny else (64, 256)
+    arguments.repeats, arguments.seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
     return arguments
 
 
-def child(arguments: argparse.Namespace) -> int:
-    """Measures one part, or prepares for all; in a process of its own."""
-    from gpu import parts
-    from gpu.batches import Workload
-
-    device = torch.device(arguments.device)
-    if arguments.prepare:
-        parts.prepare(arguments.work, arguments.dataroot, device, arguments.ngf, arguments.size)
-        return 0
-    repeats, seconds = (3, 0.1) if arguments.tiny else (30, 4.0 if arguments.fast else 8.0)
-    known = parts.parts(arguments.batch, arguments.others) | parts.agreements(*arguments.compared)
-    known |= parts.compilations(arguments.batch)
-    failed = parts.measure(
-        arguments.part,
-        known[arguments.part],
-        arguments.work,
-        lambda masks: Workload(device, arguments.ngf, masks, arguments.batch, repeats, seconds),
-    )
-    print("; ".join(f"left out: {who}: {why}" for who, why in failed.items()) or "nobody left out")
-    return int(bool(failed))
-
-
 def check(arguments: argparse.Namespace) -> int:
-    """All steps; prints their table and returns the exit status."""
-    folder, log = arguments.work, arguments.work / "gpu_check.log"
+    """Runs all jobs, prints the table of their steps and returns the exit status."""
+    log = arguments.work / "gpu_check.log"
     if arguments.out != _RESULTS:
         log = (arguments.out.parent if is_file(arguments.out) else arguments.out) / log.name
-    steps = Steps(folder, log, ROOT, 60 * arguments.minutes - _RESERVE)
-    (folder / "about.json").unlink(missing_ok=True)
-    if arguments.device == "cuda":
-        steps.run(*wanted([build()], arguments.only))
-    beside: list[Job] = []
-    names: list[str] = []
-    try:
-        # Not before there are compiled kernels to import.
-        from gpu import parts
-    except ImportError:
-        traceback.print_exc()
-        missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-        steps.skip("measurements", f"{', '.join(missing) or 'a module'} cannot be imported")
-    else:
-        first = [] if arguments.fast else list(parts.compilations(arguments.batch))
-        every = [*first, *parts.agreements(*arguments.compared)]
-        beside = wanted([measurement(name, arguments, math.inf) for name in every], arguments.only)
-        every = list(parts.parts(arguments.batch, arguments.others))
-        names = [name for name in every if is_wanted(name, arguments.only)]
-    for name in (*(job.name for job in beside), *names):
-        (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    if beside or names:
-        steps.run(Job("prepare", command(arguments, "--prepare"), 120, needs=NEEDS))
-    may_miss = {"bounds"} if arguments.fast or arguments.only else set()
-    may_miss |= {*names, *(job.name for job in beside if job.may_be_cut)}
-    if arguments.device == "cuda":
-        sanitized = [sanitizers.job(tool, 200) for tool in sanitizers.TOOLS]
-        # They may be too slow for --fast; otherwise something hangs.
-        every_test = [replace(job, may_be_cut=arguments.fast) for job in (*tests(arguments.fast), *sanitized)]
-        beside += wanted(every_test, arguments.only)
-    # Together: they take no times, and compile what the measurements need.
-    kept = 60 * arguments.minutes * (_FAST_KEPT if arguments.fast else _KEPT)
-    steps.run(*beside, keep=kept if names else 0)
-    print(f"{max(steps.left, 0):.0f} s left for measurements", flush=True)
-    if names:
-        passed = [step.name.removeprefix(parts.COMPILE) for step in steps.done if step.status == PASSED]
-        names = parts.in_order(names, passed)
-    # A part that does not end leaves most of the time to others.
-    measured = [measurement(name, arguments, 15 * arguments.minutes) for name in names]
-    for job in measured:
-        steps.run(job, least=10)
-        saved(arguments, beside + measured, steps)
-    print("", saved(arguments, beside + measured, steps, final=bool(names)), table(steps.done), sep="\n\n")
+    steps = Steps(arguments.work, log, ROOT, 60 * arguments.minutes - _RESERVE)
+    jobs = plan(arguments)
+    about(arguments.work).unlink(missing_ok=True)
+    for job in jobs:
+        if job.writes:
+            job.writes.unlink(missing_ok=True)
+    run(jobs, steps, lambda: saved(arguments, jobs, steps))
+    is_measured = any(job.stage == MEASUREMENT for job in jobs)
+    print("", saved(arguments, jobs, steps, final=is_measured), table(steps.done), sep="\n\n")
     print(f"\nall output: {log}")
-    return exit_status(steps.done, may_miss)
+    may_miss = {"bounds"} if arguments.fast or arguments.only else set()
+    return exit_status(steps.done, may_miss | {job.name for job in jobs if job.writes and job.may_be_cut})
+
+
+def plan(arguments: argparse.Namespace) -> list[Job]:
+    """Returns the jobs of all steps, in their order."""
+    is_on_gpu, minutes, only = arguments.device == "cuda", arguments.minutes, arguments.only
+    measured = wanted(measurements(arguments), only)
+    together = [*compilations(arguments), *agreements(arguments)]
+    if is_on_gpu:
+        tested = [*tests(arguments.fast), *(sanitizers.job(tool, 200) for tool in sanitizers.TOOLS)]
+        # They may be too slow for --fast; otherwise something hangs.
+        together += [replace(job, may_be_cut=arguments.fast) for job in tested]
+    # They take no times, and compile what the measurements need.
+    keep = 60 * minutes * (_FAST_KEPT if arguments.fast else _KEPT) if measured else 0.0
+    together = [replace(job, stage=TOGETHER, keep=keep) for job in wanted(together, only)]
+    alone = wanted([build()], only) if is_on_gpu else []
+    if any(job.writes for job in (*together, *measured)):
+        alone.append(preparation(arguments))
+    return [*alone, *together, *measured]
+
+
+def run(jobs: Sequence[Job], steps: Steps, save: Callable[[], object]) -> None:
+    """Runs the jobs stage by stage, and calls `save` after every measurement."""
+    for job in jobs:
+        if job.stage == ALONE:
+            steps.run(job)
+    steps.run(*(job for job in jobs if job.stage == TOGETHER))
+    print(f"{max(steps.left, 0):.0f} s left for measurements", flush=True)
+    for job in jobs:
+        if job.stage == MEASUREMENT and job.is_due(steps.passed):
+            steps.run(job)
+            save()
 
 
 def exit_status(done: Sequence[Step], may_miss: Collection[str]) -> int:
-    """1 where a step failed, 3 where one was not run that may not be missed."""
+    """Returns 1 where a step failed, and 3 where one was not run that may not be missed."""
     if any(step.status == FAILED for step in done):
         return 1
     return 3 if any(step.status == NOT_RUN and step.name not in may_miss for step in done) else 0
@@ -177,7 +165,7 @@ def build() -> Job:
 
 
 def tests(fast: bool) -> list[Job]:
-    """The tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
+    """Returns the tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
     repeated = pytest("determinism", "-k", REPEATED, "tests/gpu/test_device.py")
     workers = ["-n", _WORKERS] if importlib.util.find_spec("xdist") else []
     if fast:
@@ -187,7 +175,7 @@ def tests(fast: bool) -> list[Job]:
 
 
 def pytest(name: str, *arguments: object) -> Job:
-    """Names each test as soon as it is over: of a run that is cut they tell how far it came."""
+    """Returns a job of pytest. It names each test as soon as it is over, for runs that are cut."""
     command = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments)
     # What tests start must find the package, too.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -195,59 +183,127 @@ def pytest(name: str, *arguments: object) -> Job:
 
 
 def tests_passed(status: int, output: str) -> tuple[str, str]:
-    """PASSED only where some ran."""
+    """Returns PASSED only where some tests ran, and why."""
     judged, last = by_exit_status(status, output)
     if status == 0 and not re.search(r"\b[1-9]\d* passed", last):
         return FAILED, f"no test ran: {last}"
     return judged, last
 
 
-def measurement(name: str, arguments: argparse.Namespace, limit: float) -> Job:
-    """A part, a comparison or a compilation."""
-    is_part = not name.startswith("agreement")
-    return Job(name, command(arguments, "--part", name), limit, may_be_cut=is_part, needs=NEEDS)
+def measurements(arguments: argparse.Namespace) -> list[Job]:
+    """Returns the measurements, the most important ones first.
+
+    Where the compilation of one of the first has not passed, the providers that need no compiler are measured in its
+    place, and all of them last.
+    """
+    # A part that does not end leaves most of the time to others.
+    limit = 15 * arguments.minutes
+    part = partial(measurement, arguments, limit=limit, stage=MEASUREMENT, may_be_cut=True, least=10.0)
+    batch, main = arguments.batch, [("bf16", arguments.batch)]
+    first = {
+        f"eval-bf16-{batch}": ("eval",),
+        f"training-bf16-{batch}": ("training",),
+        f"layers-bf16-{batch}": ("layers", "layers-training"),
+    }
+    # All of the others without the baseline, as compiling takes minutes; with it as far as there is time.
+    others = [(precision, size) for precision in ("tf32", "bf16") for size in (batch, *arguments.others)]
+    others.remove(("bf16", batch))
+    whole = ("eval", "training")
+    return [
+        *(part(name, suites, main, "--baseline", after=f"{COMPILE}{name}") for name, suites in first.items()),
+        *(part(f"{name}{UNCOMPILED}", suites, main, unless=f"{COMPILE}{name}") for name, suites in first.items()),
+        part(f"operators-bf16-{batch}", ("indexes", "operators"), main),
+        *(part(f"{suite}-others{UNCOMPILED}", (suite,), others) for suite in whole),
+        part(f"compiled-bf16-{batch}", ("compiled",), main),
+        part(f"operators-tf32-{batch}", ("operators",), [("tf32", batch)]),
+        *(
+            part(f"{suite}-{precision}-{size}", (suite,), [(precision, size)], "--baseline")
+            for precision, size in others
+            for suite in whole
+        ),
+        part(f"layers-tf32-{batch}", ("layers", "layers-training"), [("tf32", batch)], "--baseline"),
+        part(f"operators-fp16-{batch}", ("operators",), [("fp16", batch)]),
+        *(part(name, suites, main, "--baseline", unless=f"{COMPILE}{name}") for name, suites in first.items()),
+    ]
 
 
-def command(arguments: argparse.Namespace, *more: str) -> list[str]:
-    """This program in a process of its own, on the same device and masks."""
-    how = ["--device", arguments.device, "--work", arguments.work, "--dataroot", arguments.dataroot]
-    flags = [f"--{name}" for name in ("fast", "tiny") if getattr(arguments, name)]
-    return python(Path(__file__).resolve(), *how, *flags, *more)
+def compilations(arguments: argparse.Namespace) -> list[Job]:
+    """Returns the compilations of baselines for the measurements that come first.
+
+    They take minutes, but may run beside other steps. The compiler may then choose other kernels than it would on a
+    device of its own.
+    """
+    at = [("bf16", arguments.batch)]
+    return [
+        measurement(arguments, f"{COMPILE}{what}-bf16-{arguments.batch}", (f"compile-{what}",), at, may_be_cut=True)
+        for what in ("eval", "training", "layers")
+        if not arguments.fast
+    ]
+
+
+def agreements(arguments: argparse.Namespace) -> list[Job]:
+    """Returns the comparisons at full size, which take no times and may run beside other steps."""
+    return [
+        measurement(arguments, f"agreement {precision}", ("agreement",), [(precision, arguments.batch)])
+        for precision in arguments.compared
+    ]
+
+
+def measurement(
+    arguments: argparse.Namespace,
+    name: str,
+    suites: Sequence[str],
+    at: Sequence[tuple[str, int]],
+    *options: str,
+    limit: float = math.inf,
+    **how,
+) -> Job:
+    """Returns the job of one part, which calls the suites at each precision and batch size."""
+    sizes = [f"{precision}-{batch}" for precision, batch in at]
+    scale = [f"--{key}={getattr(arguments, key)}" for key in ("device", "work", "ngf", "batch", "repeats", "seconds")]
+    what = ["part", name, "--suites", *suites, "--at", *sizes]
+    command = python("-m", "benchmarks.gpu_measure", *what, *scale, *options)
+    return Job(name, command, limit, needs=NEEDS, writes=arguments.work / f"{name}.jsonl", **how)
+
+
+def preparation(arguments: argparse.Namespace) -> Job:
+    """Returns the job that finds the masks for all parts."""
+    how = [f"--{key}={getattr(arguments, key)}" for key in ("device", "work", "ngf", "size", "dataroot")]
+    return Job("prepare", python("-m", "benchmarks.gpu_measure", "prepare", *how), 120, needs=NEEDS)
+
+
+def about(work: Path) -> Path:
+    """Returns the file in which `gpu_measure prepare` describes this machine and the masks."""
+    return work / "about.json"
 
 
 def is_file(out: Path) -> bool:
     return out.suffix == ".json"
 
 
-def is_wanted(name: str, only: Sequence[str]) -> bool:
-    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
-
-
 def wanted(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    return [job for job in jobs if is_wanted(job.name, only)]
+    return [job for job in jobs if not only or any(fnmatch.fnmatch(job.name, pattern) for pattern in only)]
 
 
 def saved(arguments: argparse.Namespace, jobs: Sequence[Job], steps: Steps, final: bool = False) -> str:
-    """Writes the file; returns its tables. At the end the bounds count as a step, too."""
-    try:
-        from gpu import parts, report
+    """Writes the results' file and returns its tables; at the end the bounds count as a step, too."""
+    if not about(arguments.work).exists():
+        return "(nothing was measured)"
+    # Not at the top: the compiled kernels are loaded as they are then, and `build` makes them.
+    from benchmarks import gpu_report as report
+    from spade_model.benchmark.results import BenchRun, file_name, newest
 
-        from spade_model.benchmark.results import BenchRun
-    except ImportError:
-        return "(nothing was measured)"
-    about = parts.about(arguments.work)
-    if about is None:
-        return "(nothing was measured)"
-    path = arguments.out if is_file(arguments.out) else arguments.out / report.file_name(about["environment"])
-    names = [job.name for job in jobs]
-    results, failed = report.gathered(arguments.work, names), report.failures(arguments.work, names)
+    where = json.loads(about(arguments.work).read_text())
+    path = arguments.out if is_file(arguments.out) else arguments.out / file_name(where["environment"]["device"])
+    names = {job.name for job in jobs}
+    results, failed = report.gathered(job.writes for job in jobs if job.writes)
     done = list(steps.done)
     if arguments.only:
-        before = report.earlier(path, about["environment"])
-        results = report.merged(before[0], results)
+        before = report.earlier(path, where["environment"])
+        results = newest([*before[0], *results])
         done = [step for step in before[1] if step.name not in {s.name for s in done}] + done
         failed = {part: who for part, who in before[2].items() if part not in names} | failed
-    run = BenchRun(about["environment"], about["settings"], results)
+    run = BenchRun(where["environment"], where["settings"], results)
     verdicts = report.verdicts(run, arguments.batch, done)
     if final:
         steps.done.append(report.judged(verdicts))

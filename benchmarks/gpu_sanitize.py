@@ -1,6 +1,6 @@
 """A short list of operator calls on the GPU, for compute-sanitizer: every CUDA C++ and Triton kernel on small shapes.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitize.py
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitize
 
 Calls are recorded, and their results computed, on the CPU: on the GPU little runs but the kernels themselves. The last
 line says that the end was reached, and how many calls each backend had.
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu.operators import Recorder
-from gpu.sanitizers import BACKENDS, END
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import spade_kernels as sk
+from benchmarks.gpu_suites.sanitizers import BACKENDS, END
 from spade_kernels import backends, ops
 from spade_kernels.functional import use_path
 from spade_kernels.testing import random_label_map, random_spade, relative_error
+from spade_model.benchmark.calls import Recorder
 
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 CLASSES = 7
@@ -79,7 +79,7 @@ def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str
         (mean.square().sum() + m2.sum()).backward()
         ops.pack_modulation_weight(layer.mlp_gamma.weight, layer.mlp_beta.weight)
     # A CPU's convolutions have no kernels of ours on a GPU.
-    return {name: call for name, call in recorder.calls.items() if not name.startswith("conv")}
+    return {name: call for name, call in recorder.first_calls().items() if not name.startswith("conv")}
 
 
 def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:

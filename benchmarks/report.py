@@ -10,26 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from spade_model.benchmark import tables
-from spade_model.benchmark.results import (
-    ALL_LAYERS,
-    DENSE,
-    EVAL,
-    LAYER,
-    LAYER_TRAINING,
-    TRAINING,
-    BenchRun,
-    Result,
-    load_runs,
-    save_runs,
-)
+from spade_model.benchmark import results, tables
+from spade_model.benchmark.results import BenchRun, Result, file_name, load_runs, save_runs
 from spade_model.errors import UserError
 
 
@@ -73,7 +61,7 @@ def _all_layers(values: dict[tuple, list[float]], notes: dict[tuple, dict]) -> l
     for (suite, _, provider, unit), each in values.items():
         layers = notes[suite, _, provider, unit].get("layers")
         if layers:
-            sums[suite, ALL_LAYERS, provider, unit].append([layers * value for value in each])
+            sums[suite, results.ALL_LAYERS, provider, unit].append([layers * value for value in each])
     return [_result(key, [sum(repeat) for repeat in zip(*each, strict=True)], {}) for key, each in sums.items()]
 
 
@@ -100,13 +88,14 @@ def draw(run: BenchRun, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     written = []
-    for suites, name in (((EVAL, TRAINING), "generator"), ((LAYER, LAYER_TRAINING, DENSE), "layers")):
+    layers = results.LAYER, results.LAYER_TRAINING, results.DENSE
+    for suites, name in (((results.EVAL, results.TRAINING), "generator"), (layers, "layers")):
         present = [suite for suite in suites if any(r.suite == suite for r in run.results)]
         if not present:
             continue
         figure, axes = pyplot.subplots(1, len(present), figsize=(6 * len(present), 4), squeeze=False)
         for axis, suite in zip(axes[0], present, strict=True):
-            _draw_suite(axis, [r for r in run.results if r.suite == suite and r.case != ALL_LAYERS])
+            _draw_suite(axis, [r for r in run.results if r.suite == suite and r.case != results.ALL_LAYERS])
             axis.set(title=suite, ylabel="ms, median and 20 % - 80 %", yscale="log")
         where = run.environment
         figure.suptitle(f"{where['device']}, {where['threads']} threads, {where['date']}, {allocator_name(run)}")
@@ -117,11 +106,11 @@ def draw(run: BenchRun, folder: Path) -> list[Path]:
     return written
 
 
-def _draw_suite(axis, results: list[Result]) -> None:
-    cases = list(dict.fromkeys(r.case for r in results))
-    providers = list(dict.fromkeys(r.provider for r in results))
+def _draw_suite(axis, found: list[Result]) -> None:
+    cases = list(dict.fromkeys(r.case for r in found))
+    providers = list(dict.fromkeys(r.provider for r in found))
     for place, provider in enumerate(providers):
-        mine = [r for r in results if r.provider == provider]
+        mine = [r for r in found if r.provider == provider]
         at = [cases.index(r.case) + 0.8 * (place + 0.5) / len(providers) - 0.4 for r in mine]
         spread = [[r.p50 - r.p20 for r in mine], [r.p80 - r.p50 for r in mine]]
         axis.bar(at, [r.p50 for r in mine], 0.8 / len(providers), yerr=spread, label=provider)
@@ -163,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _named(out: Path, run: BenchRun) -> Path:
-    name = re.sub(r"\W+", "-", f"{run.environment['device']}-{run.environment['threads']}-threads".lower())
-    return out / f"{name}.json" if out.is_dir() else out
+    name = file_name(f"{run.environment['device']}-{run.environment['threads']}-threads")
+    return out / name if out.is_dir() else out
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before the package is imported: on a GPU, too, the tests compare the values of indices with what they index.
 os.environ.setdefault("SPADE_KERNELS_CHECK_INDICES", "1")
@@ -15,6 +16,9 @@ import torch
 from command import TINY, Result
 
 import spade_kernels as sk
+
+# For the suites in benchmarks/. Last, so that a package under test that is not the checkout's comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 SHARED = Path(os.environ.get("SPADE_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -19,13 +19,14 @@ from torch import nn
 from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map, relative_error
 from spade_model.benchmark import results
+from spade_model.benchmark.clock import interleave
 from spade_model.benchmark.masks import bench_masks, distinct_fraction
-from spade_model.benchmark.measure import interleave, verify
 from spade_model.benchmark.memory import saved_by_spade
 from spade_model.benchmark.providers import eval_runs, settled_generator, training_networks
 from spade_model.benchmark.results import BenchRun, Result, load_runs, save_runs
 from spade_model.benchmark.stock import StockSPADE, one_hot, stock_generator
 from spade_model.benchmark.targets import Target, judge
+from spade_model.benchmark.verification import verify
 from spade_model.config import default_data_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -105,7 +106,7 @@ def test_masks_of_every_kind_fit_one_generator(coco_dir):
 def test_providers_take_turns():
     turns: list[tuple[str, int]] = []
     runs = {name: (lambda mask, name=name: turns.append((name, mask))) for name in ("a", "b")}
-    times = interleave(runs, [1, 2], repeats=2)
+    times = interleave(runs, [1, 2], rounds=4)
     assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] * 2
     assert [len(values) for values in times.values()] == [4, 4]
 

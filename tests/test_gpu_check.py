@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_check, gpu_measure, gpu_sanitize
+from benchmarks.gpu_suites import compilation, evaluation, layers, operators, sanitizers, training
 from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map
+from spade_model.benchmark import calls, clock, environment, masks, results, shapes, steps, verification, workload
 from spade_model.benchmark.results import ALL_LAYERS, EVAL, TRAINING, Result, load_runs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import gpu_check
-import gpu_sanitize
-from gpu import batches, clock, generator, layers, operators, parts, report, rotation, sanitizers, steps
 
 CPU = torch.device("cpu")
 
@@ -88,8 +85,8 @@ class TestSteps:
 
     def test_time_is_kept_for_later_steps(self, tmp_path):
         late = steps.Steps(tmp_path / "work", tmp_path / "late.log", tmp_path, seconds=30)
-        late.run(job("long", "import time; print('begun'); time.sleep(9)"), least=0, keep=29)
-        late.run(job("none", ""), keep=28)
+        late.run(job("long", "import time; print('begun'); time.sleep(9)", least=0, keep=29))
+        late.run(job("none", "", keep=28))
         late.run(job("kept", ""))
         assert [(s.status, s.detail) for s in late.done] == [
             ("FAILED", "stopped after 1 s: begun"),
@@ -103,6 +100,47 @@ class TestSteps:
         assert gpu_check.exit_status([passed, missed], {missed.name}) == 0
         assert gpu_check.exit_status([passed, missed], set()) == 3
         assert gpu_check.exit_status([passed, missed, failed], set()) == 1
+
+
+class TestThePlan:
+    def plan(self, *arguments: str) -> list[steps.Job]:
+        return gpu_check.plan(gpu_check.parsed(["--device", "cpu", *arguments]))
+
+    def order(self, jobs: list[steps.Job], *passed: str) -> list[str]:
+        """Returns the names of the measurements that run where these steps passed."""
+        return [job.name for job in jobs if job.stage == steps.MEASUREMENT and job.is_due(passed)]
+
+    def test_the_most_important_come_first(self):
+        jobs = self.plan()
+        first = ["eval-bf16-8", "training-bf16-8", "layers-bf16-8"]
+        compilations = [job.name for job in jobs if job.name.startswith("compile ")]
+        assert compilations == [f"compile {name}" for name in first]
+        every = self.order(jobs, *compilations)
+        assert every[:4] == [*first, "operators-bf16-8"]
+        assert not [name for name in every if name.removesuffix("-uncompiled") in first and name not in first]
+        sizes = itertools.product(("eval", "training"), ("bf16", "tf32"), (1, 8, 32))
+        assert {f"{what}-{precision}-{size}" for what, precision, size in sizes} <= set(every)
+        assert len(set(every)) == len(every)
+
+    def test_what_is_not_compiled_yet_comes_last(self):
+        every = self.order(self.plan("--fast"), "compile eval-bf16-8")
+        first = ["eval-bf16-8", "training-bf16-8-uncompiled", "layers-bf16-8-uncompiled", "operators-bf16-8"]
+        assert every[:4] == first
+        assert every[-2:] == ["training-bf16-8", "layers-bf16-8"]
+        assert self.order(self.plan("--only", "training-bf16-8")) == ["training-bf16-8"]
+
+    def test_every_part_has_a_command(self):
+        jobs = self.plan()
+        assert jobs[0].name == "prepare"
+        for job in jobs[1:]:
+            given = gpu_measure.parsed(job.command[3:])
+            assert job.writes == given.work / f"{given.name}.jsonl"
+            assert all(callable(gpu_measure.suite(name, "bf16", 2, given.baseline)) for name in given.suites)
+
+    def test_time_is_kept_where_something_is_measured(self):
+        (compared,) = self.plan("--only", "agreement bf16")[1:]
+        assert (compared.stage, compared.keep) == (steps.TOGETHER, 0)
+        assert self.plan("--only", "agreement bf16", "eval-bf16-8")[1].keep == 60 * 8 * 0.4
 
 
 class TestTheTests:
@@ -195,7 +233,7 @@ def test_a_sanitizer_must_have_run_and_found_nothing(tool, status, output, verdi
 def test_every_tool_has_a_command():
     commands = [sanitizers.job(tool, 60).command for tool in sanitizers.TOOLS]
     assert [command[3] for command in commands] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert all(Path(command[-1]).exists() for command in commands)
+    assert all(command[-2:] == ["-m", gpu_sanitize.__name__] for command in commands)
 
 
 def test_a_tool_that_is_not_there_fails(runner, monkeypatch):
@@ -219,12 +257,12 @@ class TestTimes:
     def test_providers_and_arguments_take_turns(self):
         seen: list[tuple[str, int]] = []
         runs = {name: (lambda argument, name=name: seen.append((name, argument))) for name in ("a", "b")}
-        times = clock.interleave(runs, [1, 2, 3], CPU, repeats=4, seconds=60)
+        times = dataclasses.replace(tiny({}), repeats=4, seconds=60).times(runs, [1, 2, 3])
         assert seen[4:] == [(name, argument) for argument in (1, 2, 3, 1) for name in ("a", "b")]
         assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
 
     def test_every_argument_is_timed_however_long_it_takes(self):
-        times = clock.interleave({"a": lambda _: time.sleep(0.01)}, list(range(5)), CPU, repeats=30, seconds=0)
+        times = clock.interleave({"a": lambda _: time.sleep(0.01)}, list(range(5)), rounds=30, seconds=0)
         assert len(times["a"]) == 5
         assert min(times["a"]) >= 10
 
@@ -242,12 +280,12 @@ class TestTimes:
         assert now() == before
 
     def test_copies_go_beyond_the_cache(self, monkeypatch):
-        assert rotation.copies_beyond_cache(1, CPU) == 2
+        assert calls.copies_beyond_cache(1, CPU) == 2
         properties = type("Properties", (), {"L2_cache_size": 50 << 20})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         for nbytes, count in ((100 << 20, 2), (30 << 20, 5), (1 << 10, 64)):
-            assert rotation.copies_beyond_cache(nbytes, torch.device("cuda")) == count
-        first, second = rotation.rotated((torch.ones(2), None, 3), 2)
+            assert calls.copies_beyond_cache(nbytes, torch.device("cuda")) == count
+        first, second = calls.rotated((torch.ones(2), None, 3), 2)
         assert torch.equal(first[0], second[0])
         assert first[0].data_ptr() != second[0].data_ptr()
         assert first[1:] == second[1:] == (None, 3)
@@ -294,15 +332,15 @@ def test_everything_runs_on_the_stream_of_the_capture(monkeypatch):
 
 class TestBatches:
     def test_images_are_not_repeated(self):
-        masks = [random_label_map("blobs", (1, 16, 16), 5, edges=True, seed=seed) for seed in range(3)]
-        found = batches.batches(masks, 4, 3)
+        three = [random_label_map("blobs", (1, 16, 16), 5, edges=True, seed=seed) for seed in range(3)]
+        found = masks.batches(three, 4, 3)
         assert [mask.shape for mask in found] == [(4, 16, 16)] * 3
         assert len({tuple(image.flatten().tolist()) for mask in found for image in mask.labels}) == 12
 
     def test_a_place_that_most_fit_in(self):
         kinds = ("constant", "noise", "blobs")
         found = [random_label_map(kind, (1, 32, 32), 9) for kind in kinds]
-        place, fitting = batches.place_for(found, lambda mask: mask.prepare([(32, 32)]))
+        place, fitting = workload.place_for(found, lambda mask: mask.prepare([(32, 32)]))
         assert fitting == found
         assert len(place.label_map.window_index((32, 32), 3).modulation) == 32 * 32
 
@@ -311,8 +349,8 @@ class TestBatches:
             "toy": [random_label_map("blobs", (1, 8, 8), 5, edges=True)],
             "noise": [random_label_map("noise", (1, 8, 8), 5)],
         }
-        batches.save_masks(kinds, tmp_path / "masks.pt")
-        found = batches.load_masks(tmp_path / "masks.pt")
+        masks.save_masks(kinds, tmp_path / "masks.pt")
+        found = masks.load_masks(tmp_path / "masks.pt")
         assert list(found) == ["toy", "noise"]
         assert torch.equal(found["toy"][0].one_hot(), kinds["toy"][0].one_hot())
         assert found["noise"][0].edges is None
@@ -330,9 +368,9 @@ def test_who_errs_or_fails_is_left_out():
     exact, mask = torch.linspace(1, 0, 8), random_label_map("constant", (1, 8, 8), 2)
     right = {"tuned": lambda mask: exact + 0.01, "ours": lambda mask: exact + 0.015, "spade-free": wrong_image}
     runs = right | {"baseline": wrong_image, "ours-replay": lambda mask: exact * float("nan"), "original": no_image}
-    work = workload({"toy": [mask]})
+    work = tiny({"toy": [mask]})
     may_fail = functools.partial(work.may_fail, case="toy", runs=runs)
-    generator.check_images(runs, lambda mask: exact, right["tuned"], [mask, mask], 1e-3, may_fail)
+    verification.check_images(runs, lambda mask: exact, right["tuned"], [mask, mask], 1e-3, may_fail)
     assert runs == right
     assert work.failed.keys() == {"baseline", "ours-replay", "original"}
     assert work.failed["original"] == "toy: OutOfMemoryError: no memory for it"
@@ -342,140 +380,118 @@ def test_who_errs_or_fails_is_left_out():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu_check")
-    parts.prepare(folder, "", CPU, ngf=2, size=64)
+    gpu_measure.prepare(folder, "", CPU, ngf=2, size=64)
     return folder
 
 
-def workload(masks: dict) -> batches.Workload:
-    return batches.Workload(CPU, 2, masks, 2, repeats=3, seconds=0.1)
+def tiny(kinds: dict) -> workload.Workload:
+    return workload.Workload(CPU, 2, kinds, 2, repeats=3, seconds=0.1)
 
 
 @pytest.fixture
 def measured(prepared):
     """Runs a part on tiny networks; its results by (suite, provider)."""
 
-    def run(part: parts.Part) -> dict[tuple[str, str], list[Result]]:
-        parts.measure("part", part, prepared, workload)
+    def run(part: Callable[[workload.Workload], Iterator[Result]]) -> dict[tuple[str, str], list[Result]]:
+        gpu_measure.measure(prepared / "part.jsonl", part, tiny(masks.load_masks(prepared / "masks.pt")))
         found: dict[tuple[str, str], list[Result]] = {}
-        for one in report.gathered(prepared, ["part"]):
+        for one in results.PartFile(prepared / "part.jsonl").results():
             found.setdefault((one.suite, one.provider), []).append(one)
-        assert all(0 < one.p20 <= one.p50 <= one.p80 for results in found.values() for one in results)
+        assert all(0 < one.p20 <= one.p50 <= one.p80 for each in found.values() for one in each)
         return found
 
     return run
 
 
+@pytest.fixture
+def left_out(prepared):
+    """Returns which providers the last part left out, and why."""
+    return results.PartFile(prepared / "part.jsonl").failures
+
+
 class TestParts:
-    def test_the_most_important_come_first(self):
-        names = list(parts.parts(8, (1, 32)))
-        first = ["eval-bf16-8", "training-bf16-8", "layers-bf16-8"]
-        assert [parts.COMPILE + name for name in first] == list(parts.compilations(8))
-        every = parts.in_order(names, first)
-        assert every[:4] == [*first, "operators-bf16-8"]
-        assert set(names) - set(every) == {f"{name}-uncompiled" for name in first}
-        assert {
-            f"{what}-{precision}-{size}"
-            for what in ("eval", "training")
-            for precision in ("bf16", "tf32")
-            for size in (1, 8, 32)
-        } <= set(every)
-
-    def test_what_is_not_compiled_yet_comes_last(self):
-        every = parts.in_order(list(parts.parts(8, ())), ["eval-bf16-8"])
-        assert every[:4] == [
-            "eval-bf16-8",
-            "training-bf16-8-uncompiled",
-            "layers-bf16-8-uncompiled",
-            "operators-bf16-8",
-        ]
-        assert every[-2:] == ["training-bf16-8", "layers-bf16-8"]
-        assert parts.in_order(["training-bf16-8"], []) == ["training-bf16-8"]
-
-    def test_compilations_measure_nothing(self, measured):
-        for part in parts.compilations(2).values():
-            assert measured(part) == {}
+    @pytest.mark.parametrize("what", ["compile-eval", "compile-training", "compile-layers"])
+    def test_compilations_measure_nothing(self, measured, what):
+        assert measured(gpu_measure.suite(what, "bf16", 2, with_baseline=True)) == {}
 
     def test_preparation(self, prepared):
-        about = parts.about(prepared)
-        assert about is not None
+        about = json.loads(gpu_check.about(prepared).read_text())
         assert list(about["settings"]["distinct windows"]) == ["toy", "busiest", "noise"]
         assert about["environment"]["torch"] == torch.__version__
 
     def test_eval(self, measured):
-        found = measured(lambda work: generator.evaluation(work, "tf32", 2, with_baseline=True))
-        cases = {provider: {r.case for r in results} for (_, provider), results in found.items()}
+        found = measured(lambda work: evaluation.evaluation(work, "tf32", 2, with_baseline=True))
+        cases = {provider: {r.case for r in each} for (_, provider), each in found.items()}
         every = {f"{kind}, tf32, batch 2" for kind in ("toy", "busiest", "noise")}
         for name in ("original", "tuned", "baseline", "spade-free", "ours", "ours-indexed", "ours-replay"):
             assert cases[name] == every, name
         assert cases["ours-dense"] == {"noise, tf32, batch 2"}
 
     def test_training(self, measured):
-        found = measured(lambda work: generator.training(work, "bf16", 2, with_baseline=False))
+        found = measured(lambda work: training.training(work, "bf16", 2, with_baseline=False))
         stocks = {"original", "tuned", "spade-free"}
         assert {provider for _, provider in found} == stocks | {"ours", "ours-indexed", "ours-replay"}
 
     def test_ours_compiled(self, measured):
-        found = measured(lambda work: generator.both_compiled(work, "bf16", 2))
+        found = measured(lambda work: compilation.both_compiled(work, "bf16", 2))
         for suite in (EVAL, TRAINING):
             assert {"ours", "ours-compiled", "baseline"} <= {provider for of, provider in found if of == suite}
 
-    @pytest.mark.parametrize("training", [False, True])
-    def test_layers(self, measured, training):
-        found = measured(lambda work: layers.layers(work, "bf16", training=training, with_baseline=False))
-        for results in found.values():
-            assert len(results) == 11
-            assert results[-1].case == f"{ALL_LAYERS}, bf16, batch 2"
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_layers(self, measured, gradients):
+        found = measured(lambda work: layers.layers(work, "bf16", training=gradients, with_baseline=False))
+        for each in found.values():
+            assert len(each) == 11
+            assert each[-1].case == f"{ALL_LAYERS}, bf16, batch 2"
 
     def test_operators(self, measured):
         found = measured(lambda work: operators.operators(work, "tf32"))
-        every = [r.case for r in found[operators.OPERATOR, "reference"] if ALL_LAYERS in r.case]
+        every = [r.case for r in found[results.OPERATOR, "reference"] if ALL_LAYERS in r.case]
         assert len(every) == len(set(every)) == 9
-        assert (operators.BANDWIDTH, "copy") in found
-        assert (operators.PRODUCTS, "matmul") in found
+        assert (results.BANDWIDTH, "copy") in found
+        assert (results.PRODUCTS, "matmul") in found
 
     def test_window_indexes(self, measured):
         found = measured(operators.window_index)
-        suites = (operators.INDEX, operators.INDEX_GROUPS, operators.LABEL_MAP)
+        suites = (results.GPU_INDEX, results.INDEX_GROUPS, results.LABEL_MAP)
         assert set(found) == {(suite, name) for suite in suites for name in operators.backends_on(CPU)}
 
-    def test_a_wrong_operator_is_not_timed(self, measured, prepared, monkeypatch):
+    def test_a_wrong_operator_is_not_timed(self, measured, left_out, monkeypatch):
         monkeypatch.setattr(operators, "relative_error", lambda got, exact: float(got.shape[-1] == 128))
         found = measured(lambda work: operators.operators(work, "bf16"))
-        names = {r.case.split(",")[0] for r in found[operators.OPERATOR, "reference"]}
+        names = {r.case.split(",")[0] for r in found[results.OPERATOR, "reference"]}
         assert "modulate" in names
         assert "gather_sum" not in names
-        (why,) = report.failures(prepared, ["part"]).values()
-        assert "gather_sum, 32 x 2 x 2, bf16, batch 2: AssertionError: errors [1.0]" in why["reference"]
+        assert "gather_sum, 32 x 2 x 2, bf16, batch 2: AssertionError: errors [1.0]" in left_out()["reference"]
 
-    @pytest.mark.parametrize("training", [False, True])
-    def test_a_compiler_that_fails_keeps_nobody_else_from_being_timed(self, measured, prepared, monkeypatch, training):
-        monkeypatch.setattr(generator, "compiled", lambda function, device: no_image)
-        measure = generator.training if training else generator.evaluation
+    @pytest.mark.parametrize("measure", [evaluation.evaluation, training.training])
+    def test_a_compiler_that_fails_keeps_nobody_else_from_being_timed(self, measured, left_out, monkeypatch, measure):
+        for suite in (evaluation, training):
+            monkeypatch.setattr(suite, "compiled", lambda function, device: no_image)
         found = measured(lambda work: measure(work, "bf16", 2, with_baseline=True))
         assert {"ours", "ours-indexed", "tuned", "original", "spade-free"} == {who for _, who in found} - {
             "ours-replay",
             "ours-dense",
         }
-        (why,) = report.failures(prepared, ["part"]).values()
-        assert why == {"baseline": "toy, bf16, batch 2: OutOfMemoryError: no memory for it"}
+        assert left_out() == {"baseline": "toy, bf16, batch 2: OutOfMemoryError: no memory for it"}
 
-    def test_layers_without_one_that_fails(self, measured, prepared, monkeypatch):
+    def test_layers_without_one_that_fails(self, measured, left_out, monkeypatch):
         monkeypatch.setattr(layers, "freeze", no_image)
         found = measured(lambda work: layers.layers(work, "bf16", training=False, with_baseline=False))
         assert found.keys() == {(layers.LAYER, "tuned")}
-        assert report.failures(prepared, ["part"])["part"].keys() == {"ours"}
+        assert left_out().keys() == {"ours"}
 
     def test_networks_are_timed_from_where_they_were(self, prepared):
-        work = workload(batches.load_masks(prepared / "masks.pt"))
-        trained = generator._Training(work, "tf32", 2)
+        work = tiny(masks.load_masks(prepared / "masks.pt"))
+        trained = training.Training(work, "tf32", 2)
         trained.add("ours", "tuned")
         for run in map(trained._from_the_start, trained.runs.values()):
             first, second = run(trained.found[0]), run(trained.found[0])
             assert torch.equal(first, second)
 
     def test_shapes_are_the_generators(self):
-        assert sum(operators.shapes(64, 256).values()) == 18
-        assert operators.shapes(64, 256)[128, 256, 2] == 2
+        assert sum(shapes.layer_shapes(64, 256).values()) == 18
+        assert shapes.layer_shapes(64, 256)[128, 256, 2] == 2
 
 
 def test_the_whole_command(tmp_path, capfd, monkeypatch):
@@ -490,7 +506,7 @@ def test_the_whole_command(tmp_path, capfd, monkeypatch):
     content = json.loads(path.read_text())
     assert {step["status"] for step in content["steps"]} == {"passed"}
     assert content["failed"] == {}
-    assert load_runs(path)[0].find(operators.OPERATOR, f"modulate, {ALL_LAYERS}, tf32, batch 2", "reference")
+    assert load_runs(path)[0].find(results.OPERATOR, f"modulate, {ALL_LAYERS}, tf32, batch 2", "reference")
 
 
 def test_masks_are_looked_for(tmp_path, monkeypatch):
@@ -504,16 +520,18 @@ def test_sources_are_told_apart(tmp_path):
     file = tmp_path / "csrc" / "cuda" / "modulate.cu"
     file.parent.mkdir(parents=True)
     file.write_text("first")
-    first = parts.sources(tmp_path)
-    assert parts.sources(tmp_path) == first
+    first = environment.sources(tmp_path)
+    assert environment.sources(tmp_path) == first
     file.write_text("second")
-    assert parts.sources(tmp_path) != first
+    assert environment.sources(tmp_path) != first
 
 
 def test_packages_that_measuring_does_not_need(runner):
     missing = "sys.modules.update(dict.fromkeys(('matplotlib', 'jinja2', 'safetensors', 'tqdm')))"
-    code = f"import sys; {missing}; from gpu import parts, report; print('imported')"
-    runner.run(job("import", code, environment={"PYTHONPATH": str(gpu_check.ROOT / "benchmarks")}))
+    # The kernels are built after gpu_check has started.
+    first = "from benchmarks import gpu_check; assert 'spade_kernels' not in sys.modules"
+    code = f"import sys; {missing}; {first}; from benchmarks import gpu_measure, gpu_report; print('imported')"
+    runner.run(job("import", code, environment={"PYTHONPATH": str(gpu_check.ROOT)}))
     assert runner.done[0].detail == "imported"
 
 

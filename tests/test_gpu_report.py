@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_report as report
+from spade_model.benchmark import results, steps, targets
 from spade_model.benchmark.results import ALL_LAYERS, EVAL, LAYER, TRAINING, BenchRun, Result, load_runs
-from spade_model.benchmark.targets import judge
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from gpu import operators, report, steps
 
 
 def result(suite: str, case: str, provider: str, value: float, unit: str = "ms") -> Result:
@@ -30,7 +25,7 @@ STEPS = [steps.Step(name, "passed", 3.0, "well") for name in ("determinism", "sa
 @pytest.fixture
 def run(monkeypatch) -> BenchRun:
     # As where nothing is built.
-    monkeypatch.setattr(report.backends, "kernels_on", lambda device: defaultdict(lambda: "reference"))
+    monkeypatch.setattr(targets.backends, "kernels_on", lambda device: defaultdict(lambda: "reference"))
     case, size = "real, bf16, batch 8", "64 x 256 x 256, bf16, batch 8"
     lines = [
         result(EVAL, case, "baseline", 6.0),
@@ -38,11 +33,11 @@ def run(monkeypatch) -> BenchRun:
         result(TRAINING, case, "baseline", 15.0),
         result(TRAINING, case, "ours", 10.0),
         result(LAYER, f"{ALL_LAYERS}, bf16, batch 8", "ours", 1.0),
-        result(operators.INDEX, "real, integers, batch 8", "cuda", 0.2),
-        result(operators.BANDWIDTH, f"modulate, {size}", "cuda", 2700.0, "GB/s"),
-        result(operators.BANDWIDTH, f"modulate, {size}", "copy", 3000.0, "GB/s"),
-        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "cuda", 1.0),
-        result(operators.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "triton", 0.9),
+        result(results.GPU_INDEX, "real, integers, batch 8", "cuda", 0.2),
+        result(results.BANDWIDTH, f"modulate, {size}", "cuda", 2700.0, "GB/s"),
+        result(results.BANDWIDTH, f"modulate, {size}", "copy", 3000.0, "GB/s"),
+        result(results.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "cuda", 1.0),
+        result(results.OPERATOR, f"modulate, {ALL_LAYERS}, bf16, batch 8", "triton", 0.9),
     ]
     return BenchRun(ENVIRONMENT, SETTINGS, lines)
 
@@ -78,7 +73,7 @@ class TestReport:
     def test_the_faster_of_ours(self, run):
         compiled = result(EVAL, "real, bf16, batch 8", "ours-compiled", 2.0)
         both = dataclasses.replace(run, results=[*run.results, compiled])
-        names = {v.name: v.measured for v in judge(both, report.targets(both, 8))}
+        names = {v.name: v.measured for v in targets.judge(both, targets.gpu_targets(both, 8))}
         assert names["generator eval, real, bf16, batch 8: baseline / ours-compiled"] == 3.0
 
     @pytest.mark.parametrize(
@@ -102,9 +97,9 @@ class TestReport:
 
     def test_only_the_kernels_that_are_taken_must_be_fast(self, run, monkeypatch):
         taken = {"modulate": "cuda", "channel_stats": "triton"}
-        monkeypatch.setattr(report.backends, "kernels_on", lambda device: taken)
+        monkeypatch.setattr(targets.backends, "kernels_on", lambda device: taken)
         bounds = {
-            (m.case.split(",")[0], m.numerator): m.bound for m in report.targets(run, 8) if m.denominator == "copy"
+            (m.case.split(",")[0], m.numerator): m.bound for m in targets.gpu_targets(run, 8) if m.denominator == "copy"
         }
         assert bounds == {
             ("modulate", "cuda"): ">=",
@@ -126,7 +121,7 @@ class TestReport:
         assert "2.40" in rows["generator eval, real, bf16, batch 8, ms"]
 
     def test_the_file_holds_everything(self, run, tmp_path):
-        path = tmp_path / "new" / report.file_name(ENVIRONMENT)
+        path = tmp_path / "new" / results.file_name(ENVIRONMENT["device"])
         assert path.name == "nvidia-h100-80gb-hbm3.json"
         done = [steps.Step("build", "passed", 61.0, "well"), steps.Step("tests", "FAILED", 3.0, "not well")]
         failed = {"eval-bf16-8": {"baseline": "it broke"}}
@@ -144,7 +139,8 @@ class TestReport:
         (tmp_path / "first.jsonl").write_text("\n".join(lines))
         (tmp_path / "killed.jsonl").write_text(json.dumps(vars(result(EVAL, "b", "ours", 3.0))) + '\n{"suite": "gen')
         (tmp_path / "never.jsonl").write_text('{"failed": {}}\n{"failed": {"ours": "why"}}\n')
-        assert report.failures(tmp_path, ["first", "never"]) == {"never": {"ours": "why"}}
-        found = report.gathered(tmp_path, ["first", "killed", "never"])
+        paths = [tmp_path / f"{name}.jsonl" for name in ("first", "killed", "never", "unwritten")]
+        found, failed = report.gathered(paths)
+        assert failed == {"never": {"ours": "why"}}
         assert [(r.case, r.p50) for r in found] == [("a", 2.0), ("b", 3.0)]
-        assert [r.p50 for r in report.merged(found, [result(EVAL, "a", "ours", 5.0)])] == [5.0, 3.0]
+        assert [r.p50 for r in results.newest([*found, result(EVAL, "a", "ours", 5.0)])] == [5.0, 3.0]

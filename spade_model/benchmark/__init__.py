@@ -1,1 +1,1 @@
-"""How fast and how large the generator is here, against stock PyTorch: what `spade bench` and benchmarks/ share."""
+"""This library measures the generator against stock PyTorch, for `spade bench` and for the suites in benchmarks/."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from spade_kernels import LabelMap
 from spade_model.benchmark import providers, results
+from spade_model.benchmark.clock import interleave
 from spade_model.benchmark.environment import environment
-from spade_model.benchmark.masks import bench_masks, distinct_fractions
-from spade_model.benchmark.measure import interleave, verify
+from spade_model.benchmark.masks import bench_masks, settings
 from spade_model.benchmark.memory import peak_of_step, saved_by_spade
 from spade_model.benchmark.results import BenchRun, Result, save_runs
+from spade_model.benchmark.verification import verify
 from spade_model.config import DataConfig
 from spade_model.errors import UserError
 
@@ -62,17 +62,6 @@ def run_bench(config: BenchConfig) -> BenchRun:
     return run
 
 
-def settings(ngf: int, kinds: dict[str, list[LabelMap]]) -> dict[str, Any]:
-    """The description of the network and the masks in a BenchRun."""
-    masks = next(iter(kinds.values()))
-    return {
-        "ngf": ngf,
-        "channels": masks[0].channels,
-        "masks": len(masks),
-        "distinct windows": distinct_fractions(kinds),
-    }
-
-
 def _eval(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
     names = [n for n in providers.EVAL if n != "ours-dense" and (config.compiled or "compiled" not in n)]
     runs = providers.eval_runs(providers.settled_generator(masks[0], config.ngf), names)
@@ -80,7 +69,8 @@ def _eval(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]
         verify(runs, masks[0])
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise UserError(f"--compiled: torch.compile does not work here: {error}") from error
-    return [Result.of(results.EVAL, kind, n, v) for n, v in interleave(runs, masks, config.repeats).items()]
+    times = interleave(runs, masks, config.repeats * len(masks))
+    return [Result.of(results.EVAL, kind, name, values) for name, values in times.items()]
 
 
 def _training(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Result]:
@@ -88,7 +78,7 @@ def _training(config: BenchConfig, kind: str, masks: list[LabelMap]) -> list[Res
     networks = providers.training_networks(generator, ("eager", "tuned", "ours", "spade-free"))
     runs = {name: providers.training_run(network) for name, network in networks.items()}
     verify(runs, masks[0])
-    times = interleave(runs, masks, max(1, config.repeats // 2))
+    times = interleave(runs, masks, max(1, config.repeats // 2) * len(masks))
     saved = {name: saved_by_spade(networks[name], masks[0]) for name in ("eager", "tuned", "ours")}
     return [
         *(Result.of(results.TRAINING, kind, name, values) for name, values in times.items()),

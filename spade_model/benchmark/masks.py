@@ -1,13 +1,18 @@
-"""The masks that are timed: the user's or toy landscapes, the busiest of them, uniform noise and one class."""
+"""The masks are the user's or toy landscapes, the busiest of them, noise and one class, single or in batches."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from spade_kernels import LabelMap
+from spade_model.benchmark.shapes import resolutions
 from spade_model.config import DataConfig, default_data_config
 from spade_model.data import create_dataset
 from spade_model.data.sample import collate
@@ -15,10 +20,17 @@ from spade_model.errors import UserError
 
 KERNEL_SIZE = 3
 _SEARCHED = 64
+_MIRRORED: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
+
+
+def coco_or_toy(dataroot: str, crop_size: int) -> DataConfig:
+    """Returns the configuration of a folder of masks in the coco layout, or of toy landscapes for `dataroot` ""."""
+    data = default_data_config("coco" if dataroot else "toy")
+    return replace(data, dataroot=dataroot, crop_size=crop_size)
 
 
 def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dict[str, list[LabelMap]]:
-    """By kind, masks of one image each, all with the classes and size of `data`.
+    """Returns by kind masks of one image each, all with the classes and size of `data`.
 
     Args:
         data: a folder of masks, or the toy data set.
@@ -33,40 +45,65 @@ def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dic
     kinds = {"toy" if data.dataset_mode == "toy" else "real": found[:count]}
     if not every_kind:
         return kinds
-    shape, labels, edges = found[0].shape, found[0].num_labels, found[0].edges is not None
-    random = torch.Generator().manual_seed(0)
+    labels, edges = found[0].num_labels, found[0].edges is not None
     if "toy" not in kinds and labels >= (toy := default_data_config("toy")).label_nc:
         toy = replace(toy, crop_size=data.crop_size, aspect_ratio=data.aspect_ratio, no_instance=not edges)
         landscape = _read(toy, 1)[0]
         kinds["toy"] = [LabelMap(landscape.labels, labels, landscape.edges)]
-    noise = torch.randint(labels, shape, generator=random)
-    noisy_edges = torch.rand(shape, generator=random) < 0.5 if edges else None
-    kinds["busiest"] = [max(found, key=lambda mask: distinct_fraction(mask, mask.shape[1:]))]
-    kinds["noise"] = [LabelMap(noise, labels, noisy_edges)]
-    kinds["constant"] = [
-        LabelMap(torch.zeros_like(noise), labels, torch.zeros_like(noise, dtype=torch.bool) if edges else None)
-    ]
+    kinds["busiest"], kinds["noise"] = busiest(found, 1), noise(found[0], 1)
+    zeros = torch.zeros_like(found[0].labels)
+    kinds["constant"] = [LabelMap(zeros, labels, zeros.bool() if edges else None)]
     return kinds
 
 
+def busiest(masks: Sequence[LabelMap], count: int) -> list[LabelMap]:
+    """Returns the masks with the largest fractions of distinct windows, the largest last."""
+    return sorted(masks, key=lambda mask: distinct_fraction(mask, mask.shape[1:]))[-count:]
+
+
+def noise(example: LabelMap, count: int) -> list[LabelMap]:
+    """Returns masks of the example's shape and classes in which every pixel's label and edge are random."""
+    random, shape, labels = torch.Generator().manual_seed(0), example.shape, example.num_labels
+    return [
+        LabelMap(
+            torch.randint(labels, shape, generator=random),
+            labels,
+            torch.rand(shape, generator=random) < 0.5 if example.edges is not None else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def save_masks(kinds: dict[str, list[LabelMap]], path: Path) -> None:
+    """Saves masks by kind for other processes, so that each need not find them again."""
+    plain = {kind: [(m.labels, m.num_labels, m.edges) for m in masks] for kind, masks in kinds.items()}
+    torch.save(plain, path)
+
+
+def load_masks(path: Path) -> dict[str, list[LabelMap]]:
+    """Loads the masks that `save_masks` saved."""
+    plain = torch.load(path, weights_only=True)
+    return {kind: [LabelMap(*parts) for parts in masks] for kind, masks in plain.items()}
+
+
+def batches(masks: Sequence[LabelMap], size: int, count: int) -> list[LabelMap]:
+    """Returns `count` batches of `size` images; no image comes twice before all masks and mirror images have come."""
+    every = itertools.cycle(_mirrored(mask, dims) for dims in _MIRRORED for mask in masks)
+    return [LabelMap.cat(list(itertools.islice(every, size))) for _ in range(count)]
+
+
 def fresh(mask: LabelMap) -> LabelMap:
-    """A copy of the mask without its window indexes, so that building them is timed."""
+    """Returns a copy of the mask without its window indexes, so that building them is timed."""
     return LabelMap(mask.labels, mask.num_labels, mask.edges)
 
 
-def resolutions(mask: LabelMap) -> list[tuple[int, int]]:
-    """(h, w) of the generator's feature maps, smallest first: 1/32 of the mask to all of it."""
-    height, width = mask.shape[1:]
-    return [(height // step, width // step) for step in (32, 16, 8, 4, 2, 1)]
-
-
 def distinct_fraction(mask: LabelMap, size: tuple[int, ...]) -> float:
-    """Distinct modulation windows over pixels, at size (h, w)."""
+    """Returns distinct modulation windows over pixels, at size (h, w)."""
     return len(fresh(mask).window_index(size, KERNEL_SIZE).modulation) / (len(mask) * size[0] * size[1])
 
 
 def distinct_fractions(kinds: dict[str, list[LabelMap]]) -> dict[str, dict[str, float]]:
-    """Mean `distinct_fraction` by kind and "height x width"."""
+    """Returns the mean `distinct_fraction` by kind and "height x width"."""
     return {
         kind: {
             f"{h} x {w}": round(sum(distinct_fraction(mask, (h, w)) for mask in masks) / len(masks), 4)
@@ -74,6 +111,21 @@ def distinct_fractions(kinds: dict[str, list[LabelMap]]) -> dict[str, dict[str, 
         }
         for kind, masks in kinds.items()
     }
+
+
+def settings(ngf: int, kinds: dict[str, list[LabelMap]]) -> dict[str, Any]:
+    """Returns the description of the network and the masks in a BenchRun."""
+    masks = next(iter(kinds.values()))
+    return {
+        "ngf": ngf,
+        "channels": masks[0].channels,
+        "masks": len(masks),
+        "distinct windows": distinct_fractions(kinds),
+    }
+
+
+def _mirrored(mask: LabelMap, dims: tuple[int, ...]) -> LabelMap:
+    return LabelMap(mask.labels.flip(dims), mask.num_labels, None if mask.edges is None else mask.edges.flip(dims))
 
 
 def _read(data: DataConfig, count: int) -> list[LabelMap]:

@@ -1,4 +1,4 @@
-"""The memory that training takes: bytes saved for backward, and the peak of a step."""
+"""Training takes memory, on the CPU and on a GPU, for tensors saved for backward and at the peak of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from spade_kernels import LabelMap
 from spade_model.benchmark.stock import StockSPADE
-from spade_model.benchmark.training import step_run
 from spade_model.networks.generator import SPADEResnetBlock
 
 _MB = 1e6
@@ -21,7 +20,7 @@ _PLAIN_CONVOLUTIONS = ("conv_0", "conv_1", "conv_s")
 
 
 def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
-    """MB (1e6 bytes) that autograd keeps for the backward of the generator's SPADE layers after a forward pass.
+    """Returns the MB (1e6 bytes) that autograd keeps for the backward of SPADE layers after a forward pass.
 
     Counted: each storage once, at its full size, that is saved in a stock SPADE layer, or, in ours, anywhere in a
     residual block but in its plain convolutions (ours folds the activation, and may fold more, into the layer).
@@ -49,7 +48,7 @@ def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
 
 
 def peak_of_step(provider: str, mask: LabelMap, ngf: int) -> float | None:
-    """MB (1e6 bytes) by which the first training step of a fresh process raises its resident memory.
+    """Returns the MB (1e6 bytes) by which the first training step of a fresh process raises its resident memory.
 
     With gradients and the optimizers' state. None where the system cannot tell (it takes Linux's /proc).
     """
@@ -60,6 +59,9 @@ def peak_of_step(provider: str, mask: LabelMap, ngf: int) -> float | None:
 
 
 def _peak(provider: str, labels, num_labels: int, edges, ngf: int, threads: int) -> float | None:
+    # Not at the top: a trainer needs packages that measuring on a GPU does without.
+    from spade_model.benchmark.training import step_run
+
     torch.set_num_threads(threads)
     mask = LabelMap(torch.from_numpy(labels), num_labels, None if edges is None else torch.from_numpy(edges))
     run = step_run(provider, mask, ngf)
@@ -77,6 +79,23 @@ def _peak(provider: str, labels, num_labels: int, edges, ngf: int, threads: int)
 def _kilobytes(process: Path, name: str) -> int:
     lines = (process / "status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def allocated(device: torch.device) -> int:
+    """Returns the bytes that tensors on the device take; 0 where there is no CUDA."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_on_device(step: Callable[[], Tensor], before: int, device: torch.device) -> float:
+    """Returns a step's peak in MB (1e6 bytes) above `before`, the bytes before its network; without CUDA 0."""
+    step()
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / _MB
 
 
 @contextmanager

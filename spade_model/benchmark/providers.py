@@ -52,7 +52,8 @@ def eval_runs(generator: SPADEGenerator, names: Sequence[str]) -> dict[str, Run]
     generator.eval()
     runs = {name: _stock_run(generator, name) for name in names if not name.startswith("ours")}
     freeze(generator)
-    ours: dict[str, Run] = {"ours": lambda mask: generator(fresh(mask)), "ours-dense": _dense_path(generator)}
+    ours: dict[str, Run] = {"ours": lambda mask: generator(fresh(mask))}
+    ours["ours-dense"] = use_path("dense")(ours["ours"])
     return {name: _without_gradients(runs[name] if name in runs else ours[name]) for name in names}
 
 
@@ -118,11 +119,3 @@ def _without_gradients(run: Run) -> Run:
             return run(mask)
 
     return wrapped
-
-
-def _dense_path(generator: SPADEGenerator) -> Run:
-    def run(mask: LabelMap) -> Tensor:
-        with use_path("dense"):
-            return generator(fresh(mask))
-
-    return run

@@ -1,9 +1,11 @@
-"""Measured values: what was measured, on what, how, and the median with its 20th and 80th percentile."""
+"""Results name a suite, a case and a provider, and hold the median with its percentiles; here are their files, too."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,13 @@ INDEX = "window indexes, one thread"
 LAYER = "layer forward"
 LAYER_TRAINING = "layer forward + backward"
 DENSE = "layer forward, dense condition"
+INDEX_GROUPS, LABEL_MAP = "window indexes with groups", "label map of labels"
+OPERATOR, BANDWIDTH, PRODUCTS = "operator", "bandwidth", "products"
+GPU_PEAK, GPU_INDEX, GPU_CLOCK = "peak memory, generator forward + backward", "window indexes", "clock"
 ALL_LAYERS = "all 18"
 """The case of layer suites that is the sum over the generator's layers."""
+FAILURES = "failed"
+"""The key under which files name the providers that were left out."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,16 @@ class BenchRun:
         return next(iter(self.settings["distinct windows"]))
 
 
-def save_runs(runs: Iterable[BenchRun], path: Path) -> None:
-    """Writes JSON. Raises UserError when the file cannot be written."""
+def save_runs(runs: Iterable[BenchRun], path: Path, beside: Mapping[str, Any] | None = None) -> None:
+    """Writes the runs as JSON, with the values of `beside` under their names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rest = "".join(f",\n{json.dumps(name)}: {json.dumps(value, indent=1)}" for name, value in (beside or {}).items())
     try:
         with replacing(path) as temporary:
-            temporary.write_text('{"runs": [' + ",\n".join(map(_text, runs)) + "]}\n")
+            temporary.write_text('{"runs": [' + ",\n".join(map(_text, runs)) + f"]{rest}}}\n")
     except OSError as error:
         raise UserError(f"cannot write the results to {path}: {error.strerror}") from error
 
@@ -97,6 +109,42 @@ def load_runs(path: Path) -> list[BenchRun]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not hold results of `spade bench` or `make bench`: {error}") from error
+
+
+def file_name(what: str) -> str:
+    """Returns the name of a result file for a device, such as "amd-epyc-2-threads.json" for "AMD EPYC 2 threads"."""
+    return re.sub(r"\W+", "-", what.lower()) + ".json"
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A part's process writes a line for each result as soon as it has it; a reader takes whole lines."""
+
+    path: Path
+
+    def write(self, lines: Iterable[Result | Mapping[str, str]]) -> None:
+        """Starts the file anew. A mapping gives by provider the reason why it has been left out so far."""
+        with self.path.open("w") as file:
+            for line in lines:
+                content = asdict(line) if isinstance(line, Result) else {FAILURES: line}
+                print(json.dumps(content), file=file, flush=True)
+
+    def results(self) -> list[Result]:
+        return [Result(**line) for line in self._lines() if FAILURES not in line]
+
+    def failures(self) -> dict[str, str]:
+        """Returns by provider the reason why it was left out."""
+        return next((line[FAILURES] for line in reversed(list(self._lines())) if line.get(FAILURES)), {})
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def newest(results: Iterable[Result]) -> list[Result]:
+    """Returns one result for each suite, case and provider: the last."""
+    return list({(r.suite, r.case, r.provider): r for r in results}.values())
 
 
 def _text(run: BenchRun) -> str:

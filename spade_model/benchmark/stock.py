@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import remove_spectral_norm, spectral_norm
 
-from spade_kernels import LabelMap
+from spade_kernels import SPADE, LabelMap
 from spade_model.networks import SPADEGenerator
 
 Variant = Literal["eager", "tuned", "spade-free"]
@@ -70,6 +70,19 @@ class StockSPADE(nn.Module):
         self.joint.weight.copy_(weight)
         self.joint.bias.copy_(torch.cat((gamma.bias, beta.bias)))  # type: ignore[union-attr, arg-type]
         del self.mlp_gamma, self.mlp_beta
+
+
+def stock_layer(layer: SPADE, label_nc: int, *, joined: bool) -> StockSPADE:
+    """Returns a copy of a layer of norm "spadesyncbatch3x3" in stock operators and its mode, in float32 on the CPU.
+
+    Args:
+        label_nc: condition channels. joined: with one convolution for gamma and beta.
+    """
+    stock = StockSPADE(layer.mlp_gamma.out_channels, label_nc).train(layer.training)
+    stock.load_state_dict(layer.state_dict())
+    if joined:
+        stock.join()
+    return stock
 
 
 class _Deleted(nn.Module):
@@ -132,8 +145,11 @@ class StockGenerator(nn.Module):
 
     def forward(self, mask: LabelMap, z: None = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1]; makes the one-hot planes, of the whole mask where a SPADE layer reads them."""
-        size = None if self.needs_whole_mask else self.start_size
-        return self.paint(one_hot(mask, size, self.fc.weight.dtype, self.memory_format))
+        return self.paint(self.planes(mask, self.fc.weight.dtype))
+
+    def planes(self, mask: LabelMap, dtype: torch.dtype) -> Tensor:
+        """Returns the one-hot planes for `paint`, (N, semantic_nc, H, W) or at the first feature map's size."""
+        return one_hot(mask, None if self.needs_whole_mask else self.start_size, dtype, self.memory_format)
 
     def paint(self, planes: Tensor) -> Tensor:
         """`forward` for planes (N, semantic_nc, H, W): with tensors only, it compiles without graph breaks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spade_model.benchmark.results import EVAL, PEAK, SAVED, STEP, TRAINING, BenchRun, Result
 from spade_model.benchmark.targets import judge
@@ -38,22 +38,32 @@ def caption(run: BenchRun) -> str:
 def summary(run: BenchRun) -> str:
     """One row for each whole-network suite, one column for each provider, and the ratios that matter."""
     rows = [EVAL, TRAINING, STEP, SAVED, PEAK]
-    found = [r for r in run.results if r.suite in rows and r.case == run.main_masks]
-    if not found:
-        return "(no whole network was measured)"
-    providers = [name for name in _COLUMNS if any(r.provider == name for r in found)]
-    ratios = [pair for pair in _RATIOS if set(pair) <= set(providers)]
-    lines = [["", *providers, *(f"{top} / {bottom}" for top, bottom in ratios)]]
-    for suite in rows:
-        here = {r.provider: r for r in found if r.suite == suite}
-        if here:
-            unit = next(iter(here.values())).unit
-            lines.append(
-                [f"{suite}, {unit}"]
-                + [spread(here[p]) if p in here else "" for p in providers]
-                + [f"{here[t].p50 / here[b].p50:.2f}" if {t, b} <= here.keys() else "" for t, b in ratios]
-            )
-    return markdown(lines)
+    found = [r for suite in rows for r in run.results if r.suite == suite and r.case == run.main_masks]
+    return by_provider(found, _COLUMNS, _RATIOS, lambda r: f"{r.suite}, {r.unit}") or "(no whole network was measured)"
+
+
+def by_provider(
+    results: Sequence[Result],
+    columns: Sequence[str],
+    ratios: Sequence[tuple[str, str]] = (),
+    label: Callable[[Result], str] = lambda r: f"{r.suite}, {r.case}, {r.unit}",
+) -> str:
+    """Returns a table with one row for each suite and case and one column for each provider that any of them has.
+
+    Args:
+        columns: the providers. ratios: pairs of them whose medians are divided. label: the start of a result's row.
+    """
+    present = [name for name in columns if any(r.provider == name for r in results)]
+    pairs = [pair for pair in ratios if set(pair) <= set(present)]
+    lines = [["", *present, *(f"{top} / {bottom}" for top, bottom in pairs)]]
+    for suite, case in dict.fromkeys((r.suite, r.case) for r in results):
+        here = {r.provider: r for r in results if (r.suite, r.case) == (suite, case)}
+        lines.append(
+            [label(next(iter(here.values())))]
+            + [spread(here[name]) if name in here else "" for name in present]
+            + [f"{here[t].p50 / here[b].p50:.2f}" if {t, b} <= here.keys() else "" for t, b in pairs]
+        )
+    return markdown(lines) if results else ""
 
 
 def legend(run: BenchRun) -> str:

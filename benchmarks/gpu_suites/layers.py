@@ -1,7 +1,7 @@
 """The SPADE layer with its activation at the shapes of the generator's 18 layers, and all 18 one after the other.
 
 All layers of a generator share the one-hot planes or the window indexes of a mask; here both are there beforehand.
-Providers and precision are those of `generator`; every call of a layer has an x that is not in the device's cache.
+Providers and precision are those of `gpu_suites`; every call of a layer has an x that is not in the device's cache.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu.batches import Workload, place_for
-from gpu.clock import PRECISIONS, Captured, compiled, float32_products, interleave
-from gpu.rotation import copies_beyond_cache
 from spade_kernels import SPADE, freeze
 from spade_kernels.testing import random_spade, relative_error
-from spade_model.benchmark.masks import resolutions
+from spade_model.benchmark.calls import copies_beyond_cache
+from spade_model.benchmark.clock import PRECISIONS, Captured, compiled, float32_products
 from spade_model.benchmark.results import ALL_LAYERS, LAYER, LAYER_TRAINING, Result
-from spade_model.benchmark.stock import StockSPADE, one_hot
+from spade_model.benchmark.shapes import input_shapes, resolutions
+from spade_model.benchmark.stock import one_hot, stock_layer
+from spade_model.benchmark.workload import Workload, place_for
 
 SLOPE = 0.2
 LIMIT = {"bf16": 5e-2, "tf32": 5e-3}
@@ -28,36 +28,19 @@ LIMIT = {"bf16": 5e-2, "tf32": 5e-3}
 Shape = tuple[int, int]
 
 
-def shapes(ngf: int, size: int) -> dict[Shape, int]:
-    """(channels, side) of x -> how many of the generator's layers have it."""
-    found = {(16 * ngf, size // 32): 2, (16 * ngf, size // 16): 4}
-    for width, step in ((16, 8), (8, 4), (4, 2), (2, 1)):
-        # norm_0 and norm_s see the block's input, norm_1 half of its channels.
-        found |= {(width * ngf, size // step): 2, (width * ngf // 2, size // step): 1}
-    return found
-
-
 def layers(work: Workload, precision: str, *, training: bool, with_baseline: bool) -> Iterator[Result]:
-    """Each shape, and all layers in one graph, forward or forward and backward."""
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
-        every = _Layers(work, precision, training)
+    """Measures each shape, and all layers in one graph, forward or forward and backward."""
+    with float32_products(precision):
+        every = Layers(work, precision, training)
         names = ("tuned", *(("baseline",) if with_baseline else ()), "ours")
-        for shape in shapes(work.ngf, work.size[1]):
+        for shape in input_shapes(work.ngf, work.size[1]):
             yield from every.of_shape(shape, names)
         yield from every.all_layers(names)
 
 
-def compilation(work: Workload, precision: str) -> Iterator[Result]:
-    """Nothing but the baselines' first calls, after which the compiler has them in its caches."""
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
-        for training in (False, True):
-            every = _Layers(work, precision, training)
-            for shape in shapes(work.ngf, work.size[1]):
-                every.call("baseline", every.ours(shape))(every.input(shape, 0))
-    yield from ()
+class Layers:
+    """Holds the layers of one precision, forward or forward and backward, that agree with the exact ones."""
 
-
-class _Layers:
     def __init__(self, work: Workload, precision: str, training: bool):
         self.work, self.precision, self.training = work, precision, training
         self.suite = LAYER_TRAINING if training else LAYER
@@ -84,14 +67,14 @@ class _Layers:
                 assert error <= limit, f"{error:.2g} from float32's output, more than {limit:.2g}"
                 runs[name] = self._captured([(call, x) for x in inputs])
                 self.calls[name, shape] = call
-        times = interleave(runs, [None], self.work.device, self.work.repeats, self.work.seconds / 10)
+        times = self.work.times(runs, [None], part=0.1)
         for name, values in times.items():
             yield Result.of(self.suite, case, name, [value / len(inputs) for value in values])
 
     def all_layers(self, names: tuple[str, ...]) -> Iterator[Result]:
         inputs = [
             (shape, self.input(shape, i))
-            for shape, count in shapes(self.work.ngf, self.work.size[1]).items()
+            for shape, count in input_shapes(self.work.ngf, self.work.size[1]).items()
             for i in range(count)
         ]
         case = self.work.case(self.precision, what=ALL_LAYERS)
@@ -100,12 +83,13 @@ class _Layers:
             if all((name, shape) in self.calls for shape, _ in inputs):
                 with self.work.may_fail(name, case, runs):
                     runs[name] = self._captured([(self.calls[name, shape], x) for shape, x in inputs])
-        times = interleave(runs, [None], self.work.device, self.work.repeats, self.work.seconds)
+        times = self.work.times(runs, [None])
         yield from (Result.of(self.suite, case, name, values) for name, values in times.items())
 
     def ours(self, shape: Shape) -> SPADE:
-        """The layer whose weights all of its kind have."""
-        return random_spade("spadesyncbatch3x3", shape[0], self.mask.channels).to(self.work.device, self._dtype)
+        """Returns the layer whose weights all of its shape have."""
+        layer = random_spade("spadesyncbatch3x3", shape[0], self.mask.channels).to(self.work.device, self._dtype)
+        return layer.train(self.training)
 
     def input(self, shape: Shape, seed: int) -> Tensor:
         generator = torch.Generator(self.work.device).manual_seed(seed)
@@ -118,10 +102,10 @@ class _Layers:
         return lambda _: captured()
 
     def call(self, name: str, ours: SPADE) -> Callable[[Tensor], Tensor]:
-        """x -> y, after its backward in training."""
+        """Returns x -> y, after its backward in training."""
         layer, forward = self._forward(name, ours)
         if not self.training:
-            return lambda x: _without_gradients(forward, x)
+            return torch.no_grad()(forward)
         parameters = list(layer.parameters())
         in_bf16 = self.precision == "bf16" and name != "exact"
 
@@ -136,17 +120,14 @@ class _Layers:
 
     def _forward(self, name: str, ours: SPADE) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         if name == "ours":
-            ours.train(self.training)
             if not self.training:
                 freeze(ours)
             return ours, lambda x: ours(x, self.mask, negative_slope=SLOPE)
-        layer = StockSPADE(ours.mlp_gamma.out_channels, self.mask.channels)
-        layer.load_state_dict(ours.state_dict())
-        layer.train(self.training)
+        layer = stock_layer(ours, self.mask.channels, joined=name != "exact")
         if name == "exact":
             layer.to(self.work.device)
-            return layer, lambda x: _exactly(layer, x, self.planes)
-        layer.join()
+            planes = self.planes.float()
+            return layer, float32_products("ieee")(lambda x: F.leaky_relu(layer(x.float(), planes), SLOPE))
         layer.to(self.work.device, self._dtype, memory_format=torch.channels_last)
 
         def forward(x: Tensor, planes: Tensor) -> Tensor:
@@ -154,13 +135,3 @@ class _Layers:
 
         called = compiled(forward, self.work.device) if name == "baseline" else forward
         return layer, lambda x: called(x, self.planes)
-
-
-def _without_gradients(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return forward(x)
-
-
-def _exactly(layer: nn.Module, x: Tensor, planes: Tensor) -> Tensor:
-    with float32_products("ieee"):
-        return F.leaky_relu(layer(x.float(), planes.float()), SLOPE)

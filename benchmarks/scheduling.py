@@ -7,25 +7,27 @@ of the class builds and verifies the providers, which also warms them up; then e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from spade_kernels import LabelMap
-from spade_model.benchmark.masks import bench_masks
-from spade_model.config import default_data_config
+from spade_model.benchmark.masks import bench_masks, coco_or_toy
 
 
 def masks(config: pytest.Config) -> dict[str, list[LabelMap]]:
-    """The masks by kind, the main kind first."""
+    """Returns the masks by kind, the main kind first."""
     return _masks(*(config.getoption(name) for name in ("dataroot", "masks", "crop_size")))
 
 
 @cache
 def _masks(dataroot: str, count: int, crop_size: int) -> dict[str, list[LabelMap]]:
-    data = default_data_config("coco" if dataroot else "toy")
-    return bench_masks(replace(data, dataroot=dataroot, crop_size=crop_size), count)
+    return bench_masks(coco_or_toy(dataroot, crop_size), count)
+
+
+def first_mask(config: pytest.Config) -> LabelMap:
+    """Returns the first mask of the main kind."""
+    return masks(config)[main_kind(config)][0]
 
 
 def main_kind(config: pytest.Config) -> str:
@@ -34,7 +36,7 @@ def main_kind(config: pytest.Config) -> str:
 
 
 def long_repeats(config: pytest.Config) -> int:
-    """Repeats of what takes several seconds."""
+    """Returns the repeats of runs that take several seconds."""
     return max(1, config.getoption("repeats") // 2)
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer: its four tools over `gpu_sanitize.py`, and whether each of them ran and found nothing."""
+"""NVIDIA's compute-sanitizer runs its four tools over `gpu_sanitize.py`; each must have run and found nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 import shutil
 from functools import partial
 
-from gpu import ROOT
-from gpu.steps import FAILED, PASSED, Job, python
+from spade_model.benchmark.steps import FAILED, PASSED, Job, python
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("cuda", "triton")
@@ -18,26 +17,26 @@ _SUMMARY = r"ERROR SUMMARY: (\d+) errors?"
 
 
 def program() -> str:
-    """compute-sanitizer's path, or its name where it is not to be found."""
+    """Returns compute-sanitizer's path, or its name where it is not to be found."""
     name = "compute-sanitizer"
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin") or name
 
 
 def job(tool: str, limit: float) -> Job:
-    """`gpu_sanitize.py` under one tool.
+    """Returns the job of `gpu_sanitize.py` under one tool.
 
     Every tensor has an allocation of its own, or writes past its end would be found only past the end of torch's pool.
     """
     # Some of the driver calls that torch makes at its start may fail.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
     # With env, as it may not be there.
-    command = ["env", program(), "--tool", tool, *options, *python(ROOT / "benchmarks" / "gpu_sanitize.py")]
+    command = ["env", program(), "--tool", tool, *options, *python("-m", "benchmarks.gpu_sanitize")]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Job(f"sanitizer {tool}", command, limit, environment, partial(judge, tool))
 
 
 def judge(tool: str, status: int, output: str) -> tuple[str, str]:
-    """PASSED only where the tool printed its summary, with nothing found, and the script called every backend."""
+    """Returns PASSED only where the tool's summary says that it found nothing, and the script called every backend."""
     found = re.findall(_SUMMARIES.get(tool, _SUMMARY), output)
     ended = re.search(rf"^{END} (.*)", output, re.MULTILINE)
     if not found:
@@ -56,5 +55,5 @@ def judge(tool: str, status: int, output: str) -> tuple[str, str]:
 
 
 def _kernels(output: str) -> list[str]:
-    """Names of the kernels that the findings are in, each once."""
+    """Returns the names of the kernels that the findings are in, each once."""
     return list(dict.fromkeys(re.findall(r"\bat (.{1,80}?)\+0x", output)))[:5]

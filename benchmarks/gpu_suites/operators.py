@@ -1,6 +1,7 @@
-"""Every operator on every backend at the shapes of the generator's layers, and what the device can do at all.
+"""These suites measure every operator on every backend at the shapes of the generator's layers.
 
-What decides `spade_kernels/backends.py`, and how far the kernels are from the device's own copy and matrix product.
+The table of `spade_kernels/backends.py` follows from them. Beside the rates of kernels stand those of the device's own
+copy and matrix product.
 """
 
 from __future__ import annotations
@@ -12,22 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import spade_kernels as sk
-from gpu.batches import Workload, place_for
-from gpu.clock import PRECISIONS, Captured, float32_products, interleave
-from gpu.rotation import copies_beyond_cache, moved, rotated
 from spade_kernels import backends, ops
 from spade_kernels.functional import use_path
 from spade_kernels.testing import random_spade, relative_error
-from spade_model.benchmark.masks import fresh, resolutions
-from spade_model.benchmark.results import ALL_LAYERS, Result
+from spade_model.benchmark import results
+from spade_model.benchmark.calls import Calls, Recorder, copies_beyond_cache, moved, rotated
+from spade_model.benchmark.clock import PRECISIONS, Captured, float32_products
+from spade_model.benchmark.masks import fresh
+from spade_model.benchmark.results import Result
+from spade_model.benchmark.shapes import layer_shapes, resolutions
+from spade_model.benchmark.workload import Workload, place_for
 
-OPERATOR = "operator"
-BANDWIDTH, PRODUCTS = "bandwidth", "products"
-INDEX, INDEX_GROUPS, LABEL_MAP = "window indexes", "window indexes with groups", "label map of labels"
 LIMIT = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3}
 """Largest difference of an output from the reference's, over its largest value."""
 
@@ -35,32 +34,10 @@ _COPIED, _PRODUCT = 1 << 29, 8192  # bytes that a copy reads, rows of a square m
 _BOUND_BY_MEMORY = ("channel_stats", "modulate", "modulate_table_grad", "modulate_input_grad")
 
 Shape = tuple[int, int, int]
-Calls = dict[str, tuple[Callable[..., Any], tuple]]
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the first call of each of our operators: (operator, arguments) by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "spade_kernels":
-            self.calls.setdefault(func._opname, (func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def shapes(ngf: int, size: int) -> dict[Shape, int]:
-    """(channels, side of y, upsample) -> how many of the generator's layers have it."""
-    found: dict[Shape, int] = {(16 * ngf, size // 32, 1): 2, (16 * ngf, size // 16, 2): 1, (16 * ngf, size // 16, 1): 3}
-    for width, step in ((16, 8), (8, 4), (4, 2), (2, 1)):
-        found |= {(width * ngf, size // step, 2): 2, (width * ngf // 2, size // step, 1): 1}
-    return found
 
 
 def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
-    """The operators' calls in the forward and backward of one layer, without arguments that they do not read."""
+    """Returns the operators' calls in one layer's forward and backward, without arguments that they do not read."""
     channels, side, upsample = shape
     device = mask.device
     layer = random_spade("spadesyncbatch3x3", channels, mask.channels).to(device).train()
@@ -73,7 +50,7 @@ def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
         y.backward(torch.randn(y.shape, generator=generator, device=device, dtype=dtype))
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()
-    calls = recorder.calls
+    calls = recorder.first_calls()
     func, arguments = calls["modulate"]
     calls["modulate"] = func, (*arguments[:5], None, None, None, *arguments[8:])
     return {name: (func, _detached(arguments)) for name, (func, arguments) in calls.items() if name != "window_index"}
@@ -81,7 +58,7 @@ def recorded(mask: sk.LabelMap, shape: Shape, dtype: torch.dtype) -> Calls:
 
 @dataclass
 class _Timed:
-    """One operator at one shape: what calls it on each backend, `copies` times with `nbytes` to move each time."""
+    """Holds one operator at one shape: by backend, what calls it `copies` times with `nbytes` to move each time."""
 
     copies: int
     nbytes: int
@@ -90,7 +67,7 @@ class _Timed:
 
 def agreement(work: Workload, precision: str) -> Iterator[Result]:
     """Compares every operator on every backend with the reference, as `operators` does, which also takes times."""
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
+    with float32_products(precision):
         for shape, _, calls in _calls(work, precision):
             for _ in _verified(calls, shape, precision, work):
                 pass
@@ -98,9 +75,9 @@ def agreement(work: Workload, precision: str) -> Iterator[Result]:
 
 
 def operators(work: Workload, precision: str) -> Iterator[Result]:
-    """Times by shape and over all 18 layers; rates of what memory or products bound."""
+    """Measures times by shape and over all 18 layers, and rates where memory or products bound an operator."""
     sums: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    with float32_products("tf32" if precision == "tf32" else "shipped"):
+    with float32_products(precision):
         ceilings = _ceilings(work, precision)
         for shape, count, calls in _calls(work, precision):
             timed: dict[str, _Timed] = {}
@@ -117,21 +94,21 @@ def operators(work: Workload, precision: str) -> Iterator[Result]:
                     timed[name].runs[backend] = _many(func, each, backend, work.device)
             for name, one in timed.items():
                 case = _case(work, precision, name, shape)
-                times = interleave(one.runs, [None], work.device, work.repeats, work.seconds / 20)
+                times = work.times(one.runs, [None], part=0.05)
                 for backend, values in times.items():
                     values = [value / one.copies for value in values]
                     sums[name, backend].append([count * value for value in values])
-                    yield Result.of(OPERATOR, case, backend, values, layers=count, MB=one.nbytes / 1e6)
+                    yield Result.of(results.OPERATOR, case, backend, values, layers=count, MB=one.nbytes / 1e6)
                     yield from _rates(name, case, backend, values, one.nbytes, calls[name][1])
                 yield from _ceiling_of(name, case, ceilings)
     for (name, backend), every in sums.items():
-        if len(every) == len(shapes(work.ngf, work.size[1])):
+        if len(every) == len(layer_shapes(work.ngf, work.size[1])):
             values = [sum(repeat) for repeat in zip(*every, strict=False)]
-            yield Result.of(OPERATOR, _case(work, precision, name, None), backend, values)
+            yield Result.of(results.OPERATOR, _case(work, precision, name, None), backend, values)
 
 
 def window_index(work: Workload) -> Iterator[Result]:
-    """Making label maps and their indexes at all resolutions, on labels that are on the device."""
+    """Measures the making of label maps and their indexes at all resolutions, on labels that are on the device."""
     found = work.batches()
     case, expected = work.case("integers"), []
     names = dict.fromkeys(name for name in backends_on(work.device) if name != "triton")
@@ -144,9 +121,9 @@ def window_index(work: Workload) -> Iterator[Result]:
             expected = expected or got
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "the window indexes differ"
     how: dict[str, Callable[[sk.LabelMap], object]] = {
-        INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
-        INDEX_GROUPS: lambda mask: mask.prepare(resolutions(mask), gradients=True),
-        LABEL_MAP: fresh,
+        results.GPU_INDEX: lambda mask: mask.prepare(resolutions(mask), gradients=False),
+        results.INDEX_GROUPS: lambda mask: mask.prepare(resolutions(mask), gradients=True),
+        results.LABEL_MAP: fresh,
     }
     for suite, run in how.items():
         for name in names:
@@ -154,7 +131,7 @@ def window_index(work: Workload) -> Iterator[Result]:
             # A label map keeps its indexes: each call takes one that was made before.
             unused = [fresh(found[0]) for _ in range(work.repeats + 3)]
             runs = {name: lambda _, unused=unused, run=run: run(unused.pop())}
-            times = interleave(runs, [None], work.device, work.repeats, work.seconds)
+            times = work.times(runs, [None])
             yield Result.of(suite, case, name, times[name])
     sk.use_backend("auto")
 
@@ -162,21 +139,21 @@ def window_index(work: Workload) -> Iterator[Result]:
 def _calls(work: Workload, precision: str) -> Iterator[tuple[Shape, int, Calls]]:
     found = work.batches()[:1]
     place, _ = place_for(found, lambda mask: mask.prepare(resolutions(mask)))
-    for shape, count in shapes(work.ngf, work.size[1]).items():
+    for shape, count in layer_shapes(work.ngf, work.size[1]).items():
         sk.use_backend("auto")
         yield shape, count, recorded(place.label_map, shape, PRECISIONS[precision])
     sk.use_backend("auto")
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """The backends that have kernels for the device and run here, the reference last."""
+    """Returns the backends that have kernels for the device and run here, the reference last."""
     there = backends.build_info()["backends"]
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     return [*(name for name in names if there[name] is None), "reference"]  # type: ignore[index]
 
 
 def _verified(calls: Calls, shape: Shape, precision: str, work: Workload) -> Iterator[tuple[str, str, object]]:
-    """(backend, operator, outputs) of every call that agrees with the reference; that backend is in use meanwhile."""
+    """Yields (backend, operator, outputs) of every call that agrees with the reference, with the backend in use."""
     sk.use_backend("reference")
     expected = {name: _run(func, arguments) for name, (func, arguments) in calls.items()}
     for backend in backends_on(work.device):
@@ -202,7 +179,7 @@ def _run(func: Callable[..., Any], arguments: tuple) -> Any:
 
 
 def _many(func: Callable[..., Any], each: list[tuple], backend: str, device: torch.device) -> Callable[[None], object]:
-    """A call with each of the arguments, in one graph; the reference asks the device for sizes, and cannot be."""
+    """Returns a call with each of the arguments, in one graph except for the reference, which reads sizes back."""
 
     def run() -> None:
         for arguments in each:
@@ -218,30 +195,30 @@ def _rates(
     name: str, case: str, backend: str, milliseconds: list[float], nbytes: int, arguments: tuple
 ) -> Iterator[Result]:
     if name in _BOUND_BY_MEMORY:
-        yield Result.of(BANDWIDTH, case, backend, [nbytes / 1e6 / ms for ms in milliseconds], "GB/s")
+        yield Result.of(results.BANDWIDTH, case, backend, [nbytes / 1e6 / ms for ms in milliseconds], "GB/s")
     if name == "modulation_table":
         gamma, windows = arguments[1], arguments[4]
         flops = 4 * windows.numel() * gamma.shape[0] * gamma.shape[1]
-        yield Result.of(PRODUCTS, case, backend, [flops / 1e9 / ms for ms in milliseconds], "TFLOP/s")
+        yield Result.of(results.PRODUCTS, case, backend, [flops / 1e9 / ms for ms in milliseconds], "TFLOP/s")
 
 
 def _ceiling_of(name: str, case: str, ceilings: dict[str, list[float]]) -> Iterator[Result]:
-    """The device's own limits, beside which operators are reported."""
+    """Yields the device's own limits, beside which operators are reported."""
     if name in _BOUND_BY_MEMORY:
-        yield Result.of(BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
+        yield Result.of(results.BANDWIDTH, case, "copy", ceilings["copy"], "GB/s")
     if name == "modulation_table":
-        yield Result.of(PRODUCTS, case, "matmul", ceilings["matmul"], "TFLOP/s")
+        yield Result.of(results.PRODUCTS, case, "matmul", ceilings["matmul"], "TFLOP/s")
 
 
 def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
-    """GB/s of a large copy, counting what it reads and writes; TFLOP/s of a large matrix product."""
+    """Returns GB/s of a large copy, counting what it reads and writes; TFLOP/s of a large matrix product."""
     device = work.device
     nbytes, rows = (_COPIED, _PRODUCT) if device.type == "cuda" else (1 << 20, 256)
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     left, right = torch.randn(2, rows, rows, device=device, dtype=PRECISIONS[precision])
     runs = {"copy": lambda _: target.copy_(source), "matmul": lambda _: left @ right}
-    times = interleave(runs, [None], device, work.repeats, work.seconds)
+    times = work.times(runs, [None])
     return {
         "copy": [2 * nbytes / 1e6 / ms for ms in times["copy"]],
         "matmul": [2 * rows**3 / 1e9 / ms for ms in times["matmul"]],
@@ -250,7 +227,7 @@ def _ceilings(work: Workload, precision: str) -> dict[str, list[float]]:
 
 def _case(work: Workload, precision: str, name: str, shape: Shape | None) -> str:
     if shape is None:
-        return work.case(precision, what=f"{name}, {ALL_LAYERS}")
+        return work.case(precision, what=f"{name}, {results.ALL_LAYERS}")
     channels, side, upsample = shape
     doubled = ", doubled" if upsample == 2 else ""
     return work.case(precision, what=f"{name}, {channels} x {side} x {side}{doubled}")

@@ -1,7 +1,8 @@
-"""Times on a device: captured in CUDA graphs where there is one, providers interleaved, by the device's own clock."""
+"""The clock takes times on CPUs and GPUs; providers take turns, and on CUDA their calls are captured in graphs."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,12 @@ from torch import Tensor
 
 PRECISIONS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp16": torch.float16}
 _WARM_UPS = 3
+_CPU = torch.device("cpu")
 
 
 @contextmanager
 def settled(device: torch.device) -> Iterator[None]:
-    """Settings for everything that a process measures; on CUDA all of it runs on one stream, not the default one.
+    """Within it, cuDNN chooses the fastest algorithms and CUDA's work runs on one stream, not the default one.
 
     Spectral norm keeps nodes of autograd from one step to the next, with the stream that they were made on. Were it
     another than the one a graph is captured on, the capture would break.
@@ -33,7 +35,7 @@ def settled(device: torch.device) -> Iterator[None]:
 
 
 class Captured:
-    """run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
+    """Holds run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
 
     Calling it gives what run() returned, at the same address every time.
     """
@@ -59,8 +61,8 @@ class Captured:
         return self._output
 
 
-def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device) -> float:
-    """Milliseconds of one call on an idle device, the host's work included."""
+def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device = _CPU) -> float:
+    """Returns the milliseconds of one call on an idle device, the host's work included."""
     if device.type != "cuda":
         started = time.perf_counter()
         run(argument)
@@ -77,33 +79,32 @@ def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.devi
 def interleave(
     runs: Mapping[str, Callable[[Any], object]],
     arguments: Sequence[Any],
-    device: torch.device,
-    repeats: int,
-    seconds: float,
+    rounds: int,
+    device: torch.device = _CPU,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider, one for every repeat; the arguments are interleaved, too.
+    """Returns the milliseconds of each provider, one value for every round; the providers must be warm.
 
-    At most `repeats` repeats of each argument's worth, fewer when `seconds` are over, but every argument once.
+    A round gives every provider one call with the same argument, and the next round takes the next argument. Every
+    argument has its round, however long that takes. Once `seconds` are over, no round starts after the third.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        # Brings the clocks up, too.
-        run(arguments[0])
-        run(arguments[-1])
     started = time.monotonic()
-    for repeat in range(max(repeats, len(arguments))):
-        if repeat >= max(3, len(arguments)) and time.monotonic() - started > seconds:
+    for number in range(max(rounds, len(arguments))):
+        if number >= max(3, len(arguments)) and time.monotonic() - started > seconds:
             break
         for name, run in runs.items():
-            times[name].append(milliseconds(run, arguments[repeat % len(arguments)], device))
+            times[name].append(milliseconds(run, arguments[number % len(arguments)], device))
     return times
 
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Within it, float32 products and convolutions are as `precision` says: "tf32", "ieee", or "shipped".
+    """Within it, float32 products and convolutions are as `precision` says.
 
-    "shipped" is what PyTorch does when told nothing: convolutions in tf32, other products in float32.
+    Args:
+        precision: "tf32"; "ieee", without rounding; or "shipped", what PyTorch does when told nothing: convolutions in
+            tf32, other products in float32. The other PRECISIONS are "shipped", too.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -115,7 +116,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """torch.compile as the baseline has it; elsewhere only what traces."""
+    """Returns the function compiled as the baseline is; without CUDA it is only traced."""
     # One function for many layers; beyond the usual limit of versions it would quietly run uncompiled.
     torch._dynamo.config.recompile_limit = 100
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Commands with a time limit, what became of them, and what they printed. Standard library only."""
+"""A job is a command with a time limit; a step is its outcome. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
+ALONE, TOGETHER, MEASUREMENT = "alone", "together", "measurement"
 _SHOWN = 40  # lines of what a failed step printed last
 _POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of one step: PASSED, FAILED or NOT_RUN, and why."""
+    """A step is the outcome of one job: PASSED, FAILED or NOT_RUN, and why."""
 
     name: str
     status: str
@@ -29,7 +30,7 @@ class Step:
 
 
 def by_exit_status(status: int, output: str) -> tuple[str, str]:
-    """(True if the command passed, the last line it printed)."""
+    """Returns PASSED for exit status 0, else FAILED, and the last line of the output."""
     lines = output.strip().splitlines()
     last = lines[-1] if lines else "(no output)"
     return (PASSED, last) if status == 0 else (FAILED, f"exit status {status}: {last}")
@@ -37,13 +38,17 @@ def by_exit_status(status: int, output: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run.
+    """A job is a command to run.
 
     Attributes:
         limit: seconds after which it is killed, with everything it started.
+        stage: ALONE jobs run one after the other, then those TOGETHER at the same time, then every MEASUREMENT.
         judge: (exit status, output) -> what became of it, and why.
         may_be_cut: that it takes longer than there is time is no failure.
         needs: modules without which it cannot run.
+        writes: the file that holds its results.
+        after, unless: name of a job that must have passed, or must not have, or this one is left out.
+        least: seconds that must be left to start it. keep: seconds that it leaves to later jobs.
     """
 
     name: str
@@ -53,6 +58,16 @@ class Job:
     judge: Callable[[int, str], tuple[str, str]] = by_exit_status
     may_be_cut: bool = False
     needs: tuple[str, ...] = ()
+    stage: str = ALONE
+    writes: Path | None = None
+    after: str = ""
+    unless: str = ""
+    least: float = 5.0
+    keep: float = 0.0
+
+    def is_due(self, passed: Collection[str]) -> bool:
+        """Returns True where the jobs that passed are those that this one waits for."""
+        return (not self.after or self.after in passed) and self.unless not in passed
 
 
 class Steps:
@@ -76,23 +91,25 @@ class Steps:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds left."""
         return self._end - time.monotonic()
 
-    def skip(self, name: str, reason: str) -> None:
-        self._finish(Step(name, NOT_RUN, 0.0, reason))
+    @property
+    def passed(self) -> list[str]:
+        """The names of the steps that passed."""
+        return [step.name for step in self.done if step.status == PASSED]
 
-    def run(self, *jobs: Job, least: float = 5.0, keep: float = 0.0) -> None:
-        """All of them at the same time; none with less than `least` seconds left, not counting the `keep` last ones."""
+    def run(self, *jobs: Job) -> None:
+        """Runs the jobs at the same time, except those that there is no time left for."""
         running = []
         for job in jobs:
             missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
             if missing:
-                self.skip(job.name, f"needs {', '.join(missing)}")
-            elif self.left - keep < least:
-                self.skip(job.name, "no time left")
+                self._finish(Step(job.name, NOT_RUN, 0.0, f"needs {', '.join(missing)}"))
+            elif self.left - job.keep < job.least:
+                self._finish(Step(job.name, NOT_RUN, 0.0, "no time left"))
             else:
-                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - keep)))
+                running.append(_Running(job, self.folder, self.root, min(job.limit, self.left - job.keep)))
         while running:
             time.sleep(_POLL)
             for one in [one for one in running if one.is_over()]:
@@ -146,11 +163,11 @@ class _Running:
 
 
 def table(steps: Sequence[Step]) -> str:
-    """One aligned line for each step."""
+    """Returns one aligned line for each step."""
     width = max((len(step.name) for step in steps), default=0)
     return "\n".join(f"{s.name:{width}}  {s.status:7}  {s.seconds:5.0f} s  {s.detail[:110]}" for s in steps)
 
 
 def python(*arguments: object) -> list[str]:
-    """A command of this interpreter."""
+    """Returns a command of this interpreter."""
     return [sys.executable, *map(str, arguments)]
