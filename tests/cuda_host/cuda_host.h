@@ -49,7 +49,8 @@ struct Block {
 
   template <class Body>
   void phase(const Body& body) const {
-    in_any_order(lanes * rows, [&](uint32_t i) { body(Thread{x, y, z, i % lanes, i / lanes, lanes, rows}); });
+    in_any_order(block_x * block_y,
+                 [&](uint32_t i) { body(Thread{x, y, z, i % block_x, i / block_x, block_x, block_y}); });
   }
 };
 
