@@ -55,7 +55,10 @@ inline void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rs
   a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})
     if (stats_scope == known) return;
-  a.fail("stats_scope must be none, image, batch or world, got " + stats_scope);
+  const std::string digits = stats_scope.rfind("group:", 0) == 0 ? stats_scope.substr(6) : "";
+  if (digits.empty() || digits.size() > 9 || digits[0] == '0' || digits.find_first_not_of("0123456789") != digits.npos)
+    a.fail("stats_scope must be none, image, group:G, batch or world, got " + stats_scope);
+  if (x.size(1) % std::stoll(digits) != 0) a.fail(digits + " groups do not divide x's channels");
 }
 
 inline void check_modulate_table_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,

@@ -180,6 +180,12 @@ def is_captured(t: torch.Tensor) -> bool:
     return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
+def synchronize(t: torch.Tensor) -> None:
+    """Waits until the tensor is computed, so that calls on other streams can use it."""
+    if t.is_cuda:
+        torch.cuda.current_stream(t.device).synchronize()
+
+
 def can_run_reference() -> str | None:
     """None: plain PyTorch runs everywhere."""
     return None

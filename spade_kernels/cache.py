@@ -35,8 +35,8 @@ class Cache(Packable):
             value = build()
         if backends.is_captured(like) or (self._shared and torch.compiler.is_compiling()):
             return value
-        if self._shared and like.is_cuda:
-            torch.cuda.current_stream(like.device).synchronize()
+        if self._shared:
+            backends.synchronize(like)
         self._values[key] = value
         return value
 

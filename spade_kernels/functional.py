@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_kernels import ops
+from spade_kernels import backends, ops
 from spade_kernels.cache import Cache
 from spade_kernels.condition import Segmap, Segments, as_condition, conv2d, resized, tap_responses
 from spade_kernels.convolution import PackedConv2d, convolve, is_packable
 from spade_kernels.label_map import LabelMap, WindowIndex, as_size
 from spade_kernels.modulation import DeferredModulation, ModulationTable, modulate
-from spade_kernels.normalization import Moments, Statistics, apply_norm, check_input, statistics
+from spade_kernels.normalization import Moments, Normalized, Statistics, apply_norm, check_input, statistics
 
 __all__ = [
     "ModulationTable",
@@ -41,14 +43,30 @@ Gain = float | Tensor
 
 
 class Weights(NamedTuple):
-    """The convolutions of a SPADE layer, weight and bias each.
+    """The convolutions of a SPADE layer, weight and bias each, and how their results are used.
 
-    shared: (hidden, channels, k, k) and (hidden,); gamma, beta: (C, hidden, k, k) and (C,); one odd k.
+    Attributes:
+        shared: (hidden, channels, k, k) and (hidden,); gamma, beta: (C, hidden, k, k) and (C,); one odd k.
+        hidden_slope: negative slope of the leaky ReLU after the shared convolution; 0 is the paper's ReLU.
+        scale_offset: the scale is scale_offset + gamma; 1 in the paper.
     """
 
     shared: tuple[Tensor, Tensor]
     gamma: tuple[Tensor, Tensor]
     beta: tuple[Tensor, Tensor]
+    hidden_slope: float = 0.0
+    scale_offset: float = 1.0
+
+    @classmethod
+    def of(
+        cls, shared: nn.Conv2d, gamma: nn.Conv2d, beta: nn.Conv2d, hidden_slope: float = 0.0, scale_offset: float = 1.0
+    ) -> Weights:
+        """The weights of three convolutions; those without a bias get one of zeros."""
+
+        def pair(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+            return conv.weight, conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+
+        return cls(pair(shared), pair(gamma), pair(beta), hidden_slope, scale_offset)
 
 
 class PackedWeights:
@@ -64,6 +82,8 @@ class PackedWeights:
         self.hidden_bias = weights.shared[1].detach().to(acc_dtype, copy=True)
         self.bias = _joint_bias(weights, acc_dtype)
         self._cache = Cache(shared=True)
+        self._last_call: tuple | None = None
+        self._rows: Tensor | None = None
 
     @property
     def is_traceable(self) -> bool:
@@ -78,14 +98,33 @@ class PackedWeights:
         kind = (segmap.num_labels, segmap.edges is not None)
         return self._cache.get(kind, lambda: tap_responses(segmap, weight), weight)
 
+    def table(self, segmap: LabelMap, size: Sequence[int], build: Callable[[], Tensor]) -> Tensor:
+        """The rows for a label map; from the third call in a row with the same one and size on, those of the second.
+
+        Samplers of diffusion models make hundreds of such calls.
+        """
+        codes = segmap.codes
+        if torch.compiler.is_compiling() or backends.is_captured(codes) or codes.is_inference():
+            return build()
+        call = (weakref.ref(segmap), codes._version, tuple(size))
+        last, self._last_call = self._last_call, call
+        if last != call:
+            self._rows = None
+            return build()
+        if self._rows is None:
+            self._rows = build()
+            backends.synchronize(self._rows)
+        return self._rows
+
     def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
-        """The shared convolution with its ReLU, and the joint one."""
+        """The shared convolution, with its ReLU if it has one, and the joint one."""
         return self._cache.get("dense", self._pack_dense, self.bias)
 
     def _pack_dense(self) -> tuple[PackedConv2d, PackedConv2d]:
         weight, bias = self._weights.shared
         joint, padding = _joint_weight(self._weights), [weight.shape[-1] // 2] * 2
-        return PackedConv2d(weight, bias, padding, relu=True), PackedConv2d(joint, self.bias, padding)
+        relu = self._weights.hidden_slope == 0
+        return PackedConv2d(weight, bias, padding, relu=relu), PackedConv2d(joint, self.bias, padding)
 
 
 _path = "auto"
@@ -168,8 +207,8 @@ def spade(
     Args:
         x: (N, C, h, w) float; summed up in float32 (float64 for float64), returned in x's dtype, channels-last.
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
-        norm: batch, synchronized batch or instance norm without parameters, which is fused and updates its running
-            statistics in training; another module, which is called; or statistics of x.
+        norm: batch, synchronized batch, instance or group norm, which is fused, with its affine map, and updates its
+            running statistics in training; another module, which is called; or statistics of x.
         weights: of the three convolutions; see `modulation_table` for the dtypes of products.
         negative_slope: of a leaky ReLU applied to the result; 1 is none.
         gain: positive number, or a tensor of one (whose value is not checked: that would wait for a GPU), which
@@ -217,9 +256,9 @@ def defer_spade(
     segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
     # After all checks: what is refused must not have moved the running statistics.
-    x, stats, upsample = apply_norm(norm, x, moments, upsample)
+    normalized = apply_norm(norm, x, moments, upsample)
     table = _table(segmap, size, weights, x.dtype, gain, packed)
-    return DeferredModulation(x, stats, table, negative_slope, upsample)
+    return deferred(normalized, table, negative_slope)
 
 
 def as_gain(gain: Gain | None) -> Gain | None:
@@ -256,7 +295,7 @@ def check_upsample(upsample: int) -> None:
 
 def check_weights(weights: Weights) -> None:
     """Raises ValueError unless the shapes of the weights and biases fit together."""
-    shared, gamma, beta = (weight for weight, _ in weights)
+    shared, gamma, beta = (weight for weight, _ in weights[:3])
     hidden, _, k, _ = shared.shape
     wanted = (gamma.shape[0], hidden, k, k)
     if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
@@ -264,9 +303,28 @@ def check_weights(weights: Weights) -> None:
             f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
             "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
         )
-    for name, (weight, bias) in zip(weights._fields, weights, strict=True):
+    for name, (weight, bias) in zip(("shared", "gamma", "beta"), weights[:3], strict=True):
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"the bias of {name} must have shape ({len(weight)},), got {tuple(bias.shape)}")
+
+
+def deferred(normalized: Normalized, table: ModulationTable, negative_slope: float) -> DeferredModulation:
+    """The modulation of a normalized x; the norm's affine map goes into the table, which is smaller."""
+    x, stats, upsample, weight, bias = normalized
+    if weight is not None or bias is not None:
+        table = table.with_rows(_with_affine(table.rows, weight, bias))
+    return DeferredModulation(x, stats, table, negative_slope, upsample)
+
+
+def _with_affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Rows for a normalized x instead of weight * x + bias."""
+    acc_dtype = torch.promote_types(rows.dtype, torch.float32)
+    scale, shift = rows.to(acc_dtype).chunk(2, 1)
+    if bias is not None:
+        shift = shift + scale * bias.to(acc_dtype)
+    if weight is not None:
+        scale = scale * weight.to(acc_dtype)
+    return torch.cat((scale, shift), 1).to(rows.dtype)
 
 
 def _table(
@@ -285,7 +343,11 @@ def _table(
     if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, packed is not None):
         return ModulationTable(_dense_table(segmap, size, weights, gain, packed))
     segments = index.segments() if torch.is_grad_enabled() else ((None, None),) * 3
-    rows = _window_table(segmap, index, segments, dtype, weights, gain, packed)
+
+    def build() -> Tensor:
+        return _window_table(segmap, index, segments, dtype, weights, gain, packed)
+
+    rows = packed.table(segmap, size, build) if packed else build()
     return ModulationTable(rows, index.modulation.pixel_row, index.modulation.image_offsets, *segments[2])
 
 
@@ -322,7 +384,9 @@ def _window_table(
     else:
         responses, hidden_bias = tap_responses(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
         bias = _joint_bias(weights, acc_dtype)
-    hidden = ops.gather_sum(responses, hidden_bias, index.hidden.windows, *segments[0], True)
+    relu = weights.hidden_slope == 0
+    hidden = ops.gather_sum(responses, hidden_bias, index.hidden.windows, *segments[0], relu)
+    hidden = hidden if relu else F.leaky_relu(hidden, weights.hidden_slope)
     # The table is linear in hidden rows and bias, which are smaller.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = packed.packed_weight if packed else None
@@ -340,9 +404,11 @@ def _dense_table(
     if convolutions and isinstance(segmap, Tensor):
         planes = resized(segmap, size).to(weights.shared[0].dtype)
         hidden = convolutions[0](planes.contiguous(memory_format=torch.channels_last))
+        hidden = hidden if weights.hidden_slope == 0 else F.leaky_relu(hidden, weights.hidden_slope)
     else:
         segmap = segmap.to(weights.shared[0].dtype) if isinstance(segmap, Tensor) else segmap
-        hidden = conv2d(segmap, *weights.shared, padding=padding, size=size).relu()
+        hidden = conv2d(segmap, *weights.shared, padding=padding, size=size)
+        hidden = F.leaky_relu(hidden, weights.hidden_slope) if weights.hidden_slope else hidden.relu()
     if convolutions:
         table = convolutions[1](hidden)
     else:
@@ -357,5 +423,5 @@ def _joint_weight(weights: Weights) -> Tensor:
 
 
 def _joint_bias(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Its bias, so that it gives scale = 1 + gamma, and shift = beta."""
-    return torch.cat((weights.gamma[1].to(dtype) + 1, weights.beta[1].to(dtype)))
+    """Its bias, so that it gives scale = scale_offset + gamma, and shift = beta."""
+    return torch.cat((weights.gamma[1].to(dtype) + weights.scale_offset, weights.beta[1].to(dtype)))

@@ -105,8 +105,8 @@ class SPADE(Freezable):
         functional.check_upsample(upsample)
         segmap = as_condition(segmap, self.label_nc, like=x)
         rows = functional.times(self._rows_by_modules(segmap, x, upsample), gain)
-        x, stats, upsample = apply_norm(self.param_free_norm, x, moments, upsample)
-        return DeferredModulation(x, stats, ModulationTable(rows), negative_slope, upsample)
+        normalized = apply_norm(self.param_free_norm, x, moments, upsample)
+        return functional.deferred(normalized, ModulationTable(rows), negative_slope)
 
     def pack(self) -> PackedWeights | None:
         return PackedWeights(self._weights()) if self._is_as_built() else None

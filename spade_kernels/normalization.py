@@ -52,14 +52,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 _BATCH_NORMS, _SYNC_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm), (SyncBatchNorm2d, nn.SyncBatchNorm)
 
 
-def is_parameter_free(norm: nn.Module) -> bool:
-    """True if the module does nothing but normalize by `statistics`."""
-    if has_hooks(norm) or getattr(norm, "affine", True):
+def is_fusable(norm: nn.Module) -> bool:
+    """True if a call of the module is normalization by `statistics`, then perhaps an affine map, and nothing else."""
+    if has_hooks(norm):
         return False
     if type(norm) is nn.InstanceNorm2d:
         return not norm.track_running_stats
     of_some = type(norm) is nn.SyncBatchNorm and norm.process_group is not None
-    return type(norm) in (nn.BatchNorm2d, *_SYNC_BATCH_NORMS) and not of_some
+    return type(norm) in (nn.BatchNorm2d, nn.GroupNorm, *_SYNC_BATCH_NORMS) and not of_some
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -77,10 +77,10 @@ def moments(norm: nn.Module, x: Tensor) -> Moments | None:
 
 
 def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Statistics:
-    """Mean and 1/std of x under a parameter-free norm module; updates its running statistics in training.
+    """Mean and 1/std of x under a norm module, without its affine map; updates its running statistics in training.
 
     Args:
-        norm: nn.InstanceNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm or SyncBatchNorm2d. x: (N, C, h, w).
+        norm: nn.InstanceNorm2d, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm or SyncBatchNorm2d. x: (N, C, h, w).
         taken: `moments(norm, x)`, if they are at hand.
         upsample: the statistics are those of x with every pixel repeated upsample x upsample times.
 
@@ -89,9 +89,11 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
         ValueError: one value per channel in training, where a variance does not exist; moments or running statistics
             of another shape than x has channels.
     """
-    if not isinstance(norm, (nn.InstanceNorm2d, *_BATCH_NORMS)):
+    if not isinstance(norm, (nn.InstanceNorm2d, nn.GroupNorm, *_BATCH_NORMS)):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
     _check_fits(norm, x, taken)
+    if isinstance(norm, nn.GroupNorm):
+        return group_statistics(x, norm.num_groups, norm.eps, taken, upsample)
     if isinstance(norm, nn.InstanceNorm2d):
         return instance_statistics(x, norm.eps, taken, upsample)
     if not _goes_by_running_statistics(norm):
@@ -104,7 +106,7 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
 
 
 def _check_fits(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
-    running = {name: getattr(norm, name) for name in ("running_mean", "running_var")}
+    running = {name: getattr(norm, name, None) for name in ("running_mean", "running_var")}
     if len({t is None for t in running.values()}) > 1:
         raise ValueError("the norm has one of running_mean and running_var; it must have both or neither")
     for name, t in running.items():
@@ -124,23 +126,36 @@ def _is_moment(t: Tensor, x: Tensor) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point() and t.shape == x.shape[:2] and t.device == x.device
 
 
-def apply_norm(
-    norm: nn.Module | Statistics, x: Tensor, taken: Moments | None = None, upsample: int = 1
-) -> tuple[Tensor, Statistics, int]:
-    """The tensor to modulate, its statistics, and the upsampling that is left to do.
+class Normalized(NamedTuple):
+    """A tensor to modulate: x, its statistics, the upsampling that is left to do, and the norm's weight and bias.
 
-    They are x itself and its statistics under a parameter-free norm, or those given. Any other module is called with x
-    at its full size, and its result has the statistics that leave it as it is.
+    weight, bias: (C,), applied to the normalized x before it is modulated; None for a norm without an affine map.
+    """
+
+    x: Tensor
+    stats: Statistics
+    upsample: int = 1
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def apply_norm(norm: nn.Module | Statistics, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Normalized:
+    """Takes x's statistics under a norm that can be fused, or those given; calls any other module with x.
+
+    A module that is called gets x at its full size, and its result has the statistics that leave it as it is.
 
     Args:
         taken, upsample: see `statistics`.
     """
-    if isinstance(norm, nn.Module) and not is_parameter_free(norm):
+    if isinstance(norm, nn.Module) and not is_fusable(norm):
         x = channels_last(norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x))
-        return x, identity_statistics(x), 1
+        return Normalized(x, identity_statistics(x))
     # Kernels read channels-last; statistics, modulation and their gradients share one conversion.
     x = channels_last(x)
-    return x, statistics(norm, x, taken, upsample) if isinstance(norm, nn.Module) else norm, upsample
+    if isinstance(norm, Statistics):
+        return Normalized(x, norm, upsample)
+    stats = statistics(norm, x, taken, upsample)
+    return Normalized(x, stats, upsample, getattr(norm, "weight", None), getattr(norm, "bias", None))
 
 
 def identity_statistics(x: Tensor) -> Statistics:
@@ -172,6 +187,20 @@ def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, ups
         raise ValueError(f"instance norm needs more than one pixel per channel, got x of shape {tuple(x.shape)}")
     mean, m2 = taken or ops.channel_stats(x.detach())
     return Statistics(mean, (m2 / pixels + eps).rsqrt(), "image")
+
+
+def group_statistics(
+    x: Tensor, num_groups: int, eps: float, taken: Moments | None = None, upsample: int = 1
+) -> Statistics:
+    """Statistics of each image's groups of channels (biased variance); arguments as of `statistics`."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    if channels % num_groups:
+        raise ValueError(f"{num_groups} groups do not divide the {channels} channels of x")
+    mean, m2 = (t.unflatten(1, (num_groups, -1)) for t in taken or ops.channel_stats(x.detach()))
+    between, centre = torch.var_mean(mean, 2, correction=0, keepdim=True)
+    variance = between + m2.mean(2, keepdim=True) / pixels
+    rstd = (variance + eps).rsqrt()
+    return Statistics(centre.expand_as(mean).flatten(1), rstd.expand_as(mean).flatten(1), f"group:{num_groups}")
 
 
 def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsample: int) -> Statistics:

@@ -68,7 +68,7 @@ _NUMBERS: dict[str, tuple[list, list]] = {  # valid and invalid ones
     "upsample": ([], [0, -1, 2, 3, 2**31, 2**62]),
     "negative_slope": ([0.0, -1.0, float("nan"), float("inf")], []),
     "relu": ([True, False], []),
-    "stats_scope": (["none", "image", "batch"], ["", "images", "no\0ne"]),
+    "stats_scope": (["none", "image", "batch", "group:1"], ["", "images", "no\0ne", "group:", "group:0", "group:977"]),
     "sizes": ([[1, 1], [64, 2], []], [[5], [5, 4, 3], [0, 4], [5, -1], [2**20, 2**20], [2**62, 2], [-(2**63), 4]]),
 }
 

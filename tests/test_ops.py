@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 N, C, H, W, D, K = 2, 2, 5, 4, 3, 3
 DOUBLE = {"dtype": torch.float64}
-STATS_SCOPES = ("none", "image", "batch")
+STATS_SCOPES = ("none", "image", "group:1", "batch")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -168,6 +168,9 @@ def test_gradient_of_conv3x3(layout):
 
 
 def statistics_of(x: Tensor, stats_scope: str) -> Statistics:
+    if stats_scope == "group:1":
+        var, mean = (t[:, None].expand(x.shape[:2]) for t in torch.var_mean(x.detach(), (1, 2, 3), correction=0))
+        return Statistics(mean, (var + 1e-5).rsqrt(), stats_scope)
     if stats_scope == "none":
         x = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
     var, mean = torch.var_mean(x.detach(), (2, 3) if stats_scope == "image" else (0, 2, 3), correction=0)

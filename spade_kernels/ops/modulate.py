@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from spade_kernels.ops._register import (
     require_segments,
 )
 
-_STATS_SCOPES = ("none", "image", "batch", "world")
+_STATS_SCOPE = re.compile(r"none|image|batch|world|group:[1-9]\d{0,8}")
 
 
 def modulate(
@@ -42,8 +43,9 @@ def modulate(
     Args:
         image_offsets, indices, offsets: of the window index; needed by the backward only.
         stats_scope: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
-            "image" (each image), "batch" (this process's batch), "world" (all processes' batches). Pass them detached:
-            a gradient for mean and rstd themselves raises.
+            "image" (each image and channel), "group:G" (each image and each of G groups of channels, whose values all
+            channels of a group have), "batch" (this process's batch), "world" (all processes' batches). Pass them
+            detached: a gradient for mean and rstd themselves raises.
     """
     return call(
         operators.modulate,
@@ -89,9 +91,16 @@ def _check(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, 
     if indices is not None or offsets is not None:
         a.require(pixel_row is not None, "indices and offsets are of pixel_row, which is not given")
     a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
-    a.require(
-        stats_scope in _STATS_SCOPES, f"stats_scope must be one of {', '.join(_STATS_SCOPES)}, got {stats_scope!r}"
-    )
+    if not _STATS_SCOPE.fullmatch(stats_scope):
+        a.fail(f"stats_scope must be none, image, group:G, batch or world, got {stats_scope!r}")
+    groups = num_groups(stats_scope)
+    divide = not isinstance(x.shape[1], int) or x.shape[1] % groups == 0
+    a.require(divide, f"{groups} groups do not divide x's channels")
+
+
+def num_groups(stats_scope: str) -> int:
+    """G of "group:G"; 1 of any other scope."""
+    return int(stats_scope.removeprefix("group:")) if stats_scope.startswith("group:") else 1
 
 
 def _fake(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, negative_slope, upsample, stats_scope):
@@ -148,6 +157,9 @@ def _normalization_means(
         every = torch.arange(len(products), device=products.device)
         sums = operators.gather_sum_grad(products, products, every, image_offsets, 1, False)[0]
         means = sums.view(images, -1) / pixels
+    if stats_scope.startswith("group:"):
+        groups = means.view(images, 2, num_groups(stats_scope), -1)
+        means = groups.mean(3, keepdim=True).expand_as(groups).reshape(images, -1)
     of_scale, of_shift = means.split(channels, 1)
     return of_shift, of_scale
 
@@ -163,6 +175,10 @@ def _differentiable_statistics(x: Tensor, mean: Tensor, rstd: Tensor, stats_scop
     """mean and rstd with their values, which were computed from x, and the derivatives that they have in x."""
     if stats_scope == "image":
         variance, centre = torch.var_mean(x, (2, 3), correction=0)
+    elif stats_scope.startswith("group:"):
+        groups = x.unflatten(1, (num_groups(stats_scope), -1))
+        moments = torch.var_mean(groups, (2, 3, 4), correction=0)
+        variance, centre = (t.repeat_interleave(groups.shape[2], 1) for t in moments)
     elif stats_scope == "batch":
         variance, centre = (t.unsqueeze(0) for t in torch.var_mean(x, (0, 2, 3), correction=0))
     else:
