@@ -1,5 +1,5 @@
-// The parameters of window_index on a GPU: the windows of a batch at several sizes and levels, as calls of as many maps
-// as a launch takes.
+// The parameters of window_index on a GPU: the windows of a batch at several sizes and levels, divided into calls with
+// as many maps as one launch takes.
 #pragma once
 
 #include <algorithm>
@@ -12,31 +12,31 @@
 
 namespace spade::cuda {
 
-// The windows of a batch of maps of ids, resized to one size. The last five are scratch of the sizes given.
+// The windows of a batch of maps of ids, resized to one size. The last four pointers are scratch of the given sizes.
 struct WindowMap {
   const int64_t* ids;                                   // (images, source_height, source_width)
-  int64_t first_id;                                     // added to each
+  int64_t first_id;                                     // added to each id
   int64_t* pixel_row;                                   // (images, out_height, out_width)
   int64_t* image_offsets;                               // (images + 1)
   int64_t* windows;                                     // (rows, kernel_size^2), for write_windows
   uint32_t source_height, source_width, height, width;  // before and after the resize
   uint32_t out_height, out_width, slot_bits, blocks;    // from plan_window_index
   float scale_y, scale_x;
-  uint32_t num_rows;  // for write_windows: what `rows` says
+  uint32_t num_rows;  // the value at `rows`, for write_windows
   uint32_t* rows;
   uint32_t* slots;   // (images, 2^slot_bits)
   uint32_t* counts;  // (images, blocks)
   uint32_t* firsts;  // (images, out_height, out_width)
 };
 
-// Several maps at once; their slots lie one behind the other.
+// Several maps for one launch; their slots are contiguous in memory.
 struct WindowIndexCall {
   static constexpr uint32_t kMostMaps = 8;
   uint32_t images, kernel_size, stride, padding, count;
   WindowMap maps[kMostMaps];
 };
 
-// Sets what follows from the sizes: out_height, out_width, slot_bits, blocks, scales.
+// Sets the fields that follow from the sizes: out_height, out_width, slot_bits, blocks, scales.
 void plan_window_index(const WindowIndexCall& call, WindowMap& map);
 class WindowPlan {
  public:
@@ -73,7 +73,7 @@ class WindowPlan {
     }
   }
 
-  // of(map, and that of the level before or null), size by size and level by level.
+  // Calls of(map, the map of the level before or null), size by size and level by level.
   template <class Of>
   void for_each_map(const Of& of) {
     constexpr int64_t most = WindowIndexCall::kMostMaps;
@@ -87,12 +87,12 @@ class WindowPlan {
     }
   }
 
-  // Values of scratch that the kernels need, each a uint32_t.
+  // The size of the scratch that the kernels need, in values of uint32_t.
   int64_t scratch_size() const {
     return slots_ + counts_ + firsts_ + maps_;
   }
 
-  // Gives every map its part of the scratch; how many rows there are comes last, map by map.
+  // Gives every map its part of the scratch; the numbers of rows come last, map by map.
   void divide(uint32_t* scratch) {
     uint32_t *slots = scratch, *counts = slots + slots_, *firsts = counts + counts_, *rows = firsts + firsts_;
     for (WindowIndexCall& call : calls)
