@@ -51,7 +51,7 @@ inline void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rs
   const Arguments a("modulate", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   if (image_offsets) a.bounds("image_offsets", *image_offsets, x.size(0), table.size(0), false);
-  if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets are of pixel_row, which is not given");
+  if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets need pixel_row, which is not given");
   a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})
     if (stats_scope == known) return;

@@ -45,8 +45,8 @@ class MissingKernelsWarning(UserWarning):
 def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
     """Imports a compiled module.
 
-    Returns the module and "", or None and a message: the reason, and the command that builds the module. A build that
-    fails says what it lacks.
+    Returns the module and "", or None and a message with the reason and the command that builds the module. If that
+    build fails, it names what is missing.
     """
     module = f"spade_kernels.{name}"
     try:
@@ -159,7 +159,7 @@ def operators_of(backend: str) -> list[str]:
 
 
 def kernels_on(device: str) -> dict[str, str]:
-    """A dict from each operator's name to the backend whose kernel runs for tensors on "cpu" or "cuda"."""
+    """A dict from each operator's name to the backend whose kernel runs on `device`, "cpu" or "cuda"."""
     return {name: _kernel_on(device, name) for name in _operators}
 
 

@@ -149,8 +149,8 @@ def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
     return settings == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
 
 
-# Fewest pixels of a batch for a Winograd convolution. From here on, transforming the weight in every call pays, and the
-# weight's gradient is within the error budget. With fewer pixels, a direct convolution is more accurate.
+# Fewest pixels of a batch for a Winograd convolution. From this number on, transforming the weight in every call pays,
+# and the weight's gradient is within the error budget. With fewer pixels, a direct convolution is more accurate.
 _PIXELS = 32 * 32
 # Most channels for a channels-last convolution in oneDNN: more in one sum exceed the error budget.
 _CHANNELS = 64
@@ -198,7 +198,7 @@ class PackedConv2d:
     Args:
         weight: (out, in, k, k).
         bias: (out,) or None.
-        padding: rows and columns of zeros on each side.
+        padding: (rows, columns) of zeros on each side.
         relu: True applies a ReLU to the result.
     """
 

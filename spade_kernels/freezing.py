@@ -90,7 +90,7 @@ def _version(value: Any) -> tuple[int, int]:
 
 
 def _is_exporting() -> bool:
-    # torch 2.11 reports `is_exporting` in all compiled code. Only strict export compiles with Dynamo.
+    # torch 2.11 reports `is_exporting` in all code that Dynamo compiles. Of exports, only strict ones use Dynamo.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -90,8 +90,8 @@ class PackedWeights:
 
 _path = "auto"
 
-# Where the dense path becomes faster, by benchmarks/crossover.py: hidden windows per pixel, and pixels of a feature
-# map.
+# The dense path is faster from these values on, by benchmarks/crossover.py: hidden windows per pixel, and pixels of a
+# feature map.
 _DENSE_FROM, _DENSE_FROM_TRAINING = 0.6, 0.5
 _DENSE_PIXELS, _DENSE_PIXELS_FROZEN = 32 * 32, 16 * 16
 
@@ -228,7 +228,7 @@ def as_gain(gain: Gain | None) -> Gain | None:
     """Converts the gain to a Python float or a tensor of shape (); None stays None.
 
     Raises:
-        TypeError, ValueError: it is not one number, or a number that is not positive and finite.
+        TypeError, ValueError: the gain is not one number, or a number that is not positive and finite.
     """
     if gain is None:
         return None
@@ -264,7 +264,7 @@ def check_weights(weights: Weights) -> None:
     if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
         raise ValueError(
             f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
-            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
+            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with the same odd k"
         )
     for name, (weight, bias) in zip(weights._fields, weights, strict=True):
         if bias.shape != weight.shape[:1]:
@@ -325,11 +325,11 @@ def _window_table(
         responses, hidden_bias = tap_responses(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
         bias = _joint_bias(weights, acc_dtype)
     hidden = ops.gather_sum(responses, hidden_bias, index.hidden.windows, *segments[0], True)
-    # The gain is applied to hidden rows and bias, which are smaller than the table and on which it depends linearly.
+    # The gain multiplies hidden rows and bias instead of the larger table, which is linear in both together.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = packed.packed_weight if packed else None
-    # Weights in the accumulation dtype stay as they are: packing rounds them for the product, and no rounding affects
-    # their gradients.
+    # Weights in the accumulation dtype stay as they are: the operator rounds a copy for the product, and their
+    # gradients are not rounded.
     gamma, beta = (w if w.dtype == acc_dtype else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
     return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 

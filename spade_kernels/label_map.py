@@ -209,7 +209,7 @@ class LabelMap(Packable):
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
 
-        Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
+        Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so that the
         discriminator's coarser scales need no one-hot planes either.
         """
         return self.cache.get("pooled", self._pool, self.codes)
@@ -426,7 +426,7 @@ def _collate(label_maps: Sequence[LabelMap], *, collate_fn_map: Any = None) -> L
     return LabelMap.cat(label_maps)
 
 
-# A DataLoader without a `collate_fn` then joins the label maps of its samples into one.
+# With this function, a DataLoader without a `collate_fn` joins the label maps of its samples into one.
 default_collate_fn_map[LabelMap] = _collate
 
 _PARTS = ("codes", "labels", "edges", "_pooled_codebook")
@@ -450,10 +450,10 @@ def _unflatten(parts: Iterable[Any], context: tuple[int, int | None]) -> LabelMa
     return label_map
 
 
-# torch.load, which torch.export.load calls, then loads label maps as it loads tensors.
+# This lets torch.load, which torch.export.load calls, load label maps as it loads tensors.
 torch.serialization.add_safe_globals([Cache, LabelMap, Slot, WindowKey, Windows])
-# Programs of torch.export then take label maps. The cache is not part of the tree: a program would otherwise accept
-# only label maps that have built the same window indexes as its example.
+# This lets programs of torch.export take label maps. The cache is not part of the tree: a program would otherwise
+# accept only label maps that have built the same window indexes as its example.
 _pytree.register_pytree_node(
     LabelMap,
     _flatten,

@@ -187,8 +187,9 @@ def spade_conv(
 ) -> torch.Tensor:
     """conv(leaky_relu(norm(x, segmap), negative_slope)) + add, with fewer passes over x and the convolution's weight.
 
-    In training, the small modulation table is divided by the convolution's spectral norm, not the weight. When both
-    modules are frozen, compiled CPU kernels modulate x while the convolution reads it, and never store the result.
+    In training, the small modulation table is divided by the convolution's spectral norm instead of the large weight.
+    When both modules are frozen, compiled CPU kernels modulate x while the convolution reads it, and never store the
+    result.
 
     Modules of classes other than `Conv2d` and `SPADE`, and modules with hooks, are called as they are: `conv` with a
     tensor, and `norm` with x and the condition, followed by the leaky ReLU. A norm that is not a SPADE layer is called

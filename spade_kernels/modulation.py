@@ -1,4 +1,4 @@
-"""Modulation tables, and the modulation of a feature map by one: at once, or deferred to the convolution after it."""
+"""Modulation tables, and the modulation of a feature map by a table: at once, or fused into the next convolution."""
 
 from __future__ import annotations
 

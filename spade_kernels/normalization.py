@@ -115,8 +115,8 @@ def _check_fits(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
             f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__ for t in taken
         ]
         raise ValueError(
-            f"moments must be two float tensors of shape {tuple(x.shape[:2])} on {x.device}, got {got}; take them of "
-            "this x with normalization.moments"
+            f"moments must be two float tensors of shape {tuple(x.shape[:2])} on {x.device}, got {got}; take them "
+            "from this x with normalization.moments"
         )
 
 
@@ -166,7 +166,7 @@ def check_input(x: Tensor, channels: int) -> None:
 
 
 def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:
-    """Statistics of each image's channels, with the biased variance; see `statistics` for the arguments."""
+    """Statistics of each image's channels, from the biased variance plus eps; see `statistics` for the arguments."""
     pixels = x.shape[2] * x.shape[3]
     if pixels * upsample == 1:
         raise ValueError(f"instance norm needs more than one pixel per channel, got x of shape {tuple(x.shape)}")
@@ -197,7 +197,10 @@ def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsamp
 
 
 def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Merges the processes' statistics in rank order, which gives the same bits everywhere, by one small all-gather."""
+    """Merges the statistics of all processes after one all-gather of a few numbers per channel.
+
+    Merging in rank order gives the same bits on every rank, and merging squared deviations avoids cancellation.
+    """
     transforms.require_one_process()
     mine = torch.cat((mean[0], variance[0] * count, mean.new_full((1,), count)))
     gathered = [torch.empty_like(mine) for _ in range(world_size())]

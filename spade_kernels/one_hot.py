@@ -1,4 +1,4 @@
-"""Detection of one-hot float tensors, which users of SPADE layers often pass, as label maps."""
+"""Detection of label maps in one-hot float tensors, which users of SPADE layers often pass."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def _is_traced(planes: Tensor) -> bool:
 
 
 def _stamp(planes: Tensor) -> _Stamp | None:
-    """(version counter, address), or None where the counter misses changes: in inference mode and shared memory."""
+    """(version counter, address) of the tensor; None where the counter can miss changes.
+
+    That is so in inference mode, in shared memory, and in memory that PyTorch did not allocate.
+    """
     # Another process that writes to shared memory has a version counter of its own.
     if planes.is_inference() or planes.is_shared() or not planes.untyped_storage().resizable():
         return None

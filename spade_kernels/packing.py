@@ -17,8 +17,8 @@ _T = TypeVar("_T")
 class Packable:
     """Base class of objects that hold tensors, packables, and tuples and dicts of them.
 
-    It is pickled with all tensors packed into one, because each tensor that a data-loader worker sends costs both
-    processes a file descriptor.
+    Such an object is pickled with all tensors packed into one, because each tensor that a data-loader worker sends
+    costs both processes a file descriptor.
     """
 
     def __getstate__(self) -> tuple[Tensor | None, dict]:
@@ -41,10 +41,10 @@ class Slot:
         return buffer[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-# Tensors are made outside inference mode, because training may need them later, as everything that a label map caches.
+# The buffer is made outside inference mode, because training may need its tensors later.
 @torch.inference_mode(False)
 def pack(nest: _T, pinned: bool = False) -> tuple[Tensor | None, _T]:
-    """Returns (buffer, layout): all tensors of `nest` as one of bytes, and `nest` with a `Slot` for each tensor.
+    """Returns (buffer, layout): one uint8 tensor with all tensors of `nest`, and `nest` with a `Slot` for each.
 
     The buffer is None if `nest` has no tensors.
 

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: their specification, and the backend that always runs.
 
-The functions run on any device. They compute float16, bfloat16 and float32 inputs in float32, and float64 inputs in
-float64; this is the accumulation dtype. Index arguments named `indices, offsets` are the segments of a segment sum:
+The functions run on any device. They compute in the accumulation dtype: float32 for float16, bfloat16 and float32
+inputs, and float64 for float64 inputs. Index arguments named `indices, offsets` are the segments of a segment sum:
 segment s takes the entries indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order, so sums are the same from
 run to run.
 """
@@ -32,8 +32,7 @@ def window_index(
     Args:
         ids: (N, H, W) int64, all positive and below 2**32; 0 is reserved for "outside the image".
         sizes: flat list of height and width of the first size, height and width of the second, ...
-        levels: 1, or 2 to find also the windows of the map that has, at each pixel, the row of its window, counted from
-            1.
+        levels: 1, or 2 to find also the windows of the first level's map of rows, pixel_row + 1.
 
     Returns:
         For each size and each of its levels: windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64,
@@ -85,7 +84,7 @@ def gather_sum(
     It is the sum over t of tap_responses[windows[:, t], t], plus the bias, followed by a ReLU if `relu` is True.
 
     Args:
-        tap_responses: (codes, T, D), the convolution's response to each code at each tap; code 0 must have zeros.
+        tap_responses: (codes, T, D), the convolution's response to each code at each tap; tap_responses[0] must be 0.
         windows: (rows, T) int64 codes.
         indices, offsets: the uses of each (code, tap) pair in the windows; needed by the backward only.
     """
@@ -156,9 +155,9 @@ def modulation_table_grad(
 def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
     """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) in panels of 32 output columns.
 
-    The last panel is padded with 0. `modulation_table` packs the weights in every call unless they are packed. On a CPU
-    the result is contiguous, in the accumulation dtype; on a GPU it has the weights' dtype, and D is innermost in
-    memory, as tensor cores read it.
+    The last panel is padded with 0. `modulation_table` packs the weights in every call unless it is given packed ones.
+    On a CPU the result is contiguous, in the accumulation dtype; on a GPU it has the weights' dtype, and D is innermost
+    in memory, as tensor cores read it.
     """
     columns = torch.cat((gamma, beta)).flatten(2)
     columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32)).unflatten(0, (-1, 32))
@@ -180,7 +179,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> Tensor:
-    """Gradient of x from those of its statistics."""
+    """Gradient of x from the gradients of its statistics."""
     acc = accumulator(x)
     pixels = x.shape[2] * x.shape[3]
     centred = acc - mean[:, :, None, None]

@@ -39,20 +39,20 @@ class StaticLabelMap:
         Window indexes that `other` lacks are built first.
 
         Raises:
-            ValueError: its size, classes or edges differ, or it has more distinct windows than there is room for.
+            ValueError: `other` differs in size, classes or edges, or has more distinct windows than there is room for.
             RuntimeError: the network has asked for an index that the example did not hold.
         """
         mine = self.label_map
         if _held(mine) != self._held:
             raise RuntimeError(
-                "the network needed more of the label map than the example held, which has no fixed place; run the "
-                "network on the example before making a StaticLabelMap of it"
+                "the network needed window indexes that the example did not hold, and these have no fixed place; "
+                "run the network on the example before making a StaticLabelMap of it"
             )
         for name in ("shape", "num_labels", "ignore_index", "is_pooled"):
             if getattr(mine, name) != getattr(other, name):
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
-            raise ValueError("of the label map and the place, one has edges and one has not")
+            raise ValueError("the label map and the place differ: one has edges and one has not")
         # A copy to a CPU must not be asynchronous: nothing would wait for it.
         other = other.to(mine.device, non_blocking=mine.device.type == "cuda")
         places, found = [*_windows_of(mine).values()], _windows_like(mine, other)
@@ -133,7 +133,7 @@ def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
 def _with_room(example: LabelMap) -> LabelMap:
     """A copy whose window indexes have spare rows."""
     if example.is_pooled:
-        raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
+        raise ValueError("a pooled label map has a codebook of its own, so its graph could not serve another label map")
     twin = example._with_codes(example.codes, None)
     twin.labels = example.labels.long()  # int64, whatever integer dtype the labels had.
     for key, windows in _windows_of(example).items():

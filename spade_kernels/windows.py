@@ -16,7 +16,7 @@ Segments = tuple[torch.Tensor, torch.Tensor]
 
 
 class WindowKey(NamedTuple):
-    """Cache key of windows: of a label map's codes, or of its hidden rows, one for each distinct window of codes."""
+    """Cache key of the windows of a label map's codes, or of its hidden rows (one per distinct window of codes)."""
 
     of: Literal["codes", "hidden rows"]
     height: int
@@ -108,7 +108,7 @@ class WindowIndex(NamedTuple):
         """Builds the index of codes (N, H, W) at each of the `sizes` (h, w)."""
         found = ops.window_index(codes, sizes, kernel_size, 1, kernel_size // 2, levels=2)
         hidden = [Windows(*level, num_codes) for level in found[::2]]
-        # len() would fail: where torch.export traces, the number of rows is a symbol.
+        # len() is not used, because the number of rows is a symbol where torch.export traces.
         pairs = zip(hidden, found[1::2], strict=True)
         return [cls(of_codes, Windows(*level, of_codes.windows.shape[0] + 1)) for of_codes, level in pairs]
 

@@ -36,7 +36,7 @@ inline int64_t tap_step(const Tensor& weight) {
   return weight.size(3) > 1 ? weight.stride(3) : weight.stride(2);
 }
 
-// True if the taps of a weight have one distance, as in contiguous and in channels-last weights.
+// True if neighbouring taps of a weight have equal distances, as in contiguous and in channels-last weights.
 inline bool evenly_apart(const Tensor& weight) {
   return weight.size(2) == 1 || weight.size(3) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
 }

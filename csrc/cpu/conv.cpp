@@ -1,4 +1,4 @@
-// conv, conv3x3 and modulate_conv on a CPU. Their kernels are in the other files of conv.h.
+// conv, conv3x3 and modulate_conv on a CPU. Their kernels are declared in conv.h.
 #include "conv.h"
 
 #include <torch/csrc/stable/library.h>

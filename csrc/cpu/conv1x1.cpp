@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
 constexpr int64_t kFewestPixels = 24, kMostPixels = 48;
-// Extra elements of a pixel: without them, one channel of all pixels could fall into the same set of a cache.
+// Extra elements per pixel: without them, one channel of all pixels could fall into the same set of a cache.
 constexpr int64_t kGap = 16;
 
 // Writes the outputs of pixels [first, last) in `columns` columns, beginning with `column`, from their products.

@@ -1,4 +1,4 @@
-// The forward of the convolution in conv3x3.h.
+// The forward of the 3 x 3 convolution, with the transforms of conv3x3.h.
 #include "conv3x3.h"
 
 #include "gemm.h"

@@ -57,7 +57,7 @@ SPADE_INLINE A* place(A* values, int64_t count, int64_t t, int64_t c) {
   return values + (c / width * count + t) * width + c % width;
 }
 
-// Transforms inputs and gradients of the tiles [begin, end), counted from the first of `to`.
+// Transforms inputs and gradients of the tiles [begin, end), counted from to.first.
 template <class A>
 SPADE_INLINE void transform(const ConvWeightGradParams& p, int64_t begin, int64_t end, const Transformed<A>& to) {
   const Scratch<A> outside(std::max(p.in, p.out));
@@ -94,7 +94,7 @@ template <class A>
 SPADE_INLINE void transform_back(const ConvWeightGradParams& p, const A* u, int64_t rows, int64_t row, int64_t in,
                                  int64_t out) {
   const int64_t ins = std::min(kSide, p.in - in), outs = std::min(kSide, p.out - out);
-  A weights[kSide][kSide][9];  // of output channel, input channel, tap
+  A weights[kSide][kSide][9];  // by output channel, input channel and tap
   for (int64_t i = 0; i < ins; ++i) {
     A half[3][4][kSide], values[9][kSide];
     for (int j = 0; j < 4; ++j) {

@@ -1,4 +1,5 @@
-// A packed matrix product. torch's CPU product is tuned for other machines: on AMD's this one is about twice as fast.
+// A packed matrix product. torch's CPU product is tuned for other machines: on AMD processors this one is about twice as
+// fast.
 #include "gemm.h"
 
 #include <array>
@@ -11,7 +12,7 @@ namespace {
 
 // The number of products that are summed in registers before they are added to out: longer sums would lose digits.
 constexpr int64_t kDepth = 32;
-// Rows of a task: every task reads all of b, and few tasks would leave threads idle.
+// Rows of a task: tasks with few rows read b too often, and tasks with many leave threads idle.
 constexpr int64_t kFewestRows = 24, kMostRows = 96;
 constexpr int64_t kTasks = 8;
 

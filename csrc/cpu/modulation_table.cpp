@@ -81,7 +81,7 @@ void fill_panel(const ModulationWeights& w, int64_t panel, A* to) {
   }
 }
 
-// The panels [first, first + count): those that the caller has packed, or else packed here.
+// The panels [first, first + count) of the packed weights that the caller gives, or packed here if there are none.
 template <class A>
 class Panels {
  public:

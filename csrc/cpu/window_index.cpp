@@ -144,7 +144,7 @@ int64_t* mutable_ids(const Tensor& t) {
   return static_cast<int64_t*>(t.mutable_data_ptr());
 }
 
-// One image's windows at one size, level by level, rows counted from 0 in each.
+// One image's windows at one size, level by level. In each level the rows are counted from 0.
 std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, WindowIndexParams p, int64_t levels) {
   const std::vector<int64_t> rows_of = nearest_indices(map.size(1), p.height),
                              cols_of = nearest_indices(map.size(2), p.width);

@@ -108,8 +108,8 @@ void for_dtypes(Dtype dtype, Dtype table, const F& f) {
   });
 }
 
-// Calls f(integral_constant<V>), where V is the number of channels that one access takes: kAccess bytes of them if the
-// channels and pointers are multiples of it, else 1.
+// Calls f(integral_constant<V>), where V is the number of channels per access: as many as kAccess bytes hold if the
+// number of channels is a multiple of that and the pointers are aligned to kAccess, else 1.
 template <class T, class F>
 void for_vector(int64_t channels, std::initializer_list<const void*> pointers, const F& f) {
   constexpr int kMost = kAccess / sizeof(T);

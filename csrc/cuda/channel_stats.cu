@@ -124,7 +124,7 @@ struct PieceStats {
   };
 
   // For the merge, a thread has one channel of its lane, and every `groups`-th row. It first merges these rows, which
-  // leaves V times fewer and needs no other thread.
+  // leaves V times fewer rows and needs no other thread.
   struct Merger {
     static_assert(kThreads / kPieceLanes >= V, "a block has a row for every channel of a lane");
     uint32_t groups, channel, group;

@@ -142,7 +142,8 @@ class ModulateCall {
     params.table = table.const_data_ptr();
     params.num_rows = table.size(0);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3) * upsample * upsample;
-    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31), "a call has less than 2^31 pixels");
+    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31),
+            "a call must have fewer than 2^31 pixels and fewer than 2^31 rows of the table");
     if (pixel_row) params.pixel_row = add_index(*pixel_row);
   }
 

@@ -111,7 +111,7 @@ template <class A, int V>
 struct MergeParts {
   static constexpr int kThreads = spade::cuda::kThreads;
   struct Shared {
-    int64_t first, last, row;  // the long row that may start in this block's pieces, and its pieces
+    int64_t first, last, row;  // row: the long row that starts in this block's pieces, or -1; first, last: its pieces
     Values<A, V> sums[kThreads];
   };
   ModulateParams p;

@@ -1,5 +1,5 @@
 // spade_kernels._C_cuda: importing it registers the CUDA kernels; build_info() says how they were built.
-// This file does not ask for PyTorch's stable ABI, because some releases then leave out their pybind11.
+// This file does not ask for PyTorch's stable ABI: some releases of PyTorch hide their pybind11 from files that do.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <sources.h>  // written by setup.py

@@ -170,7 +170,7 @@ struct Number {
   static constexpr int kMasks = kThreads / 32;
   struct Shared {
     uint32_t before;
-    uint32_t first[2][kMasks];  // a bit for each current pixel, for even and odd turns
+    uint32_t first[2][kMasks];  // bits of pixels that are the first of their window, in even and odd turns
   };
   WindowIndexCall p;
 

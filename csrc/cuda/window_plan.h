@@ -40,7 +40,8 @@ struct WindowIndexCall {
 void plan_window_index(const WindowIndexCall& call, WindowMap& map);
 class WindowPlan {
  public:
-  // shape: of the ids, (images, height, width). sizes: h, w of the first, h, w of the second, ...
+  // `shape` is (images, height, width) of the ids. `sizes` is a list of pairs: h, w of the first size, h, w of the
+  // second, ...
   WindowPlan(const std::array<int64_t, 3>& shape, const std::vector<int64_t>& sizes, int64_t kernel_size,
              int64_t stride, int64_t padding, int64_t levels)
       : levels_(levels), num_sizes_(static_cast<int64_t>(sizes.size()) / 2) {
@@ -48,7 +49,7 @@ class WindowPlan {
     WindowIndexCall call{};
     require(sizes.size() % 2 == 0, "sizes must be pairs (h, w)");
     require(levels >= 1, "levels must be positive");
-    require(shape[0] >= 1 && shape[0] <= std::numeric_limits<uint16_t>::max(), "a batch has 1 to 65535 images");
+    require(shape[0] >= 1 && shape[0] <= std::numeric_limits<uint16_t>::max(), "a batch must have 1 to 65535 images");
     call.images = static_cast<uint32_t>(shape[0]);
     call.kernel_size = extent(kernel_size, 1, "kernel_size must be positive");
     call.stride = extent(stride, 1, "stride must be positive");
@@ -122,7 +123,7 @@ class WindowPlan {
             "no window fits the size");
     plan_window_index(call, map);
     require(int64_t{map.out_height} * map.out_width < (int64_t{1} << 30) && num_windows(call, map) < (int64_t{1} << 30),
-            "a batch has less than 2^30 windows");
+            "a batch must have fewer than 2^30 windows");
     slots_ += num_slots(call, map);
     counts_ += int64_t{call.images} * map.blocks;
     firsts_ += num_windows(call, map);

@@ -1,8 +1,8 @@
 """Checks of operator arguments for kernels written in Python; csrc/arguments.h has those of the compiled ones.
 
-Every operator's file has a function that calls these for each of its arguments. They raise RuntimeError for a tensor of
-the wrong dtype, rank, size or device, for one without memory, and for a number outside its range; the message names the
-operator, the argument and what was expected.
+Every operator's file has a function that calls these checks for each of its arguments. They raise RuntimeError for a
+tensor of the wrong dtype, rank, size or device, for a tensor without memory, and for a number outside its range; the
+message names the operator, the argument and the expected value.
 
 Index tensors must hold valid indices. On a CPU their values are always checked, because that costs little beside the
 reads that use them. On a GPU the host would have to wait for the values: there they are checked only if the environment

@@ -87,7 +87,7 @@ def _check(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, 
     if image_offsets is not None:
         a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
     if indices is not None or offsets is not None:
-        a.require(pixel_row is not None, "indices and offsets are of pixel_row, which is not given")
+        a.require(pixel_row is not None, "indices and offsets need pixel_row, which is not given")
     a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
     a.require(
         stats_scope in _STATS_SCOPES, f"stats_scope must be one of {', '.join(_STATS_SCOPES)}, got {stats_scope!r}"
@@ -126,7 +126,7 @@ def _backward(ctx, grad):
 def _normalization_means(
     stats_scope: str, grad: Tensor, table: Tensor, d_table: Tensor, image_offsets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Means of d(xhat) and d(xhat) * xhat over the pixels of y that mean and rstd cover, from the table's gradient.
+    """Means of d(xhat) and d(xhat) * xhat over the pixels of y that mean and rstd cover, from the table and d_table.
 
     Every pixel of a row has the row's scale, so sum(scale * dy) over pixels is sum(scale * d_shift) over rows.
     """

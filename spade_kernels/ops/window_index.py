@@ -10,7 +10,7 @@ from torch import Tensor
 from spade_kernels.ops._arguments import MOST_ENTRIES, NOT_EMPTY
 from spade_kernels.ops._register import call, operators, register
 
-# Larger maps are refused, because memory would run out before an allocation fails.
+# Larger maps are refused: the process would run out of memory before an allocation fails.
 _MOST_PIXELS, _MOST_IDS = 2**28, 2**32
 
 

@@ -2,7 +2,7 @@
 
 Every lane of a program's tile runs Welford's update over its own pixels, relative to the first of them, the origin. The
 statistics of lanes, and then of programs, are merged by the formula of Chan et al. (1979). Until the last merge a mean
-is kept as the sum of two numbers, origin + mean, so that the squared deviations lose no digits if it is far from 0.
+is kept as the sum of two numbers, origin + mean: the squared deviations then lose no digits if the mean is far from 0.
 """
 
 from __future__ import annotations

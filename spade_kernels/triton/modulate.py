@@ -134,7 +134,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def _out_pixel(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
-    """The index, among all images' pixels of y, of the i-th pixel of y that each pixel of x stands for."""
+    """The index, across images, of the i-th pixel of y that each pixel of x stands for."""
     if UPSAMPLE == 1:
         return image * pixels + pixel
     row, column = pixel // width, pixel % width

@@ -39,14 +39,14 @@ def _gather_gemm(
     BLOCK_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Tiles of the same rows run together, so that L2 holds the hidden rows that they gather; it holds all of the
-    # weights.
+    # Tiles of the same rows run together, so that the hidden rows that they gather stay in L2, where all of the weights
+    # are, too.
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask, column_mask = row < num_rows, column < columns
     window = windows + row * NUM_TAPS
-    # Columns past the last one read its weights, so that loads need no mask; their results are not stored.
+    # Columns past the last one read the last one's weights, so that loads need no mask; their results are not stored.
     column_weight = weight + tl.minimum(column, columns - 1)[None, :] * (NUM_TAPS * DEPTH)
     blocks: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)

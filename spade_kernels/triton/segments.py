@@ -2,9 +2,9 @@
 
 The list of entries is cut at every multiple of the length of a *piece*, counted from the first entry. A segment of at
 least that length contains a cut. Each of its cuts starts a *slot*: the segment's entries from there to the next cut;
-the first slot has those before its cut, too. One program sums one slot, and a second kernel adds up the slots of a
-segment. Shorter segments are not cut: one program sums a *tile* of neighbours. The cuts do not depend on the segments,
-so grids follow from shapes alone.
+the first slot also has the entries before its cut. One program sums one slot, and a second kernel adds up the slots of
+a segment. Shorter segments are not cut: one program sums a *tile* of neighbours. The cuts do not depend on the
+segments, so grids follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SCRATCH = 32 << 20  # most bytes, unless pieces would be longer than all entrie
 # Most segments hold one entry or two. The segments of a tile are summed together, and all wait for the longest. A
 # segment with more than TOGETHER entries is therefore summed alone afterwards, BLOCK_E entries at a time.
 _SHORT = {"TOGETHER": 16, "BLOCK_S": 8, "BLOCK_E": 8, "num_warps": 1}
-# Nearly all entries are in slots. To find a slot's segment takes as long as a few loads, so pieces are four times as
-# long.
+# Nearly all entries are in slots. Finding a slot's segment takes as long as a few loads, so pieces are four times as
+# long here.
 _LONG = {"TOGETHER": 0, "BLOCK_S": 1, "BLOCK_E": 32, "num_warps": 4}
 
 
@@ -156,7 +156,7 @@ def store_sum(value, sums, scratch, segment, row, width, columns, mask):
 
 @triton.jit
 def _segment_of(offsets, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
-    """The segment that holds the entry: the last that does not start after it."""
+    """The segment that holds the entry: the last one that does not start after it."""
     probe = tl.arange(0, PROBES)
     segment = 0
     for i in tl.static_range(ROUNDS):

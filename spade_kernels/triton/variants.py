@@ -54,7 +54,7 @@ def launch(
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Variant]]:
-    """Context manager that records the variants of all launches instead of running them, even on meta tensors."""
+    """Context manager that records the variants of launches instead of running them; tensors may be meta tensors."""
     global _recorded
     _recorded = []
     try:
