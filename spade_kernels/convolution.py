@@ -71,7 +71,7 @@ class Conv2d(Freezable, nn.Conv2d):
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
-            x: a tensor, or a deferred modulation, whose result is convolved.
+            x: tensor or deferred modulation to convolve.
             weight: from `weight_and_inv_sigma`, if x has been multiplied by the 1 / sigma from the same call; None for
                 the module's own normalized weight.
             add: added to the result, (N, fout, h', w').
@@ -193,7 +193,7 @@ def is_packable(weight: Tensor) -> bool:
 
 
 class PackedConv2d:
-    """A convolution with stride 1 and a constant weight, which the first call with an input on a CPU packs.
+    """A convolution with stride 1 and a constant weight. The first call with an input on a CPU packs the weight.
 
     Args:
         weight: (out, in, k, k).

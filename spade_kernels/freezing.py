@@ -26,7 +26,7 @@ class _Packed(NamedTuple):
 
 
 class Freezable(nn.Module):
-    """Base class of modules that can be frozen. `pack()` packs the weights; `packed()` returns them while valid.
+    """Base class of freezable modules: `pack()` packs the weights, and `packed()` returns them while they are valid.
 
     Packed weights are valid from `freeze()` on, until the module or one that contains it is put into training mode,
     moved, or loads a state dict. In between, `packed()` packs again after a weight was replaced (also through `.data`)

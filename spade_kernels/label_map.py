@@ -246,7 +246,11 @@ class LabelMap(Packable):
 
     @staticmethod
     def cat(maps: Sequence[LabelMap]) -> LabelMap:
-        """Joins label maps of equal size, classes and edges into one batch. Use `avg_pool` after it, not before."""
+        """Joins label maps into one batch.
+
+        They must have the same size and classes, and all or none of them edges. Use `avg_pool` on the result, not on
+        the parts.
+        """
         if len({(m.shape[1:], m.num_labels, m.edges is None, id(m._pooled_codebook)) for m in maps}) != 1:
             raise ValueError(
                 "label maps of different size, classes or codebook cannot form one batch: " + repr(list(maps))

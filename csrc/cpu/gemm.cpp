@@ -1,5 +1,5 @@
-// A packed matrix product. torch's CPU product is tuned for other machines: on AMD processors this one is about twice as
-// fast.
+// A packed matrix product. torch's CPU product is tuned for other machines: on AMD processors this one is about twice
+// as fast.
 #include "gemm.h"
 
 #include <array>

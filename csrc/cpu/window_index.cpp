@@ -173,8 +173,8 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   const Tensor map = dense(ids_in);
   const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
   std::vector<std::vector<ImageWindows>> found(num_sizes * images);
-  // Tasks are images, not sizes: the largest size takes three quarters of the time, and more threads touch more new
-  // memory.
+  // Tasks are images, not sizes: the largest size takes three quarters of the time, and the memory of further threads
+  // is new in every call.
   parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
     for (int64_t s = 0; s < num_sizes; ++s)
       found[s * images + n] = windows_of_image(

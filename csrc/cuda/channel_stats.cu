@@ -88,7 +88,6 @@ struct SharedStats {
     }
     return stats;
   }
-  // Reads one channel of a thread.
   SPADE_DEVICE Stats<A, 1> get_one(uint32_t thread, uint32_t channel) const {
     return {count[thread], {mean[channel][thread]}, {rest[channel][thread]}, {m2[channel][thread]}};
   }

@@ -52,7 +52,6 @@ struct Row {
   }
 };
 
-// The row of a pixel of y.
 SPADE_DEVICE int64_t row_of(const ModulateParams& p, int64_t pixel) {
   return p.pixel_row ? load_constant(p.pixel_row + pixel) : pixel;
 }

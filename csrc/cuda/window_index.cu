@@ -67,8 +67,8 @@ SPADE_DEVICE uint32_t* slots_of(const WindowMap& map, uint32_t image) {
 }
 
 // Finds every pixel's slot, and keeps the first pixel of each window there. In an area of equal windows all pixels
-// would use the same slot: only a pixel whose window differs from that of the pixel before it looks for the slot, and
-// the pixels after it take the slot over.
+// would use the same slot. Therefore a pixel looks for its slot only if its window differs from the window of the pixel
+// before it, and the pixels after it take the slot over.
 struct Insert {
   static constexpr int kThreads = spade::cuda::kThreads;
   struct Shared {
