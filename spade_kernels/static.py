@@ -45,8 +45,8 @@ class StaticLabelMap:
         mine = self.label_map
         if _held(mine) != self._held:
             raise RuntimeError(
-                "the network needed window indexes that the example did not hold, and these have no fixed place; "
-                "run the network on the example before making a StaticLabelMap of it"
+                "the network has built window indexes, segments or a pooled label map that the example did not hold: "
+                "these have no fixed place; run the network on the example before making a StaticLabelMap of it"
             )
         for name in ("shape", "num_labels", "ignore_index", "is_pooled"):
             if getattr(mine, name) != getattr(other, name):
