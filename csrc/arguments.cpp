@@ -30,7 +30,7 @@ bool is_float(const Tensor& t) {
   }
 }
 
-// False for a tensor whose storage was freed or made smaller, as FSDP frees that of sharded parameters.
+// False if the tensor's storage was freed or made smaller; FSDP, for example, frees that of sharded parameters.
 bool has_storage(const Tensor& t) {
   if (t.numel() == 0) return true;
   int64_t last = t.storage_offset(), bytes = 0;
@@ -97,7 +97,7 @@ void Arguments::index(const char* name, const Tensor& t, Shape shape, int64_t lo
   if (!reads_values(t)) return;
   const Tensor here = on_host(t);
   const int64_t *values = data_of(here), count = here.numel();
-  uint64_t most = 0;  // without a sign, what is below `low` comes last
+  uint64_t most = 0;  // unsigned, so that a value below `low` becomes a large one
   for (int64_t i = 0; i < count; ++i)
     most = std::max(most, static_cast<uint64_t>(values[i]) - static_cast<uint64_t>(low));
   if (count == 0 || most < static_cast<uint64_t>(high - low)) return;

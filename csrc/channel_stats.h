@@ -15,7 +15,7 @@ struct ChannelStatsParams {
 // out = grad_mean / pixels + 2 * grad_m2 * (x - mean).
 struct ChannelStatsGradParams {
   const void* x;
-  const void* mean;  // (images, channels), acc, as the gradients are
+  const void* mean;  // (images, channels), acc, like both gradients
   const void* grad_mean;
   const void* grad_m2;
   void* out;  // like x

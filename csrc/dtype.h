@@ -1,4 +1,4 @@
-// The types of values that kernels take. No kernel knows about tensors: it takes a struct of pointers and sizes.
+// The types of values that kernels take. Kernels do not take tensors but structs of pointers and sizes.
 //
 // Tensors are dense. Pixel tensors are channels-last: element (n, pixel, c) at (n * pixels + pixel) * channels + c.
 // "acc" is the accumulation type: double for double, float for everything else. Segments are `indices, offsets` pairs:

@@ -7,13 +7,13 @@
 
 namespace spade {
 
-// The forward pass reads x; the backward passes read grad too. Every pixel of x stands for upsample x upsample pixels
-// of y and grad, which pixel_row and indices count.
+// The forward pass reads x; the backward passes read grad, too. Every pixel of x stands for upsample x upsample pixels
+// of y and grad; pixel_row and indices refer to these.
 struct ModulateParams {
   const void* x;
   const void* grad;          // of y
   const void* mean;          // (images or 1, channels), acc
-  const void* rstd;          // the same
+  const void* rstd;          // like mean
   const void* table;         // (rows, 2 * channels), acc: scale, shift
   const int64_t* pixel_row;  // (images * pixels of y), or null: every pixel its own row
   const int64_t* indices;    // pixels of each row, for the table's gradient
@@ -27,7 +27,7 @@ struct ModulateParams {
   double negative_slope;
 };
 
-// x, its statistics, the table and the rows that its pixels, or those of its upsampled result, take from it.
+// Checks x, its statistics, the table, and the row that each pixel of the result takes from it.
 inline void check_modulation(const Arguments& a, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                              const Tensor& table, const MaybeTensor& pixel_row, int64_t upsample) {
   a.integer("upsample", upsample, 1, 2);
@@ -51,7 +51,7 @@ inline void check_modulate(const Tensor& x, const Tensor& mean, const Tensor& rs
   const Arguments a("modulate", x);
   check_modulation(a, x, mean, rstd, table, pixel_row, upsample);
   if (image_offsets) a.bounds("image_offsets", *image_offsets, x.size(0), table.size(0), false);
-  if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets are of pixel_row, which is not given");
+  if (indices || offsets) a.require(pixel_row.has_value(), "indices and offsets need pixel_row, which is not given");
   a.segments(indices, offsets, table.size(0), pixel_row ? pixel_row->numel() : 0);
   for (const char* known : {"none", "image", "batch", "world"})
     if (stats_scope == known) return;

@@ -1,5 +1,5 @@
 // spade_kernels._C: importing it registers the CPU kernels; build_info() says how they were built.
-// This file needs no stable ABI, and some releases of PyTorch keep their pybind11 from files that ask for it.
+// This file does not ask for PyTorch's stable ABI: some releases of PyTorch hide their pybind11 from files that do.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <sources.h>  // written by setup.py

@@ -1,4 +1,4 @@
-// Tensors in operators of every device: their dtypes, and dense copies where the layout is another.
+// Helpers of operators on every device: the dtypes of tensors, and dense copies of tensors with another layout.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -8,7 +8,7 @@
 
 namespace spade {
 
-// Beyond these, memory runs out before an allocation fails.
+// Larger maps are refused: the process would run out of memory before an allocation fails.
 constexpr int64_t kMostPixels = int64_t{1} << 28, kMostIds = int64_t{1} << 32;
 
 inline void check_window_index(const Tensor& ids, Sizes sizes, int64_t kernel_size, int64_t stride, int64_t padding,

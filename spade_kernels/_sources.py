@@ -1,4 +1,4 @@
-"""The fingerprint of the C++ sources, by which an import notices compiled modules that were built from other ones.
+"""The fingerprint of the C++ sources, which shows at import if a compiled module was built from other sources.
 
 setup.py runs this file before the package can be imported.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def fingerprint(folder: Path) -> str | None:
-    """A digest of the sources in csrc/ of a checkout; None if the folder is not one."""
+    """A digest of the C++ sources in `folder`/csrc; None if the folder is not a checkout of spade-kernels."""
     if not (folder / "csrc" / "module.cpp").is_file():
         return None
     digest = hashlib.sha256()

@@ -1,8 +1,9 @@
-"""Which kernels run: what is there, why the rest is not, and the caller's choice.
+"""Backends: the choice of the kernels that run, and the reasons why others cannot run.
 
-The reference is registered for every device. Importing `spade_kernels._C` registers compiled kernels for CPU tensors,
-`spade_kernels._C_cuda` for CUDA tensors; they take precedence there. Triton kernels, and
-whatever else an operator's file prefers or `use_backend` asks for, are put over both.
+The reference kernels, in plain PyTorch, are registered for every device. Importing `spade_kernels._C` registers
+compiled kernels for CPU tensors, and importing `spade_kernels._C_cuda` registers those for CUDA tensors; on their
+device, both take precedence over the reference. Where an operator's file prefers another backend, or `use_backend` asks
+for one, that backend's kernel overrides the registered one. Triton kernels are always registered this way.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ON_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class _Operator(NamedTuple):
-    """An operator, the backends that have kernels of it (the preferred one first), and the check of its arguments."""
+    """An operator: the stem of its files, the backends with kernels for it (preferred first), its argument check."""
 
     stem: str
     backends: Sequence[str]
@@ -38,11 +39,15 @@ class _Operator(NamedTuple):
 
 
 class MissingKernelsWarning(UserWarning):
-    """CPU tensors take plain PyTorch, which is slower, because the compiled kernels cannot run."""
+    """Operators on CPU tensors run in plain PyTorch, which is slower, because the compiled kernels cannot run."""
 
 
 def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
-    """A compiled module, or None and why, with the fix: the build that makes it names what it lacks."""
+    """Imports a compiled module.
+
+    Returns the module and "", or None and a message with the reason and the command that builds the module. If that
+    build fails, it names what is missing.
+    """
     module = f"spade_kernels.{name}"
     try:
         compiled = importlib.import_module(module)
@@ -59,7 +64,7 @@ def _load(name: str, build: str) -> tuple[ModuleType | None, str]:
 
 
 def _why_not_built() -> str:
-    """The reason that setup.py left, in parentheses."""
+    """The reason, recorded by setup.py, why the module was not built: in parentheses, or empty if there is none."""
     reason = Path(__file__).with_name("not_built.txt")
     return f" ({reason.read_text(encoding='utf-8')})" if reason.is_file() else ""
 
@@ -80,12 +85,13 @@ _overriding: torch.library.Library | None = None
 def register(
     library: torch.library.Library, name: str, stem: str, backends: Sequence[str], check: Callable[..., None]
 ) -> None:
-    """Gives an operator its plain PyTorch kernel, for all devices, and the kernels that are preferred to it.
+    """Registers an operator's plain PyTorch kernel for all devices, and overrides it where another is preferred.
 
     Args:
-        stem: of the file that has its Triton kernel.
-        backends: that have a kernel of it, the preferred one first. On GPUs the preference is by design: none has been
-            measured. Compiled modules register their kernels when they are imported.
+        stem: name of the module in triton/ that has the operator's Triton kernel.
+        backends: the backends that have a kernel for the operator, the preferred one first. On GPUs the order was
+            chosen by design: no kernel has been measured there. Compiled modules register their own kernels when they
+            are imported.
         check: raises if the operator's arguments do not fit.
     """
     _operators[name] = _Operator(stem, backends, check)
@@ -105,8 +111,8 @@ def _python_kernel(name: str, backend: str) -> Callable:
         check(*args)
         if backend == "reference":
             _warn_if_missing(args[0].device)
-        # Autocast would otherwise reach into the kernel and round its float32 products, and Triton launches on the
-        # current device.
+        # Autocast is off, because it would round the factors of the kernel's float32 products. The device of the tensor
+        # is made current, because Triton launches on the current device.
         with torch.amp.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return kernel()(*args)
 
@@ -114,10 +120,10 @@ def _python_kernel(name: str, backend: str) -> Callable:
 
 
 def _warn_if_missing(device: torch.device) -> None:
-    """Says once in a process that CPU tensors have no compiled kernels, unless the caller chose to do without."""
+    """Warns once per process that CPU tensors have no compiled kernels, unless the caller chose the reference."""
     global _has_warned
     worker = torch.utils.data.get_worker_info()
-    # One worker of a data loader speaks for all.
+    # Of the workers of a data loader, only the first one warns.
     if _has_warned or device.type != "cpu" or _cpu or _chosen == "reference" or (worker and worker.id > 0):
         return
     _has_warned = True
@@ -125,11 +131,11 @@ def _warn_if_missing(device: torch.device) -> None:
 
 
 def _override(*names: str) -> None:
-    """Puts the kernels that calls are to take over those that the compiled modules registered."""
+    """Overrides the registered kernels of operators where calls shall run the kernel of another backend."""
     global _overriding
     if _overriding is None:
         _overriding = torch.library.Library("spade_kernels", "IMPL")
-    # By an import that was of no use, too.
+    # A compiled module registers its kernels even if `_load` then rejects it.
     registered = {"cpu": "spade_kernels._C" in sys.modules, "cuda": "spade_kernels._C_cuda" in sys.modules}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*verrid", category=UserWarning)
@@ -148,12 +154,12 @@ def _remove_overrides() -> None:
 
 
 def operators_of(backend: str) -> list[str]:
-    """The operators of which a backend has kernels."""
+    """The names of the operators for which a backend has kernels."""
     return [name for name, operator in _operators.items() if backend in operator.backends]
 
 
 def kernels_on(device: str) -> dict[str, str]:
-    """By operator, the backend whose kernel a tensor on "cpu" or "cuda" takes."""
+    """A dict from each operator's name to the backend whose kernel runs on `device`, "cpu" or "cuda"."""
     return {name: _kernel_on(device, name) for name in _operators}
 
 
@@ -171,12 +177,12 @@ def _is_there(backend: str) -> bool:
 
 
 def is_compiled_on_cpu() -> bool:
-    """True if CPU tensors take the compiled kernels. Cheap enough to call in every operator."""
+    """True if the compiled kernels run for CPU tensors. The check is cheap enough for every call of an operator."""
     return _cpu is not None and _chosen != "reference"
 
 
 def is_captured(t: torch.Tensor) -> bool:
-    """True while a CUDA graph is being captured: the tensor has no values yet."""
+    """True for a CUDA tensor while a CUDA graph is captured: the tensor has no values until the graph runs."""
     return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
@@ -187,22 +193,22 @@ def synchronize(t: torch.Tensor) -> None:
 
 
 def can_run_reference() -> str | None:
-    """None: plain PyTorch runs everywhere."""
+    """Always None: plain PyTorch runs everywhere."""
     return None
 
 
 def can_run_cpu() -> str | None:
-    """None, or why the compiled CPU kernels cannot run."""
+    """None if the compiled CPU kernels can run, else the reason why they cannot."""
     return None if _cpu else _why_no_cpu
 
 
 def can_run_triton() -> str | None:
-    """None, or why the Triton kernels cannot run."""
+    """None if the Triton kernels can run, else the reason why they cannot."""
     return _why_no_triton() or _why_no_device()
 
 
 def can_run_cuda() -> str | None:
-    """None, or why the compiled CUDA kernels cannot run."""
+    """None if the compiled CUDA kernels can run, else the reason why they cannot."""
     return _why_no_device() if _cuda else _why_no_cuda
 
 
@@ -230,10 +236,10 @@ def use_backend(name: str) -> None:
     """Chooses the kernels for every later call.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda", or "auto": the first that can run.
+        name: "reference", "cpu", "triton" or "cuda"; or "auto" for each operator's preferred backend that can run.
 
     Raises:
-        ValueError: not a backend.
+        ValueError: `name` is not a backend.
         RuntimeError: the backend cannot run here; the message is the reason.
     """
     global _chosen
@@ -249,14 +255,14 @@ def use_backend(name: str) -> None:
 
 
 def current_backend() -> str:
-    """The backend that calls take now."""
+    """The chosen backend; under "auto", the first of "cuda", "triton", "cpu" and "reference" that can run."""
     if _chosen != "auto":
         return _chosen
     return next(name for name, probe in _PROBES.items() if probe() is None)
 
 
 def build_info() -> dict[str, object]:
-    """Versions, devices, and for each backend None or the reason it cannot run."""
+    """A dict of versions and devices, the kernels in use, and for each backend None or the reason it cannot run."""
     from spade_kernels import __version__
 
     return {

@@ -13,14 +13,15 @@ from spade_kernels.packing import Packable
 
 
 class Cache(Packable):
-    """Values by key. Everything that the package builds once and reuses is in one of these, under one rule.
+    """A dict of values that are built at first use; the package keeps everything that it reuses in such caches.
 
-    A value is built outside inference mode and the transforms of torch.func, so that a later call may train with it.
-    It is not stored while a CUDA graph is captured, because the tensor has no values before the graph runs.
+    A value is built outside inference mode and the transforms of torch.func, so that a later call may train with it. It
+    is not stored while a CUDA graph is captured, because tensors have no values before the graph runs.
 
     Args:
-        shared: the values do not belong to one label map: calls on other CUDA streams and other compiled functions use
-            them. Then a call that builds one waits for its stream, and compiled code stores none.
+        shared: True if the values do not belong to one label map, so that calls on other CUDA streams and in other
+            compiled functions use them, too. A call that builds such a value waits for its CUDA stream, and compiled
+            code stores no such value.
     """
 
     def __init__(self, shared: bool = False):
@@ -28,7 +29,7 @@ class Cache(Packable):
         self._values: dict[Any, Any] = {}
 
     def get(self, key: Any, build: Callable[[], Any], like: Tensor) -> Any:
-        """The value of the key, from `build` if there is none; `like` is a tensor on the value's device."""
+        """Returns the value of the key, built first if it is missing; `like` is a tensor on the value's device."""
         if key in self._values:
             return self._values[key]
         with torch.inference_mode(False), transforms.outside():

@@ -1,4 +1,4 @@
-"""Conditions, in every form in which users have them, and their convolution."""
+"""The condition of a SPADE layer: its conversion from every form that callers may pass, and its convolution."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Segments = tuple[Tensor | None, Tensor | None]
 
 
 def as_condition(segmap: Segmap, channels: int, like: Tensor | None = None) -> Segmap:
-    """The condition as the layers take it: a LabelMap, or a float tensor (N, channels, H, W) that is not one-hot.
+    """Converts the condition to a LabelMap, or to a float tensor (N, channels, H, W) that is not one-hot.
 
     Args:
         segmap: LabelMap; integer label map (N, H, W) or (N, 1, H, W) of ids below `channels`; or float
             (N, channels, H, W).
-        channels: condition channels of the receiving weights.
-        like: a tensor the condition must share batch size and device with.
+        channels: number of condition channels that the weights take.
+        like: tensor whose batch size and device the condition must have; None for any.
 
     Raises:
         TypeError, ValueError: dtype, rank, channels, batch size, device or a label does not fit; the message says
@@ -68,7 +68,7 @@ def conv2d(
     padding: int = 0,
     size: Sequence[int] | None = None,
 ) -> Tensor:
-    """`F.conv2d` of the condition, resized (nearest) to `size` first; a label map needs no one-hot tensor for it.
+    """`F.conv2d` of the condition after a nearest resize to `size`. A label map needs no one-hot tensor.
 
     Args:
         segmap: LabelMap or float (N, channels, H, W).
@@ -93,11 +93,11 @@ def conv2d(
     pixels: Segments = (None, None)
     if torch.is_grad_enabled():
         uses, pixels = seen.tap_segments, seen.row_segments
-    # In the accumulation dtype: a row's gradient is the sum of thousands of pixels'.
+    # The accumulation dtype is needed, because the gradient of a row is a sum over thousands of pixels.
     acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     responses, bias = tap_responses(segmap, weight.to(acc_dtype)), None if bias is None else bias.to(acc_dtype)
     rows = ops.gather_sum(responses, bias, seen.windows, *uses, False)
-    # Every pixel's row is a window of one tap.
+    # Every pixel copies its row. This is a gather_sum, too, in which the window of a pixel has one tap.
     pixel_rows = ops.gather_sum(rows.unsqueeze(1), None, seen.pixel_row.view(-1, 1), *pixels, False)
     return pixel_rows.to(_dtype_of_convolution(weight)).view(*seen.pixel_row.shape, -1).permute(0, 3, 1, 2)
 
@@ -111,7 +111,7 @@ def _dtype_of_convolution(weight: Tensor) -> torch.dtype:
 
 
 def resized(planes: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest. Torch copies what has the size already."""
+    """Resizes planes (nearest). Planes that have the size already are returned as they are; PyTorch copies them."""
     return planes if planes.shape[2:] == tuple(size) else F.interpolate(planes, size=tuple(size), mode="nearest")
 
 
@@ -122,6 +122,6 @@ def tap_responses(segmap: LabelMap, weight: Tensor) -> Tensor:
 
 
 def _by_tap(weight: Tensor) -> Tensor:
-    """(in, k*k, out) of a convolution weight (out, in, k, k)."""
+    """A convolution weight (out, in, k, k) as (in, k*k, out)."""
     # One matrix transpose: torch copies a transposed matrix in blocks, but a permuted tensor element by element.
     return weight.flatten(1).t().contiguous().view(weight.shape[1], -1, weight.shape[0])

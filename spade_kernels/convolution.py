@@ -1,4 +1,4 @@
-"""The plain convolution of a residual block: spectral norm that costs no pass over the weights, packed when frozen."""
+"""The convolution of a residual block: spectral norm does not rescale its weight, and freezing packs the weight."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Conv2d(Freezable, nn.Conv2d):
     """`nn.Conv2d` with stride 1, optionally with spectral norm (Miyato et al. 2018).
 
     Parameters, buffers and state_dict keys are those of `nn.Conv2d`, or of `torch.nn.utils.spectral_norm` around it
-    (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, `weight` is the normalized weight, for reading.
+    (`weight_orig`, `weight_u`, `weight_v`). With spectral norm, reading `weight` computes the normalized weight.
 
-    Dividing the weight by its spectral norm sigma takes passes over it in every training step. They are saved if the
-    input is multiplied by 1 / sigma instead, as a SPADE layer does on its small table: `weight_and_inv_sigma()` returns
-    both, and `forward(x, weight)` takes the weight as it is.
+    Dividing the weight by its spectral norm sigma takes passes over the weight in every training step. The caller saves
+    these passes by multiplying the input by 1 / sigma instead, as a SPADE layer does on its small table:
+    `weight_and_inv_sigma()` returns the weight and 1 / sigma, and `forward(x, weight)` uses the given weight without
+    dividing it.
     """
 
     weight_orig: nn.Parameter
@@ -54,10 +55,10 @@ class Conv2d(Freezable, nn.Conv2d):
     def weight_and_inv_sigma(self) -> tuple[Tensor | None, Tensor | None]:
         """The weight and 1 / sigma, such that `forward(x * inv_sigma, weight)` equals `forward(x)`.
 
-        It makes one power iteration. Both results have derivatives of every order, and 1 / sigma is positive.
+        Each call makes one power iteration. Both results have derivatives of every order, and 1 / sigma is positive.
 
         Returns:
-            (None, None) in evaluation mode and without spectral norm, where `forward(x)` alone is the way.
+            (None, None) in evaluation mode and without spectral norm: call `forward(x)` then.
         """
         if not (self.spectral and self.training):
             return None, None
@@ -70,8 +71,9 @@ class Conv2d(Freezable, nn.Conv2d):
         """(N, fin, h, w) -> (N, fout, h', w').
 
         Args:
-            x: a tensor, or a deferred modulation, whose result is convolved.
-            weight: of `weight_and_inv_sigma`, if x has been multiplied by its other result; None for the own one.
+            x: tensor or deferred modulation to convolve.
+            weight: from `weight_and_inv_sigma`, if x has been multiplied by the 1 / sigma from the same call; None for
+                the module's own normalized weight.
             add: added to the result, (N, fout, h', w').
         """
         if weight is None:
@@ -99,8 +101,8 @@ class Conv2d(Freezable, nn.Conv2d):
         return self.weight if weight is None or inv_sigma is None else weight * inv_sigma
 
     def _over_norm(self) -> Tensor:
-        """The weight over its spectral norm as of the last power iteration."""
-        # In float32: one rounding of sigma would scale the whole result.
+        """The weight divided by its spectral norm, which u and v of the last power iteration give."""
+        # float32 is used, because rounding sigma would scale the whole result.
         original = self.weight_orig
         acc_dtype = torch.promote_types(original.dtype, torch.float32)
         weight, u, v = (t.to(acc_dtype) for t in (original, self.weight_u, self.weight_v))
@@ -108,15 +110,15 @@ class Conv2d(Freezable, nn.Conv2d):
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One power iteration: u, v and 1 / sigma, sigma = u . (W v)."""
+        """Makes one power iteration. Returns u, v and 1 / sigma, where sigma = u . (W v)."""
         if transforms.are_active() and transforms.unwrapped(self.weight_u) is self.weight_u:
-            # The buffers are not part of the transform, and neither are the values that are written into them.
+            # The buffers are not part of the transform, so the values that are written into them must not be, either.
             value = transforms.unwrapped(weight)
             if value is not None and value is not weight:
                 with transforms.outside():
                     return self._iterate(value)
         matrix = weight.flatten(1)
-        # Autocast, which the meta device has not, would round the matrix, in two copies, and with it sigma.
+        # Autocast would copy the matrix twice and round it, and sigma with it. The meta device has no autocast.
         with contextlib.nullcontext() if matrix.is_meta else torch.autocast(matrix.device.type, enabled=False):
             v = F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPS)
             product = torch.mv(matrix, v)
@@ -147,25 +149,25 @@ def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
     return settings == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
 
 
-# Pixels of a batch from which transforming the weight in every call pays, and the weight's gradient is within the error
-# budget: sums over fewer pixels lose less in a direct convolution.
+# Fewest pixels of a batch for a Winograd convolution. From this number on, transforming the weight in every call pays,
+# and the weight's gradient is within the error budget. With fewer pixels, a direct convolution is more accurate.
 _PIXELS = 32 * 32
-# More lose more than the error budget in one sum.
+# Most channels for a channels-last convolution in oneDNN: more in one sum exceed the error budget.
 _CHANNELS = 64
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
-    """`F.conv2d` with stride 1, by `ops.conv3x3` where that is the faster one. All tensors have derivatives."""
+    """`F.conv2d` with stride 1, computed by `ops.conv3x3` where that is faster. All tensors have derivatives."""
     if _suits_winograd(x, weight, padding):
         return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
     return F.conv2d(x, weight, bias, padding=padding)
 
 
 def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
-    """True if an NCHW convolution in oneDNN is worth two copies of feature maps.
+    """True if oneDNN's NCHW convolution is worth the copies of x and the result between memory formats.
 
-    A channels-last one copies the weight, which is the larger tensor where maps are small, and it adds up all channels
-    in one sum: with 128 channels its error is 2.7 times as large.
+    oneDNN's channels-last convolution copies the weight, which is larger than small feature maps. It also adds up all
+    channels in one sum: with 128 channels its error is 2.7 times as large.
     """
     if torch.compiler.is_compiling() or transforms.are_active() or x.dim() != 4:
         return False
@@ -191,23 +193,26 @@ def is_packable(weight: Tensor) -> bool:
 
 
 class PackedConv2d:
-    """A convolution with stride 1 and a constant weight, which the first input on a CPU has packed.
+    """A convolution with stride 1 and a constant weight. The first call with an input on a CPU packs the weight.
 
     Args:
-        weight: (out, in, k, k). bias: (out,) or None. padding: on each side. relu: applied to the result.
+        weight: (out, in, k, k).
+        bias: (out,) or None.
+        padding: (rows, columns) of zeros on each side.
+        relu: True applies a ReLU to the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool = False):
         self._packable = is_packable(weight)
         self._weight: Tensor | _Panels | _OneDNN = weight
         if not self._packable:
-            # cuDNN wants this for a channels-last input, and would copy another weight in every call.
+            # cuDNN needs a channels-last weight for a channels-last input, and would convert any other in every call.
             self._weight = weight.contiguous(memory_format=torch.channels_last)
         self._bias, self._padding, self._relu = bias, list(padding), relu
 
     @property
     def is_traceable(self) -> bool:
-        """True if calls do not change the object."""
+        """True if compiled code can call the object: calls do not change it."""
         return not self._packable
 
     def __call__(self, x: Tensor | DeferredModulation, add: Tensor | None = None) -> Tensor:
@@ -237,7 +242,7 @@ class PackedConv2d:
 
 
 class _Panels:
-    """A weight for `ops.conv`, the faster one where it is compiled, for more than a few channels and pixels."""
+    """A weight packed for `ops.conv`, used where that is compiled and the input has enough channels and pixels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, shape: Sequence[int]):
         self._panels, self._relu = ops.pack_conv_weight(weight), relu
@@ -256,7 +261,7 @@ class _Panels:
         return ops.modulate_conv(x.x, *modulation, self._panels, self._bias, add)
 
     def dense(self) -> Tensor:
-        """The weight again, but for rounding."""
+        """The weight (out, in, k, k), recovered up to rounding."""
         points = self._panels.transpose(1, 2).flatten(2)[..., : len(self._bias)]
         if len(points) == 1:
             return points.permute(2, 1, 0).unsqueeze(-1)
@@ -265,7 +270,7 @@ class _Panels:
 
 
 class _OneDNN:
-    """A weight in oneDNN's own layout for inputs of one shape; takes others too."""
+    """A weight in oneDNN's own layout, chosen for one input shape; inputs of other shapes work, too."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool, shape: Sequence[int]):
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
@@ -275,13 +280,14 @@ class _OneDNN:
 
     @staticmethod
     def fits(weight: Tensor, padding: Sequence[int], shape: Sequence[int]) -> bool:
-        # The operator is what torch's own compiler uses for frozen convolutions.
+        # torch.compile uses this operator for frozen convolutions.
         return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
     def __call__(self, x: Tensor, add: Tensor | None) -> Tensor:
         then = "relu" if self._relu else None
         convolve = torch.ops.mkldnn._convolution_pointwise
-        # A single pixel or channel is an image of no particular layout, to which torch 2.11 cannot add.
+        # The memory format of an image with one pixel or one channel is ambiguous, and torch 2.11 cannot fuse its
+        # addition.
         if add is not None and x.shape[2] * x.shape[3] > 1 and add.shape[1] > 1:
             return convolve.binary(x, add, self._weight, self._bias, *self._settings, "add", 1.0, then, [], None)
         if add is not None:
@@ -301,15 +307,15 @@ def _with_inv_sigma(weight: Tensor, u: Tensor, v: Tensor, inv_sigma: Tensor) -> 
 
 
 class _WithInvSigma(torch.autograd.Function):
-    """(weight, 1 / sigma) of a weight (out, in, k, k), u, v and 1 / sigma, where sigma = u . (W v).
+    """Returns the weight (out, in, k, k) and 1 / sigma with their derivatives, where sigma = u . (W v).
 
-    The weight is passed through so that its two gradients meet here: d sigma / dW = u v^T is added in one pass.
+    The weight is passed through so that both of its gradients arrive here: d sigma / dW = u v^T is added in one pass.
     """
 
     @staticmethod
     def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, inv_sigma: Tensor) -> tuple[Tensor, Tensor]:
         inv_sigma = inv_sigma.clone()
-        # The result, not the argument: it depends on the weight, which second derivatives need.
+        # The output is saved, not the argument: second derivatives need its dependence on the weight.
         ctx.save_for_backward(u, v, inv_sigma)
         return weight.view_as(weight), inv_sigma
 

@@ -12,12 +12,12 @@ from spade_kernels import transforms
 
 
 class _Packed(NamedTuple):
-    """Packed weights, and the parts and weights they were packed from: where these are, and their versions."""
+    """Packed weights and their sources: (dict, name, object, version) of each module and tensor they are made from."""
 
     value: Any
     sources: tuple[tuple[dict, str, Any, tuple[int, int]], ...]
 
-    # A copy of a module is not frozen, however it is made: its parts and weights are others.
+    # A copy of a module, by deepcopy or pickle, is not frozen: it has other submodules and weights.
     def __deepcopy__(self, memo: dict) -> None:
         return None
 
@@ -26,12 +26,12 @@ class _Packed(NamedTuple):
 
 
 class Freezable(nn.Module):
-    """Base of modules that can be frozen: `pack()` returns packed weights, `packed()` the valid ones.
+    """Base class of freezable modules: `pack()` packs the weights, and `packed()` returns them while they are valid.
 
     Packed weights are valid from `freeze()` on, until the module or one that contains it is put into training mode,
-    moved, or loads a state dict. Within that time, a weight that is replaced, through `.data` too, or changed in a way
-    that PyTorch counts, has them packed again. Writes into `.data` or in inference mode, which PyTorch does not count,
-    go unnoticed, and compiled code notices no change.
+    moved, or loads a state dict. In between, `packed()` packs again after a weight was replaced (also through `.data`)
+    or changed in place in a way that raises its version counter. Writes into `.data` or in inference mode do not raise
+    the counter and go unnoticed, and compiled code notices no change.
     """
 
     _packed: _Packed | None = None
@@ -41,12 +41,11 @@ class Freezable(nn.Module):
         raise NotImplementedError
 
     def packed(self) -> Any:
-        """The valid packed weights. They have no derivatives.
+        """Returns the valid packed weights, which have no derivatives.
 
-        Returns:
-            None if the module is not frozen or cannot be packed, and where the weights have to be read: while gradients
-            are recorded, within a transform of torch.func, in exported code, and in compiled code unless the packed
-            weights are traceable.
+        The result is None if the module is not frozen or cannot be packed, and where the original weights are needed:
+        while gradients are recorded, within a transform of torch.func, in exported code, and in compiled code unless
+        the packed weights are traceable.
         """
         if self._packed is None or torch.is_grad_enabled() or transforms.are_active():
             return None
@@ -64,7 +63,7 @@ class Freezable(nn.Module):
         self._packed = _Packed(value, tuple((of, name, of[name], _version(of[name])) for of, name in self._sources()))
 
     def _sources(self) -> Iterator[tuple[dict, str]]:
-        """Where the module has the parts and weights that `pack` can have read."""
+        """Yields (dict, name) of every submodule, parameter and buffer that `pack` can read."""
         for module in self.modules():
             for of in (module._modules, module._parameters, module._buffers):
                 yield from ((of, name) for name in of)
@@ -84,14 +83,14 @@ class Freezable(nn.Module):
 
 
 def _version(value: Any) -> tuple[int, int]:
-    """A pair that changes if the values are written in a way that PyTorch counts, or replaced through `.data`."""
+    """(version, address) of a tensor. In-place writes that PyTorch counts and a new `.data` change the pair."""
     if type(value) not in (torch.Tensor, nn.Parameter):
         return 0, 0
     return 0 if value.is_inference() else value._version, value.data_ptr()
 
 
 def _is_exporting() -> bool:
-    # Code that torch 2.11 compiles is told that it is exported. Of export, only the strict one goes that way.
+    # torch 2.11 reports `is_exporting` in all code that Dynamo compiles. Of exports, only strict ones use Dynamo.
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
@@ -99,11 +98,13 @@ def freeze(module: nn.Module) -> None:
     """Puts the module into eval mode and packs the weights of its layers, for inference. `module.train()` undoes it.
 
     SPADE layers pack the weights of their convolutions. `Conv2d` folds the spectral norm into its weight and, on a CPU,
-    packs it for the fastest convolution there: a 3 x 3 one with transformed weights (`reference.conv`), which take 16/9
-    of the memory and spread an Inf or NaN by one more pixel. Wrapped, hooked and replaced modules pack nothing.
+    packs the weight for the fastest convolution there. For 3 x 3 convolutions the packed weight is transformed
+    (`reference.conv`): it takes 16/9 of the memory, and an Inf or NaN in the input spreads by one more pixel. Modules
+    that are wrapped, hooked or replaced are not packed.
 
     Raises:
-        TypeError: not a module. ValueError: it holds no such layer.
+        TypeError: `module` is not an nn.Module.
+        ValueError: it contains no SPADE layer and no `Conv2d` of this package.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"freeze takes an nn.Module, got {type(module).__name__}")

@@ -4,7 +4,7 @@
     table = modulation_table(segmap, x.shape[2:], weights, x_dtype=x.dtype)
     y = modulate(x, stats, table)
 
-The caller can do arithmetic on the table's rows in between. `spade` composes the three, and is what the layer calls.
+The caller can do arithmetic on the table's rows before `modulate`. `spade` composes the three stages for the layer.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ Gain = float | Tensor
 
 
 class Weights(NamedTuple):
-    """The convolutions of a SPADE layer, weight and bias each, and how their results are used.
+    """The three convolutions of a SPADE layer, each a pair of weight and bias, and how their results are used.
 
     Attributes:
-        shared: (hidden, channels, k, k) and (hidden,); gamma, beta: (C, hidden, k, k) and (C,); one odd k.
+        shared: (hidden, channels, k, k) and (hidden,). gamma, beta: (C, hidden, k, k) and (C,). All have the same odd k.
         hidden_slope: negative slope of the leaky ReLU after the shared convolution; 0 is the paper's ReLU.
         scale_offset: the scale is scale_offset + gamma; 1 in the paper.
     """
@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 class PackedWeights:
     """Packed weights of a frozen SPADE layer, reused across calls. Not differentiable.
 
-    What depends on the condition is computed for the first one of its kind and cached, unless by compiled code.
+    Tensors that depend on the kind of condition are computed at its first use and cached, except in compiled code.
     """
 
     def __init__(self, weights: Weights):
@@ -87,11 +87,11 @@ class PackedWeights:
 
     @property
     def is_traceable(self) -> bool:
-        """True if calls do not change it; those of packed convolutions do."""
+        """True if calls do not change the object. The first calls of packed convolutions change it."""
         return not is_packable(self._weights.shared[0])
 
     def tap_responses(self, segmap: LabelMap) -> Tensor:
-        """The shared convolution's tap responses for label maps of this one's kind."""
+        """The shared convolution's tap responses, equal for all label maps with the same classes and edges."""
         weight = self._weights.shared[0]
         if segmap.is_pooled:
             return tap_responses(segmap, weight)
@@ -117,7 +117,7 @@ class PackedWeights:
         return self._rows
 
     def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
-        """The shared convolution, with its ReLU if it has one, and the joint one."""
+        """The shared convolution, with its ReLU if it has one, and the joint one for gamma and beta, both packed."""
         return self._cache.get("dense", self._pack_dense, self.bias)
 
     def _pack_dense(self) -> tuple[PackedConv2d, PackedConv2d]:
@@ -129,14 +129,15 @@ class PackedWeights:
 
 _path = "auto"
 
-# Where benchmarks/crossover.py has the two ways cross: hidden windows per pixel, and pixels of a feature map.
+# The dense path is faster from these values on, by benchmarks/crossover.py: hidden windows per pixel, and pixels of a
+# feature map.
 _DENSE_FROM, _DENSE_FROM_TRAINING = 0.6, 0.5
 _DENSE_PIXELS, _DENSE_PIXELS_FROZEN = 32 * 32, 16 * 16
 
 
 @contextlib.contextmanager
 def use_path(name: str) -> Iterator[None]:
-    """Within it, `spade` evaluates label maps the given way; for measurements.
+    """Context manager in which `spade` evaluates label maps on the given path, for measurements.
 
     Args:
         name: "windows": once per distinct window; "dense": at every pixel; "auto": windows unless nearly every pixel
@@ -161,25 +162,26 @@ def modulation_table(
     gain: Gain | None = None,
     packed: PackedWeights | None = None,
 ) -> ModulationTable:
-    """Scale 1 + gamma and shift beta of a SPADE layer, gamma, beta = conv(relu(conv(resize(segmap)))).
+    """Computes scale 1 + gamma and shift beta of a SPADE layer: gamma, beta = conv(relu(conv(resize(segmap)))).
 
-    For a label map the convolutions are evaluated once per distinct window. Float conditions, and label maps nearly all
-    of whose pixels have a window of their own, are evaluated at every pixel.
+    For a label map the convolutions are evaluated once per distinct window. They are evaluated at every pixel for a
+    float condition, and for a label map in which nearly every pixel has a window of its own.
 
     Args:
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to `size`.
         size: (h, w) of the feature map to be modulated.
-        weights: of the three convolutions.
-        x_dtype: dtype of that feature map, the weights' if None. Beside bfloat16 on a GPU the weights enter products as
-            bfloat16, else in float32 (tf32 as torch is set); float64 makes all of it float64.
+        weights: weight and bias of the three convolutions.
+        x_dtype: dtype of that feature map; None for the dtype of the weights. If it is bfloat16 on a GPU, the weights
+            are rounded to bfloat16 in products, else products are float32 (or tf32, as set in PyTorch). If x_dtype or
+            the weights are float64, everything is computed in float64.
         gain: see `spade`.
-        packed: of the same weights, where no gradient is wanted.
+        packed: packed weights, made from the same `weights`; only where no gradient is needed.
 
     Returns:
-        A table whose rows have derivatives for all weights and biases, gain, and a float segmap.
+        A table. Its rows have derivatives for all weights and biases, gain, and a float segmap.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: an argument does not fit; the message says which.
     """
     gain = as_gain(gain)
     check_weights(weights)
@@ -205,23 +207,23 @@ def spade(
         gamma, beta = conv(relu(conv(resize(segmap))))
 
     Args:
-        x: (N, C, h, w) float; summed up in float32 (float64 for float64), returned in x's dtype, channels-last.
+        x: (N, C, h, w) float. Sums are in float32, or in float64 if x is; the result is in x's dtype, channels-last.
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
         norm: batch, synchronized batch, instance or group norm, which is fused, with its affine map, and updates its
-            running statistics in training; another module, which is called; or statistics of x.
-        weights: of the three convolutions; see `modulation_table` for the dtypes of products.
-        negative_slope: of a leaky ReLU applied to the result; 1 is none.
-        gain: positive number, or a tensor of one (whose value is not checked: that would wait for a GPU), which
-            norm(x) * (1 + gamma) + beta is multiplied by; None is 1.
-        upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
-        moments: `normalization.moments(norm, x)`, where another layer has taken them already.
-        packed: of the same weights, where no gradient is wanted.
+            running statistics in training; or another module, which is called with x; or the statistics of x.
+        weights: weight and bias of the three convolutions; see `modulation_table` for the dtypes of products.
+        negative_slope: slope of a leaky ReLU that is applied to the result; 1 for none.
+        gain: factor of norm(x) * (1 + gamma) + beta: a positive number, or a tensor with one element, whose value is
+            not checked, because the host would have to wait for a GPU. None is 1.
+        upsample: 1, or 2 for nearest upsampling: every pixel of x stands for 2 x 2 pixels of the result.
+        moments: `normalization.moments(norm, x)`, if the caller has it already.
+        packed: packed weights, made from the same `weights`; only where no gradient is needed.
 
     Returns:
         (N, C, upsample * h, upsample * w). Derivatives exist for x, all weights and biases, gain, and a float segmap.
 
     Raises:
-        TypeError, ValueError: an argument does not fit. The norm has not been called then.
+        TypeError, ValueError: an argument does not fit; the message says which. The norm has not been called by then.
     """
     return defer_spade(
         x,
@@ -248,24 +250,24 @@ def defer_spade(
     moments: Moments | None = None,
     packed: PackedWeights | None = None,
 ) -> DeferredModulation:
-    """`spade` without its last pass over x, which a convolution can fuse."""
+    """`spade` without its last pass over x, the modulation, which a convolution can fuse."""
     gain = as_gain(gain)
     check_input(x, weights.gamma[0].shape[0])
     check_weights(weights)
     check_upsample(upsample)
     segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
-    # After all checks: what is refused must not have moved the running statistics.
+    # The norm follows all checks: a call that raises must not have updated the running statistics.
     normalized = apply_norm(norm, x, moments, upsample)
     table = _table(segmap, size, weights, x.dtype, gain, packed)
     return deferred(normalized, table, negative_slope)
 
 
 def as_gain(gain: Gain | None) -> Gain | None:
-    """The gain as `spade` takes it: a Python float or a tensor of shape ().
+    """Converts the gain to a Python float or a tensor of shape (); None stays None.
 
     Raises:
-        TypeError, ValueError: it is not one number, or a number that is not positive and finite.
+        TypeError, ValueError: the gain is not one number, or a number that is not positive and finite.
     """
     if gain is None:
         return None
@@ -301,7 +303,7 @@ def check_weights(weights: Weights) -> None:
     if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
         raise ValueError(
             f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
-            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with one odd k"
+            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with the same odd k"
         )
     for name, (weight, bias) in zip(("shared", "gamma", "beta"), weights[:3], strict=True):
         if bias.shape != weight.shape[:1]:
@@ -354,8 +356,8 @@ def _table(
 def _table_dtype(x_dtype: torch.dtype, weight: Tensor) -> torch.dtype:
     if torch.float64 in (x_dtype, weight.dtype):
         return torch.float64
-    # Tensor cores multiply these, and add up in float32; elsewhere float32 is as fast. float16 is too narrow for the
-    # gradient of a row, the sum of thousands of pixels'.
+    # Tensor cores multiply bfloat16 and add up in float32; on other hardware float32 is as fast. The range of float16
+    # is too small for the gradient of a row, which is a sum over thousands of pixels.
     return torch.bfloat16 if weight.is_cuda and x_dtype == torch.bfloat16 else torch.float32
 
 
@@ -387,10 +389,11 @@ def _window_table(
     relu = weights.hidden_slope == 0
     hidden = ops.gather_sum(responses, hidden_bias, index.hidden.windows, *segments[0], relu)
     hidden = hidden if relu else F.leaky_relu(hidden, weights.hidden_slope)
-    # The table is linear in hidden rows and bias, which are smaller.
+    # The gain multiplies hidden rows and bias instead of the larger table, which is linear in both together.
     hidden, bias = times(hidden, gain), times(bias, gain)
     packed_weight = packed.packed_weight if packed else None
-    # Weights wider than hidden rows are rounded where they are laid out for the product, their gradients nowhere.
+    # Weights in the accumulation dtype stay as they are: the operator rounds a copy for the product, and their
+    # gradients are not rounded.
     gamma, beta = (w if w.dtype == acc_dtype else w.to(dtype) for w in (weights.gamma[0], weights.beta[0]))
     return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 
@@ -398,7 +401,7 @@ def _window_table(
 def _dense_table(
     segmap: Segmap, size: Sequence[int], weights: Weights, gain: Gain | None, packed: PackedWeights | None
 ) -> Tensor:
-    """(N*h*w, 2C): one joint gamma and beta convolution, one row per pixel."""
+    """(N*h*w, 2C): scale and shift of every pixel, times gain, by one joint convolution for gamma and beta."""
     padding = weights.shared[0].shape[-1] // 2
     convolutions = packed.dense() if packed else None
     if convolutions and isinstance(segmap, Tensor):
@@ -418,10 +421,10 @@ def _dense_table(
 
 
 def _joint_weight(weights: Weights) -> Tensor:
-    """gamma and beta as one convolution."""
+    """(2C, hidden, k, k): the weights of gamma and beta as one convolution."""
     return torch.cat((weights.gamma[0], weights.beta[0]))
 
 
 def _joint_bias(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """Its bias, so that it gives scale = scale_offset + gamma, and shift = beta."""
+    """(2C,): the bias of the joint convolution, which makes it give scale_offset + gamma and beta."""
     return torch.cat((weights.gamma[1].to(dtype) + weights.scale_offset, weights.beta[1].to(dtype)))

@@ -1,4 +1,4 @@
-"""LabelMap: a segmentation mask as integers, with the window indexes every SPADE layer shares."""
+"""LabelMap: a segmentation mask as integers, with the window indexes that all SPADE layers share."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from spade_kernels.cache import Cache
 from spade_kernels.packing import Packable, Slot, pack, unpack
 from spade_kernels.windows import WindowIndex, WindowKey, Windows, build_segments
 
-# With edges, codes then stay below the 2^32 that window indexes tell apart.
+# This limit keeps codes, also those with edges, below 2^32, the limit of window indexes.
 _MOST_LABELS = 2**30
 
 
 class LabelMap(Packable):
     """A batch of label maps, the form in which the networks take a segmentation mask.
 
-    It replaces the one-hot tensor: the condition vector of a pixel is the row of `codebook` that its code names.
-    The window indexes it has built travel with it to another device or process; slices and `cat` start without.
+    It replaces the one-hot tensor: the condition vector of a pixel is the row of `codebook` with the number of its
+    code. Window indexes move with the label map to another device or process; slices and the result of `cat` have none
+    at first.
 
     Args:
         labels: (N, H, W) integer tensor of class ids.
         num_labels: number of classes; the condition has `num_labels` channels, one more with `edges`.
         edges: optional (N, H, W) boolean tensor, the instance boundary plane (`instance_edges`).
-        ignore_index: a label value meaning "no class": an all-zero condition vector (plus the edge).
+        ignore_index: optional label value for "no class": its condition vector is zero, except for the edge.
 
     Attributes:
-        codes: (N, H, W) int64, the row of the codebook that each pixel has as its condition vector.
-        cache: windows by `WindowKey`, as they are asked for, and the pooled label map.
+        codes: (N, H, W) int64, the code of each pixel, which is its row of the codebook.
+        cache: the windows built so far, by `WindowKey`, and the pooled label map.
 
     Raises:
-        TypeError: labels, num_labels or ignore_index are not integers, edges not boolean.
+        TypeError: labels, num_labels or ignore_index are not integers, or edges are not boolean.
         ValueError: wrong rank or shape, an empty batch, labels without memory or on the meta device, labels that
             torch.func.vmap maps over, num_labels outside 1 .. 2^30, edges on another device, or a label outside
             0 .. num_labels - 1 (the message names the value and the pixel).
@@ -78,7 +79,7 @@ class LabelMap(Packable):
 
     @property
     def num_codes(self) -> int:
-        """Rows of the codebook: code 0 (outside the image), then every (label, edge) pair and "no class"."""
+        """Number of codebook rows: code 0 (outside the image), then every (label, edge) pair, "no class" included."""
         if self._pooled_codebook is not None:
             return self._pooled_codebook.shape[0]
         return (self.num_labels + 1) * (1 if self.edges is None else 2) + 1
@@ -111,7 +112,7 @@ class LabelMap(Packable):
         return F.pad(classes, (0, 0, 1, 0))
 
     def codebook_matmul(self, rows: torch.Tensor) -> torch.Tensor:
-        """codebook @ rows, (num_codes, D), of float weight rows (channels, D). Differentiable in `rows`.
+        """The product codebook @ rows, (num_codes, D), for float rows (channels, D). Differentiable in `rows`.
 
         Raises:
             ValueError: rows have another shape or are not float.
@@ -124,10 +125,12 @@ class LabelMap(Packable):
         if self._pooled_codebook is not None:
             return self.codebook(rows.dtype) @ rows
         if rows.is_cuda and not torch.compiler.is_compiling() and not _products_are_coarser(rows.dtype):
-            # One launch, and one in the backward, instead of a dozen that a compiler would make one of.
+            # A matrix product is one launch, and one in the backward. The code below takes a dozen unless it is
+            # compiled.
             with torch.autocast("cuda", enabled=False):
                 return _cached_codebook(self, rows.dtype) @ rows
-        # The product with a one-hot codebook copies rows, and adds the edge's.
+        # A product with a one-hot codebook copies the row of the class and, where there is an edge, adds the row of the
+        # edge.
         classes = F.pad(rows[: self.num_labels], (0, 0, 0, 1))
         if self.edges is not None:
             classes = torch.stack((classes, classes + rows[-1]), 1).flatten(0, 1)
@@ -138,7 +141,7 @@ class LabelMap(Packable):
         return F.embedding(self.codes, self.codebook(dtype)).permute(0, 3, 1, 2)
 
     def windows(self, size: Sequence[int], kernel_size: int, stride: int, padding: int) -> Windows:
-        """Distinct windows of codes after a nearest resize to `size` = (h, w). Built once for each, and cached.
+        """Distinct windows of codes after a nearest resize to `size` = (h, w). They are built once and cached.
 
         Raises:
             TypeError: an argument is not an integer, or size not a pair.
@@ -150,7 +153,7 @@ class LabelMap(Packable):
         return self.cache.get(key, lambda: Windows.of(self.codes, self.num_codes, key.size, *key[3:]), self.codes)
 
     def window_index(self, size: Sequence[int], kernel_size: int) -> WindowIndex:
-        """The index a SPADE layer with odd kernel_size needs at `size` = (h, w). Built once for each, and cached.
+        """The window index at `size` = (h, w) for a SPADE layer with odd kernel_size. It is built once and cached.
 
         Raises:
             TypeError: an argument is not an integer, or size not a pair.
@@ -161,23 +164,25 @@ class LabelMap(Packable):
         return WindowIndex(*(self.cache[name] for name in _index_keys(key, kernel_size)))
 
     def prepare(self, sizes: Iterable[Sequence[int]], kernel_size: int = 3, gradients: bool = True) -> LabelMap:
-        """Builds what SPADE layers with kernel_size need at each of the `sizes` (h, w), ahead of their forward pass.
+        """Builds the window indexes of SPADE layers with kernel_size at each of the `sizes` (h, w), ahead of their use.
 
-        All together, which on a GPU asks the device once for their numbers of rows. A data-loader worker that does so
-        leaves the training process nothing to build. Without `gradients`, what only the backward needs is left out.
+        All are built together, so that the host waits only once for a GPU to count rows. If a data-loader worker calls
+        this, the training process has nothing to build. With `gradients=False`, the segments are left out, which only
+        the backward needs.
+
         Returns the label map itself.
         """
         wanted, kernel_size = [as_size(size) for size in sizes], _integer("kernel_size", kernel_size)
         self._index(wanted, kernel_size)
         if gradients:
             indexes = [windows for size in wanted for windows in self.window_index(size, kernel_size)]
-            # Hidden windows' pixels are for what has a row of its own for every pixel: the dense path, and a network's
-            # first convolution.
+            # Pixels of hidden windows are needed where `condition.conv2d` is used: on the dense path, and in a
+            # network's first convolution.
             build_segments(indexes, indexes)
         return self
 
     def _index(self, sizes: Iterable[tuple[int, int]], kernel_size: int) -> None:
-        """Builds the window indexes that are not there."""
+        """Builds the missing window indexes."""
         missing = [size for size in dict.fromkeys(sizes) if _index_keys(size, kernel_size)[1] not in self.cache]
         if not missing:
             return
@@ -204,7 +209,7 @@ class LabelMap(Packable):
     def avg_pool(self) -> LabelMap:
         """The condition after `avg_pool2d(3, stride=2, padding=1, count_include_pad=False)`, as a label map.
 
-        Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so the
+        Each distinct 3x3 window becomes a code whose codebook row is the mean of its condition vectors, so that the
         discriminator's coarser scales need no one-hot planes either.
         """
         return self.cache.get("pooled", self._pool, self.codes)
@@ -216,8 +221,8 @@ class LabelMap(Packable):
         return self._with_codes(seen.pixel_row + 1, F.pad(codebook, (0, 0, 1, 0)))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelMap:
-        """Moves the label map to `device`: itself if it is there, else a copy, made in one transfer."""
-        # "cuda" is the current one of several.
+        """Returns the label map on `device`: itself if it is there already, else a copy, made in one transfer."""
+        # "cuda" without an index is the current CUDA device.
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
@@ -230,7 +235,7 @@ class LabelMap(Packable):
         return unpack(*pack(self, pinned=True))
 
     def __getitem__(self, images: slice) -> LabelMap:
-        """The label maps of some of the images, which stay a batch: `[3:4]`, not `[3]`."""
+        """A label map of some of the images, given by a slice: `[3:4]`, not `[3]`, because the result is a batch."""
         if not isinstance(images, slice):
             raise TypeError(f"a LabelMap takes a slice of images, such as [3:4], got [{images!r}]")
         if not range(len(self))[images]:
@@ -241,7 +246,11 @@ class LabelMap(Packable):
 
     @staticmethod
     def cat(maps: Sequence[LabelMap]) -> LabelMap:
-        """One batch out of several; all must have the same size, classes and edges. Pool after, not before."""
+        """Joins label maps into one batch.
+
+        They must have the same size and classes, and all or none of them edges. Use `avg_pool` on the result, not on
+        the parts.
+        """
         if len({(m.shape[1:], m.num_labels, m.edges is None, id(m._pooled_codebook)) for m in maps}) != 1:
             raise ValueError(
                 "label maps of different size, classes or codebook cannot form one batch: " + repr(list(maps))
@@ -254,11 +263,11 @@ class LabelMap(Packable):
 
     @classmethod
     def from_one_hot(cls, planes: torch.Tensor, edges: bool = True) -> LabelMap:
-        """Reads a one-hot tensor back.
+        """Converts a one-hot tensor to a label map.
 
         Args:
-            planes: (N, C, H, W), exactly one 1 (or none: "no class") among the class planes of each pixel, else 0.
-            edges: the last plane is the 0/1 instance boundary.
+            planes: (N, C, H, W), 0 or 1. At each pixel one class plane is 1, or none, for "no class".
+            edges: True if the last plane is the instance boundary.
 
         Raises:
             ValueError: a pixel is not one-hot; the message names it.
@@ -278,7 +287,7 @@ class LabelMap(Packable):
 
     def _with_codes(self, codes: torch.Tensor, codebook: torch.Tensor | None) -> LabelMap:
         other = object.__new__(LabelMap)
-        # One by one: torch.compile of torch 2.11 traces no update of __dict__.
+        # Attributes are set one by one, because torch 2.11 cannot compile an update of __dict__.
         other.labels, other.num_labels, other.edges = self.labels, self.num_labels, self.edges
         other.codes, other._pooled_codebook = transforms.constant(codes), codebook
         other.ignore_index, other.cache = self.ignore_index, Cache()
@@ -286,11 +295,11 @@ class LabelMap(Packable):
 
 
 def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
-    """`LabelMap.from_one_hot` for float planes of the right shape; None where a pixel is not one-hot."""
+    """`LabelMap.from_one_hot` for float planes of the right shape; None if a pixel is not one-hot."""
     classes = planes[:, :-1] if edges else planes
     num_labels = classes.shape[1]
     if num_labels > 2 / torch.finfo(classes.dtype).eps:
-        classes = classes.float()  # Where the dtype cannot tell two of their numbers apart.
+        classes = classes.float()  # The dtype cannot represent all class numbers exactly.
     # One pass over the planes sums up, for each pixel, the numbers of its classes, counted from 1.
     numbers = torch.arange(1, num_labels + 1, dtype=classes.dtype, device=planes.device)
     with torch.autocast(planes.device.type, enabled=False):
@@ -301,7 +310,7 @@ def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
 
 
 def is_one_hot_of(planes: torch.Tensor, label_map: LabelMap) -> bool:
-    """True if the planes equal `label_map.one_hot()`: all of its ones are there, and nothing else."""
+    """True if the planes equal `label_map.one_hot()`."""
     labels, num_labels = label_map.labels, label_map.num_labels
     has_class = labels < num_labels
     ones = planes.gather(1, labels.clamp(max=num_labels - 1).unsqueeze(1)).squeeze(1)[has_class]
@@ -331,7 +340,7 @@ def instance_edges(instances: torch.Tensor) -> torch.Tensor:
 
 
 def _products_are_coarser(dtype: torch.dtype) -> bool:
-    """True if a GPU rounds the factors of matrix products to tf32 but those of convolutions not."""
+    """True if PyTorch uses tf32 for float32 matrix products on a GPU, but not for convolutions."""
     cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return dtype == torch.float32 and [setting.fp32_precision == "tf32" for setting in cuda] == [True, False]
 
@@ -340,20 +349,20 @@ _codebooks = Cache(shared=True)
 
 
 def _cached_codebook(label_map: LabelMap, dtype: torch.dtype) -> torch.Tensor:
-    """Its codebook, the same for all label maps of its kind."""
+    """The codebook of a label map, shared by all label maps with the same classes, edges and device."""
     kind = (label_map.num_labels, label_map.edges is not None, dtype, label_map.device)
     return _codebooks.get(kind, lambda: label_map.codebook(dtype), label_map.codes)
 
 
 def _index_keys(size: tuple[int, ...], kernel_size: int) -> tuple[WindowKey, WindowKey]:
-    """The keys of the two parts of a window index."""
+    """The cache keys of the hidden and the modulation windows of a window index."""
     height, width = size
     part = (height, width, kernel_size, 1, kernel_size // 2)
     return WindowKey("codes", *part), WindowKey("hidden rows", *part)
 
 
 def _integer(name: str, value: Any) -> int:
-    """`value` as an int; raises TypeError for what is not one, such as 5.0."""
+    """Converts `value` to an int; raises TypeError if it is not an integer, such as 5.0."""
     if type(value) is int:
         return value
     if isinstance(value, torch.SymInt):
@@ -365,7 +374,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def as_size(size: Sequence[int]) -> tuple[int, int]:
-    """`size` as (h, w); raises TypeError for what is not a pair of integers."""
+    """Converts `size` to (h, w); raises TypeError if it is not a pair of integers."""
     if len(size) != 2:
         raise TypeError(f"size must be a pair (h, w), got {size!r}")
     return _integer("height", size[0]), _integer("width", size[1])
@@ -376,7 +385,7 @@ def _is_integer(t: torch.Tensor) -> bool:
 
 
 def _checked_classes(labels: torch.Tensor, num_labels: int, ignore_index: int | None) -> torch.Tensor:
-    """(N, H, W) int64 in 0 .. num_labels, where num_labels is "no class"."""
+    """The classes after all checks: (N, H, W) int64 in 0 .. num_labels, where num_labels is "no class"."""
     if not isinstance(labels, torch.Tensor) or not _is_integer(labels):
         kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an integer tensor, got {kind}; for one-hot planes use LabelMap.from_one_hot")
@@ -421,7 +430,7 @@ def _collate(label_maps: Sequence[LabelMap], *, collate_fn_map: Any = None) -> L
     return LabelMap.cat(label_maps)
 
 
-# So that a DataLoader without a `collate_fn` makes one label map of its samples'.
+# With this function, a DataLoader without a `collate_fn` joins the label maps of its samples into one.
 default_collate_fn_map[LabelMap] = _collate
 
 _PARTS = ("codes", "labels", "edges", "_pooled_codebook")
@@ -445,10 +454,10 @@ def _unflatten(parts: Iterable[Any], context: tuple[int, int | None]) -> LabelMa
     return label_map
 
 
-# So that torch.load, which torch.export.load calls too, takes label maps as it takes tensors.
+# This lets torch.load, which torch.export.load calls, load label maps as it loads tensors.
 torch.serialization.add_safe_globals([Cache, LabelMap, Slot, WindowKey, Windows])
-# For torch.export, whose programs then take label maps. What is kept stays out: a program would otherwise take only
-# label maps with the same indexes already built as its example had.
+# This lets programs of torch.export take label maps. The cache is not part of the tree: a program would otherwise
+# accept only label maps that have built the same window indexes as its example.
 _pytree.register_pytree_node(
     LabelMap,
     _flatten,

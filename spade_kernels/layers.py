@@ -1,4 +1,4 @@
-"""SPADE as a drop-in layer, its names and state_dict keys the original's, and the convolution that follows one."""
+"""SPADE as a drop-in layer with the original's module names and state_dict keys, and the convolution after it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ class SPADE(Freezable):
     """Spatially-adaptive normalization (Park et al., CVPR 2019, section 3.1).
 
     Args:
-        config_text: holds `spade<norm><k>x<k>`, for example "spadesyncbatch3x3": the parameter-free norm (instance,
-            batch or syncbatch) and the size of the convolutions (one odd digit; the first counts).
+        config_text: contains `spade<norm><k>x<k>`, for example "spadesyncbatch3x3". The norm, which has no parameters,
+            is instance, batch or syncbatch; k is the kernel size of the convolutions, an odd digit. The second digit is
+            ignored.
         norm_nc: channels C of the normalized tensor.
         label_nc: channels of the condition: classes, plus one for the instance boundary plane when it is used.
 
-    Its modules can be wrapped, hooked or replaced. Others than three convolutions of one size with zero padding, a ReLU
-    and a norm without parameters are called as they are, at every pixel: `mlp_shared` with the condition (N, label_nc,
-    h, w), `mlp_gamma` and `mlp_beta` with its result. What these two return must broadcast to (N, norm_nc, h, w).
+    The layer's modules can be wrapped, hooked or replaced. Unless they are three convolutions of one kernel size with
+    zero padding and a ReLU, they are called as they are, at every pixel: `mlp_shared` with the condition (N, label_nc,
+    h, w), `mlp_gamma` and `mlp_beta` with its result. The results of these two must broadcast to (N, norm_nc, h, w). A
+    norm that has parameters or is of another class is called with x.
 
     Raises:
         ValueError: config_text names no norm or an even kernel size.
@@ -64,16 +66,16 @@ class SPADE(Freezable):
         Args:
             x: (N, norm_nc, h, w).
             segmap: LabelMap, integer label map (N, H, W), or one-hot / dense float tensor (N, label_nc, H, W). A
-                one-hot tensor is read once, and again when PyTorch counts a change of it. It does not count writes
-                through `.data` or NumPy: pass a new tensor or a LabelMap after those.
-            negative_slope: of a leaky ReLU applied to the result; 1 is none.
-            gain: positive number the result is multiplied by: a Python number or a tensor of one, whose value is not
-                checked. A negative one multiplies what the leaky ReLU is applied to.
-            upsample: 2 for a result twice as large, as if x had been upsampled (nearest) before.
-            moments: `normalization.moments` of x, where another layer has taken them already.
+                one-hot tensor is converted once, and again after an in-place change that raises its version counter.
+                Writes through `.data` or NumPy do not raise the counter: pass a new tensor or a LabelMap after those.
+            negative_slope: slope of a leaky ReLU that is applied to the result; 1 for none.
+            gain: factor of the result: a positive number, or a tensor with one element, whose value is not checked. It
+                is applied before the leaky ReLU, which matters for negative values only.
+            upsample: 1, or 2 for a result of twice the height and width, as if x had been upsampled (nearest) before.
+            moments: `normalization.moments(norm, x)`, if the caller has it already.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or what `mlp_gamma` or `mlp_beta` returns.
+            TypeError, ValueError: an argument, or the result of `mlp_gamma` or `mlp_beta`, does not fit.
         """
         return self.defer(x, segmap, negative_slope, gain=gain, upsample=upsample, moments=moments).tensor()
 
@@ -87,7 +89,7 @@ class SPADE(Freezable):
         upsample: int = 1,
         moments: Moments | None = None,
     ) -> DeferredModulation:
-        """`forward` without its last pass over x, which a convolution can fuse."""
+        """`forward` without its last pass over x, the modulation, which a convolution can fuse."""
         if self._is_as_built():
             return functional.defer_spade(
                 x,
@@ -112,7 +114,7 @@ class SPADE(Freezable):
         return PackedWeights(self._weights()) if self._is_as_built() else None
 
     def _is_as_built(self) -> bool:
-        """True if the condition goes through three convolutions and a ReLU and nothing else, as kernels need it."""
+        """True if the condition passes through three convolutions and a ReLU only, as the kernels require."""
         shared, gamma, beta = self.mlp_shared, self.mlp_gamma, self.mlp_beta
         if type(shared) is not nn.Sequential or len(shared) != 2 or type(shared[1]) is not nn.ReLU:
             return False
@@ -122,7 +124,7 @@ class SPADE(Freezable):
         return len(sizes) == 1 and None not in sizes and gamma.out_channels == beta.out_channels == self.norm_nc
 
     def _rows_by_modules(self, segmap: Segmap, x: torch.Tensor, upsample: int) -> torch.Tensor:
-        """(N*h*w, 2C): the scale and shift of every pixel of the result, by calling the modules as they are."""
+        """(N*h*w, 2C): the scale and shift of every pixel of the result. The modules are called as they are."""
         n, c, h, w = x.shape
         shape = (n, c, h * upsample, w * upsample)
         modules = self.mlp_shared, self.mlp_gamma, self.mlp_beta
@@ -149,7 +151,7 @@ def parameter_dtype(modules: Iterable[nn.Module], default: torch.dtype) -> torch
 
 
 def keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """True if a call of the module is nothing but a convolution with a square kernel that keeps the size."""
+    """True if a call of the module runs only a convolution with a square kernel that keeps height and width."""
     if not is_plain(module):
         return False
     side = module.kernel_size[0]
@@ -157,7 +159,7 @@ def keeps_size(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _kernel_size(module: nn.Module) -> int | None:
-    """k of a k x k convolution with a bias that keeps the size; None of any other module."""
+    """The k of a k x k convolution that has a bias and `keeps_size`; None for other modules."""
     if not keeps_size(module) or module.bias is None:
         return None
     return module.kernel_size[0]
@@ -185,12 +187,13 @@ def spade_conv(
 ) -> torch.Tensor:
     """conv(leaky_relu(norm(x, segmap), negative_slope)) + add, with fewer passes over x and the convolution's weight.
 
-    In training the norm's small table is divided by the convolution's spectral norm, instead of the weight. When both
-    are frozen, compiled CPU kernels modulate x where the convolution reads it, and no modulated tensor exists.
+    In training, the small modulation table is divided by the convolution's spectral norm instead of the large weight.
+    When both modules are frozen, compiled CPU kernels modulate x while the convolution reads it, and never store the
+    result.
 
-    Other modules than `Conv2d` and `SPADE`, and hooked ones, are called as they are: conv with a tensor, norm with x
-    and the condition and without the activation. A norm that is no SPADE takes x at its full size, and the condition
-    as a tensor (N, channels, H, W).
+    Modules of classes other than `Conv2d` and `SPADE`, and modules with hooks, are called as they are: `conv` with a
+    tensor, and `norm` with x and the condition, followed by the leaky ReLU. A norm that is not a SPADE layer is called
+    with the upsampled x and with the condition as a tensor (N, channels, H, W).
     """
     if not (is_plain(conv, Conv2d) and _is_plain_spade(norm)):
         y = conv(_activated(norm, x, segmap, negative_slope, upsample, moments))
@@ -210,7 +213,7 @@ def _activated(
     if _is_plain_spade(norm):
         return norm(x, segmap, negative_slope, upsample=upsample, moments=moments)
     if isinstance(norm, SPADE) and type(norm).forward is SPADE.forward and "forward" not in norm.__dict__:
-        # Its hooks may change x: the moments taken before would be another tensor's.
+        # Hooks may change x, and then the given moments are not those of x.
         y = norm(x, segmap, upsample=upsample)
     else:
         x = F.interpolate(x, scale_factor=upsample) if upsample > 1 else x

@@ -1,4 +1,4 @@
-"""Modulation tables, and the modulation of a feature map by one: at once, or deferred to the convolution after it."""
+"""Modulation tables, and the modulation of a feature map by a table: at once, or fused into the next convolution."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class ModulationTable(NamedTuple):
     Attributes:
         rows: (R, 2C) float, the scale of C channels and then their shift. SPADE's scale is 1 + gamma.
         pixel_row: (N, h, w) int64, the row that each pixel takes; None if every pixel has a row of its own, in order.
-        image_offsets: (N + 1,) int64, image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1. None per pixel.
-        indices, offsets: the pixels of each row, as segments; None per pixel, and where no gradient is recorded.
+        image_offsets: (N + 1,) int64; image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1. None if every
+            pixel has a row of its own.
+        indices, offsets: the pixels of each row, as segments; None if every pixel has a row of its own, and where no
+            gradient is recorded.
     """
 
     rows: Tensor
@@ -31,16 +33,15 @@ class ModulationTable(NamedTuple):
         return self.pixel_row is None
 
     def with_rows(self, rows: Tensor) -> ModulationTable:
-        """A table of other values for the same pixels: arithmetic on scale and shift is arithmetic on `rows`.
+        """Returns a table with other rows for the same pixels, for arithmetic on scale and shift.
 
-        It takes the time of the rows, which are far fewer than the pixels, and has all derivatives that PyTorch gives
-        it.
+        Such arithmetic runs on rows, which are far fewer than pixels, and PyTorch differentiates it as usual.
         """
         return ModulationTable(rows, *self[1:])
 
 
 class DeferredModulation(NamedTuple):
-    """A deferred `modulate`: its arguments only, so that a convolution can fuse it."""
+    """The arguments of a `modulate` call that has not run yet, so that a convolution can fuse it."""
 
     x: Tensor
     stats: Statistics
@@ -54,7 +55,7 @@ class DeferredModulation(NamedTuple):
         return n, c, self.upsample * h, self.upsample * w
 
     def tensor(self) -> Tensor:
-        """(N, C, upsample * h, upsample * w)."""
+        """Runs the modulation, with a result (N, C, upsample * h, upsample * w)."""
         mean, rstd, stats_scope = self.stats
         return ops.modulate(self.x, mean, rstd, *self.table, self.negative_slope, self.upsample, stats_scope)
 
@@ -66,10 +67,10 @@ def modulate(
 
     Args:
         x: (N, C, h, w) float.
-        stats: of x, from `statistics`, `normalization.instance_statistics` or your own norm.
-        table: from `modulation_table`, for the size (upsample * h, upsample * w).
-        negative_slope: of the leaky ReLU; 1 is none.
-        upsample: 2 takes every pixel of x for 2 x 2 (nearest upsampling); 1 or 2.
+        stats: statistics of x, from `statistics`, `normalization.instance_statistics` or your own norm.
+        table: modulation table for the size (upsample * h, upsample * w), from `modulation_table`.
+        negative_slope: slope of the leaky ReLU; 1 for none.
+        upsample: 1, or 2 for nearest upsampling: every pixel of x stands for 2 x 2 pixels of the result.
 
     Returns:
         (N, C, upsample * h, upsample * w) in x's dtype, channels-last. Derivatives exist for x, including those through

@@ -1,4 +1,4 @@
-"""Batch, synchronized batch and instance normalization as merge rules over `channel_stats`."""
+"""Batch, synchronized batch and instance normalization, with statistics merged from `channel_stats`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 class Statistics(NamedTuple):
-    """Statistics of x under a normalization, as `ops.modulate` takes them.
+    """Mean and 1/std by which a norm normalizes x, for `ops.modulate`.
 
     mean, rstd: (N, C) or (1, C) in the accumulation dtype; stats_scope: see `ops.modulate`.
     """
@@ -28,9 +28,9 @@ class Statistics(NamedTuple):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.SyncBatchNorm` on any device: batch norm whose training statistics are over all processes.
+    """`torch.nn.SyncBatchNorm` on any device: batch norm whose training statistics cover all processes.
 
-    With one process it is plain batch norm. Same parameters, buffers and state_dict keys as `nn.BatchNorm2d`.
+    With one process it is plain batch norm. It has the parameters, buffers and state_dict keys of `nn.BatchNorm2d`.
     Derivatives exist for the input, weight and bias.
     """
 
@@ -48,7 +48,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return ops.modulate(input, stats.mean, stats.rstd, table, pixel_row, None, *uses, 1.0, 1, stats.stats_scope)
 
 
-# `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every other batch norm by its own.
+# `nn.SyncBatchNorm.convert_sync_batchnorm` replaces all other batch norms by `nn.SyncBatchNorm`.
 _BATCH_NORMS, _SYNC_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm), (SyncBatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -69,9 +69,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def moments(norm: nn.Module, x: Tensor) -> Moments | None:
-    """`ops.channel_stats` of x (N, C, h, w), or None where the norm goes by its running statistics.
+    """`ops.channel_stats` of x (N, C, h, w), or None if the norm uses its running statistics.
 
-    For layers that share x: take them once, hand them to each.
+    Layers that normalize the same x can share the result.
     """
     return None if _goes_by_running_statistics(norm) else ops.channel_stats(x.detach())
 
@@ -81,13 +81,13 @@ def statistics(norm: nn.Module, x: Tensor, taken: Moments | None = None, upsampl
 
     Args:
         norm: nn.InstanceNorm2d, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm or SyncBatchNorm2d. x: (N, C, h, w).
-        taken: `moments(norm, x)`, if they are at hand.
+        taken: `moments(norm, x)`, if the caller has it already.
         upsample: the statistics are those of x with every pixel repeated upsample x upsample times.
 
     Raises:
-        TypeError: another norm.
-        ValueError: one value per channel in training, where a variance does not exist; moments or running statistics
-            of another shape than x has channels.
+        TypeError: the norm is of another class.
+        ValueError: x has only one value per channel in training, so that there is no variance; or moments or running
+            statistics have another shape than x requires.
     """
     if not isinstance(norm, (nn.InstanceNorm2d, nn.GroupNorm, *_BATCH_NORMS)):
         raise TypeError(f"cannot take the statistics of {type(norm).__name__}")
@@ -117,8 +117,8 @@ def _check_fits(norm: nn.Module, x: Tensor, taken: Moments | None) -> None:
             f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__ for t in taken
         ]
         raise ValueError(
-            f"moments must be two float tensors of shape {tuple(x.shape[:2])} on {x.device}, got {got}; take them of "
-            "this x with normalization.moments"
+            f"moments must be two float tensors of shape {tuple(x.shape[:2])} on {x.device}, got {got}; take them "
+            "from this x with normalization.moments"
         )
 
 
@@ -150,7 +150,7 @@ def apply_norm(norm: nn.Module | Statistics, x: Tensor, taken: Moments | None = 
     if isinstance(norm, nn.Module) and not is_fusable(norm):
         x = channels_last(norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x))
         return Normalized(x, identity_statistics(x))
-    # Kernels read channels-last; statistics, modulation and their gradients share one conversion.
+    # Kernels read channels-last. One conversion here serves statistics, modulation and their gradients.
     x = channels_last(x)
     if isinstance(norm, Statistics):
         return Normalized(x, norm, upsample)
@@ -165,7 +165,7 @@ def identity_statistics(x: Tensor) -> Statistics:
 
 
 def _goes_by_running_statistics(norm: nn.Module) -> bool:
-    """True if the norm takes its running statistics, which do not depend on x."""
+    """True if the norm uses its running statistics, which do not depend on x."""
     return isinstance(norm, _BATCH_NORMS) and not norm.training and norm.running_mean is not None
 
 
@@ -181,7 +181,7 @@ def check_input(x: Tensor, channels: int) -> None:
 
 
 def instance_statistics(x: Tensor, eps: float, taken: Moments | None = None, upsample: int = 1) -> Statistics:
-    """Each image's own channel statistics (biased variance); arguments as of `statistics`."""
+    """Statistics of each image's channels, from the biased variance plus eps; see `statistics` for the arguments."""
     pixels = x.shape[2] * x.shape[3]
     if pixels * upsample == 1:
         raise ValueError(f"instance norm needs more than one pixel per channel, got x of shape {tuple(x.shape)}")
@@ -209,7 +209,7 @@ def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsamp
     over_world = isinstance(norm, _SYNC_BATCH_NORMS) and norm.training and world_size() > 1
     values = x.shape[0] * pixels * upsample**2
     count: float | Tensor = values
-    # In few and plain operations: on a GPU each takes the time of its launch.
+    # Few operations are used, because on a GPU each of them takes the time of a launch.
     if len(mean) > 1:
         between, total = torch.var_mean(mean, 0, correction=0, keepdim=True)
         variance = between + m2.sum(0, keepdim=True) / (len(mean) * pixels)
@@ -226,7 +226,10 @@ def _batch_statistics(norm: _BatchNorm, x: Tensor, taken: Moments | None, upsamp
 
 
 def _merge_over_processes(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One all-gather of a few numbers per channel, merged in rank order: no cancellation, same bits on every rank."""
+    """Merges the statistics of all processes after one all-gather of a few numbers per channel.
+
+    Merging in rank order gives the same bits on every rank, and merging squared deviations avoids cancellation.
+    """
     transforms.require_one_process()
     mine = torch.cat((mean[0], variance[0] * count, mean.new_full((1,), count)))
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
@@ -251,5 +254,5 @@ def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: flo
 
 
 def world_size() -> int:
-    """Processes of the default group; 1 without one."""
+    """The number of processes in the default group; 1 if there is no group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,4 +1,4 @@
-"""One-hot float tensors, as users of SPADE layers have them, detected as label maps."""
+"""Detection of label maps in one-hot float tensors, which users of SPADE layers often pass."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class _Answer(NamedTuple):
     stamp: _Stamp | None
 
 
-# By identity of the tensor, which it does not keep alive.
+# Keys are tensors, compared by identity; the dict does not keep them alive.
 _answers = WeakTensorKeyDictionary()
 
 
 def detect_one_hot(planes: Tensor) -> LabelMap | None:
     """The label map with exactly these condition vectors, or None.
 
-    The answer is remembered with the tensor until PyTorch counts a change of it, so that the layers of one forward pass
-    share one label map. Changes that PyTorch does not count, through `.data` or another library's view of the memory,
-    go unnoticed in a tensor that PyTorch allocated.
+    The result is cached for the tensor until its version counter or address changes, so that the layers of one forward
+    pass share one label map. Changes that do not raise the counter, through `.data` or another library's view of the
+    memory, go unnoticed in a tensor that PyTorch allocated.
 
     Args:
-        planes: (N, C, H, W) float. Its last plane may be an instance boundary as well as a class: a condition vector
-            with a 1 there and nowhere else is that of "no class" on a boundary.
+        planes: (N, C, H, W) float. The last plane is read as the instance boundary, even if it is a class: a pixel with
+            its only 1 there has the same condition vector as "no class" on a boundary.
 
     Returns:
-        None where a pixel has two classes or another value than 0 and 1; where gradients for the planes are asked for;
-        and where their values cannot be relied on, because the call is being traced or captured.
+        The label map. It is None if a pixel has two classes or a value other than 0 and 1, if gradients for the planes
+        are needed, and if the call is being traced or captured, so that values are not known.
     """
     if not _can_be_read(planes):
         return None
@@ -72,8 +72,11 @@ def _is_traced(planes: Tensor) -> bool:
 
 
 def _stamp(planes: Tensor) -> _Stamp | None:
-    """A stamp that changes with the tensor's values; None if none does: in inference mode, and in shared memory."""
-    # Another process that writes to shared memory counts changes of its own.
+    """(version counter, address) of the tensor; None where the counter can miss changes.
+
+    That is so in inference mode, in shared memory, and in memory that PyTorch did not allocate.
+    """
+    # Another process that writes to shared memory has a version counter of its own.
     if planes.is_inference() or planes.is_shared() or not planes.untyped_storage().resizable():
         return None
     return planes._version, planes.data_ptr()

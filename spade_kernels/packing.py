@@ -1,4 +1,4 @@
-"""Objects that hold many small tensors, as one tensor: what goes to another device or process at once."""
+"""Packing of an object's many small tensors into one, for one transfer to another device or process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _T = TypeVar("_T")
 
 
 class Packable:
-    """An object of tensors, packables, and tuples and dicts of them.
+    """Base class of objects that hold tensors, packables, and tuples and dicts of them.
 
-    It pickles as one tensor: each tensor that a data-loader worker sends costs both processes a file descriptor.
+    Such an object is pickled with all tensors packed into one, because each tensor that a data-loader worker sends
+    costs both processes a file descriptor.
     """
 
     def __getstate__(self) -> tuple[Tensor | None, dict]:
@@ -29,7 +30,7 @@ class Packable:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where in the buffer a tensor lies."""
+    """The place of a tensor in the buffer: offset in bytes, dtype and shape."""
 
     offset: int
     dtype: torch.dtype
@@ -40,16 +41,16 @@ class Slot:
         return buffer[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-# Not in inference mode, like everything a label map keeps: training may need it later.
+# The buffer is made outside inference mode, because training may need its tensors later.
 @torch.inference_mode(False)
 def pack(nest: _T, pinned: bool = False) -> tuple[Tensor | None, _T]:
-    """(buffer, layout): all tensors of `nest` in one of bytes, and the nest with their places instead of them.
+    """Returns (buffer, layout): one uint8 tensor with all tensors of `nest`, and `nest` with a `Slot` for each.
+
+    The buffer is None if `nest` has no tensors.
 
     Args:
-        nest: a packable, or a tuple or dict, whose tensors are on one device. pinned: in page-locked memory.
-
-    Returns:
-        The buffer is None where there are no tensors.
+        nest: a packable, or a tuple or dict, whose tensors are on one device.
+        pinned: True puts the buffer into page-locked memory.
     """
     tensors: dict[int, Tensor] = {}
     slots: dict[int, Slot] = {}
@@ -74,12 +75,12 @@ def pack(nest: _T, pinned: bool = False) -> tuple[Tensor | None, _T]:
 
 @torch.inference_mode(False)
 def unpack(buffer: Tensor | None, layout: _T) -> _T:
-    """The nest that `pack` took apart; its tensors are views of `buffer`."""
+    """Reverses `pack`; the tensors of the result are views of `buffer`."""
     return layout if buffer is None else _changed(layout, Slot, lambda slot: slot.of(buffer))
 
 
 def _changed(nest: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """A copy of the nest with everything of this kind changed."""
+    """A copy of the nest in which `change` replaces every object of class `kind`."""
     if isinstance(nest, kind):
         return change(nest)
     if isinstance(nest, dict):

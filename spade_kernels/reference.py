@@ -1,8 +1,9 @@
-"""Each op in a few lines of plain PyTorch: the specification, and the backend that always runs.
+"""The operators in plain PyTorch: their specification, and the backend that always runs.
 
-Any device; float16, bfloat16 and float32 inputs are computed in float32, float64 in float64.
-Index arguments named `indices, offsets` group something for a segment sum: segment s takes entries
-indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order, so sums are the same from run to run.
+The functions run on any device. They compute in the accumulation dtype: float32 for float16, bfloat16 and float32
+inputs, and float64 for float64 inputs. Index arguments named `indices, offsets` are the segments of a segment sum:
+segment s takes the entries indices[offsets[s]] .. indices[offsets[s + 1] - 1], in that order, so sums are the same from
+run to run.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _TO_OUTPUT = [[1, 1, 1, 0], [0, 1, -1, -1]]
 def window_index(
     ids: Tensor, sizes: list[int], kernel_size: int, stride: int, padding: int, levels: int
 ) -> list[Tensor]:
-    """Interns the distinct kernel_size x kernel_size windows of the map, resized (nearest) to each of the sizes.
+    """Finds the distinct kernel_size x kernel_size windows of each map, resized (nearest) to each of the sizes.
 
     Args:
         ids: (N, H, W) int64, all positive and below 2**32; 0 is reserved for "outside the image".
-        sizes: h, w of the first, h, w of the second, ...
-        levels: 1, or 2 for the windows of those windows too: of the map of their rows, counted from 1.
+        sizes: flat list of height and width of the first size, height and width of the second, ...
+        levels: 1, or 2 to find also the windows of the first level's map of rows, pixel_row + 1.
 
     Returns:
-        For each size, and each level of it: windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64,
-        image_offsets (N + 1,) int64. Rows belong to one image each and are numbered by first occurrence.
+        For each size and each of its levels: windows (rows, kernel_size**2) int64, pixel_row (N, h', w') int64,
+        image_offsets (N + 1,) int64. Each row belongs to one image, and rows are numbered by first occurrence.
     """
     found: list[Tensor] = []
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
@@ -80,12 +81,12 @@ def gather_sum(
 ) -> Tensor:
     """(rows, D): the first convolution at each distinct window.
 
-    It is the sum over t of tap_responses[windows[:, t], t], plus the bias, and its ReLU if asked.
+    It is the sum over t of tap_responses[windows[:, t], t], plus the bias, followed by a ReLU if `relu` is True.
 
     Args:
-        tap_responses: (codes, T, D), the weights' response to each code at each tap; code 0 must be zero.
+        tap_responses: (codes, T, D), the convolution's response to each code at each tap; tap_responses[0] must be 0.
         windows: (rows, T) int64 codes.
-        indices, offsets: uses of each (code, tap) by the windows; needed by the backward only.
+        indices, offsets: the uses of each (code, tap) pair in the windows; needed by the backward only.
     """
     rows = sum_of_taps(accumulator(tap_responses), windows)
     if bias is not None:
@@ -118,15 +119,15 @@ def modulation_table(
 ) -> Tensor:
     """(rows, 2C): the second convolution at each distinct window.
 
-    It is the sum over t of hidden[windows[:, t] - 1] @ weight[:, t], + bias, gamma's columns first. Each hidden row
-    meets each tap's weights once, however many windows it stands in.
+    It is the sum over t of hidden[windows[:, t] - 1] @ weight[:, t], + bias, gamma's columns first. Each hidden row is
+    multiplied by each tap's weights once, however many windows contain it.
 
     Args:
-        hidden: (hidden rows, D); a window entry of 0 contributes nothing.
+        hidden: (hidden rows, D).
         gamma, beta: (C, D, k, k); bias: (2C,).
-        windows: (rows, k*k) int64.
+        windows: (rows, k*k) int64, hidden rows counted from 1; an entry of 0 (outside the image) contributes nothing.
         packed_weight: gamma and beta packed by `pack_modulation_weight`, or None; not used by the reference.
-        indices, offsets: uses of each (hidden row, tap) by the windows; needed by the backward only.
+        indices, offsets: the uses of each (hidden row, tap) pair in the windows; needed by the backward only.
     """
     acc = F.pad(accumulator(hidden), (0, 0, 1, 0))
     weight = joint_weight(gamma, beta).to(acc.dtype)
@@ -143,7 +144,8 @@ def modulation_table_grad(
     weight = joint_weight(gamma, beta).to(grad.dtype)
     num_taps = weight.shape[1]
     tap_grads = segment_sum(grad, indices // num_taps, offsets)[num_taps:].view(len(hidden), -1)
-    # In runs: one long sum would lose more than a convolution's weight gradient does.
+    # Products are summed in runs of rows, because one long sum would be less accurate than a convolution's weight
+    # gradient.
     runs = zip(hidden.split(_SEGMENT_CHUNK), tap_grads.split(_SEGMENT_CHUNK), strict=True)
     d_weight = sum((h.t() @ t for h, t in runs), torch.zeros_like(weight).flatten(1)).view_as(weight).permute(2, 0, 1)
     d_gamma, d_beta = (part.reshape(gamma.shape) for part in d_weight.split(len(gamma)))
@@ -151,10 +153,11 @@ def modulation_table_grad(
 
 
 def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
-    """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) by 32 output columns, the last panel filled with 0.
+    """(panels, T, D, 32): gamma's and beta's weights (C, D, k, k) in panels of 32 output columns.
 
-    Packing once saves `modulation_table` the work in every call. The result is dense in the accumulation dtype; on a
-    GPU it has the weights' dtype and D innermost, as tensor cores read it.
+    The last panel is padded with 0. `modulation_table` packs the weights in every call unless it is given packed ones.
+    On a CPU the result is contiguous, in the accumulation dtype; on a GPU it has the weights' dtype, and D is innermost
+    in memory, as tensor cores read it.
     """
     columns = torch.cat((gamma, beta)).flatten(2)
     columns = F.pad(columns, (0, 0, 0, 0, 0, -len(columns) % 32)).unflatten(0, (-1, 32))
@@ -164,7 +167,7 @@ def pack_modulation_weight(gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def joint_weight(gamma: Tensor, beta: Tensor) -> Tensor:
-    """(D, T, 2C)."""
+    """(D, T, 2C): the weights of gamma, then beta."""
     return torch.cat((gamma, beta)).flatten(2).permute(1, 2, 0)
 
 
@@ -176,7 +179,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> Tensor:
-    """Gradient of x from those of its statistics."""
+    """Gradient of x from the gradients of its statistics."""
     acc = accumulator(x)
     pixels = x.shape[2] * x.shape[3]
     centred = acc - mean[:, :, None, None]
@@ -201,7 +204,7 @@ def modulate(
     Args:
         x: (N, C, h / upsample, w / upsample); mean, rstd: (N, C) or (1, C).
         table: (rows, 2C), scale then shift. pixel_row: (N, h, w) int64, or None: one row per pixel in order.
-        negative_slope: of the leaky ReLU; 1 is none.
+        negative_slope: slope of the leaky ReLU; 1 for none.
         upsample: 1, or 2: every pixel of x stands for 2 x 2 pixels (nearest upsampling).
         image_offsets, indices, offsets, stats_scope: needed by the backward only; see `ops.modulate`.
 
@@ -251,8 +254,8 @@ def modulate_input_grad(
     """Gradient of x, channels-last, in x's dtype.
 
     Args:
-        mean_shift, mean_scale: (N, C) or (1, C) means of d(xhat) and of d(xhat) * xhat over the pixels of y whose
-            statistics were taken; None where mean and rstd do not depend on x.
+        mean_shift, mean_scale: (N, C) or (1, C) means of d(xhat) and of d(xhat) * xhat over the pixels of y that mean
+            and rstd cover; None if mean and rstd do not depend on x.
     """
     y, xhat, scale = _affine(x, mean, rstd, table, pixel_row, upsample)
     d_xhat = _through_leaky_relu(grad, y, negative_slope) * scale
@@ -265,10 +268,11 @@ def modulate_input_grad(
 
 
 def pack_conv_weight(weight: Tensor) -> Tensor:
-    """(points, panels, C, 32): a weight (out, C, k, k), k 1 or 3, by 32 output columns, the last panel filled with 0.
+    """(points, panels, C, 32): a convolution weight (out, C, k, k) in panels of 32 output columns.
 
-    For k = 1 the weight is its one point; for 3 the 16 points are G g G^T of every pair of channels (Lavin and Gray
-    2016). In the accumulation dtype.
+    k is 1 or 3, and the last panel is padded with 0. For k = 1 there is one point, the weight itself. For k = 3 there
+    are 16 points, the elements of G g G^T for the 3 x 3 kernel g of every pair of channels (Lavin and Gray 2016). The
+    result is in the accumulation dtype.
     """
     g = F.pad(weight.double(), (0, 0, 0, 0, 0, 0, 0, -len(weight) % 32))
     if g.shape[-1] == 3:
@@ -281,13 +285,16 @@ def pack_conv_weight(weight: Tensor) -> Tensor:
 def conv(x: Tensor, packed_weight: Tensor, bias: Tensor, add: Tensor | None, relu: bool) -> Tensor:
     """(N, out, h, w), channels-last: F.conv2d(x, weight, bias, padding=k // 2) + add.
 
-    A 3 x 3 convolution is Winograd's F(2 x 2, 3 x 3): a tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A, d being its
-    4 x 4 inputs, which takes 16 products per pair of channels instead of 36. An Inf or NaN in x reaches all outputs of
-    the tiles that read it.
+    A 3 x 3 convolution is Winograd's F(2 x 2, 3 x 3): a tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A, where g is
+    the kernel, d are the 4 x 4 inputs of the tile, and * is elementwise. This takes 16 products per pair of channels
+    instead of 36. An Inf or NaN in x reaches all outputs of the tiles that read it.
 
     Args:
-        x: (N, C, h, w). packed_weight: of `pack_conv_weight`, from a weight (out, C, k, k). bias: (out,).
-        add: (N, out, h, w). relu: applied to the result.
+        x: (N, C, h, w).
+        packed_weight: result of `pack_conv_weight` for a weight (out, C, k, k).
+        bias: (out,).
+        add: (N, out, h, w) or None.
+        relu: True applies a ReLU to the result.
     """
     acc = accumulator(x)
     weight = packed_weight.to(acc.dtype).transpose(1, 2).flatten(2)[..., : len(bias)]
@@ -312,7 +319,7 @@ def modulate_conv(
     bias: Tensor,
     add: Tensor | None,
 ) -> Tensor:
-    """`conv` of what `modulate` makes of x, which a backend need not store."""
+    """`conv` of the result of `modulate`, which a backend need not store."""
     y = modulate(x, mean, rstd, table, pixel_row, None, None, None, negative_slope, upsample, "none")
     return conv(y, packed_weight, bias, add, False)
 
@@ -325,14 +332,14 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of x, channels-last, from that of the convolution."""
+    """Gradient of x, channels-last, from the gradient of the convolution's result."""
     acc = accumulator(grad)
     d_x = F.conv_transpose2d(acc, weight.to(acc.dtype), padding=1)
     return d_x.to(grad.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_weight_grad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias from that of the convolution; in the accumulation dtype."""
+    """Gradients of weight and bias, in the accumulation dtype, from the gradient of the convolution's result."""
     grad = accumulator(grad)
     x = x.to(grad.dtype)
     shape = grad.new_empty(grad.shape[1], x.shape[1], 3, 3)
@@ -354,7 +361,7 @@ def _winograd(x: Tensor, points: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """(segments, D): sums of values[index[e]] over each segment; of a long one by chunks, and then over the chunks."""
+    """(segments, D): sums of values[index[e]] over each segment; a long one is summed in chunks, then over these."""
     while offsets.diff().max() > _SEGMENT_CHUNK:
         chunks = (offsets.diff() + _SEGMENT_CHUNK - 1) // _SEGMENT_CHUNK
         chunk_starts = F.pad(chunks.cumsum(0), (1, 0))
@@ -384,7 +391,7 @@ def _resize_nearest(ids: Tensor, size: list[int]) -> Tensor:
 
 
 def _exact_key(parts: list[Tensor]) -> Tensor:
-    """One integer per position, equal exactly where all parts are equal: never a hash."""
+    """One integer per position, equal exactly where all parts are equal; it is not a hash."""
     key, bound = parts[0], int(parts[0].max()) + 1
     for part in parts[1:]:
         states = int(part.max()) + 1

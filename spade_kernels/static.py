@@ -1,4 +1,4 @@
-"""Label maps at a fixed place in memory: what a CUDA graph reads."""
+"""Label maps at a fixed place in memory, for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ _FEWEST = 64
 
 
 class StaticLabelMap:
-    """A place for label maps of one shape, whose window indexes have room for more rows than the first one needs.
+    """A fixed place for label maps of one shape, whose window indexes have spare rows.
 
-    A CUDA graph replays with the addresses and shapes it was captured with. Capture it with `label_map`, then fill in
-    one label map after the other and replay. The rows to spare are used by no pixel; results are the same without.
+    A CUDA graph replays with the addresses and shapes that it was captured with. Capture the network on `label_map`;
+    then, for every mask, call `copy_` and replay. No pixel uses the spare rows, and results are the same as without
+    them.
 
     Args:
-        example: there is room for the window indexes that it holds: `prepare` it, or run the network on it once, as it
-            will be captured. Rows are rounded up by at most a quarter, 64 at the least.
+        example: label map with the window indexes that need room: call its `prepare`, or run the network on it once in
+            the way that will be captured. Numbers of rows are rounded up to multiples of 64, and large ones by at most
+            a quarter.
 
     Attributes:
-        label_map: what to give the network; on the example's device.
+        label_map: the label map to call the network with; on the example's device.
     """
 
     def __init__(self, example: LabelMap):
@@ -32,31 +34,34 @@ class StaticLabelMap:
         self._held = _held(self.label_map)
 
     def copy_(self, other: LabelMap) -> LabelMap:
-        """Puts another label map here, from any device, after building what its indexes lack. Returns `label_map`.
+        """Copies another label map, on any device, into `label_map`, and returns that.
+
+        Window indexes that `other` lacks are built first.
 
         Raises:
-            ValueError: its size, classes or edges differ, or it has more distinct windows than there is room for.
+            ValueError: `other` differs in size, classes or edges, or has more distinct windows than there is room for.
             RuntimeError: the network has asked for an index that the example did not hold.
         """
         mine = self.label_map
         if _held(mine) != self._held:
             raise RuntimeError(
-                "the network needed more of the label map than the example held, which has no fixed place; run the "
-                "network on the example before making a StaticLabelMap of it"
+                "the network has built window indexes, segments or a pooled label map that the example did not hold: "
+                "these have no fixed place; run the network on the example before making a StaticLabelMap of it"
             )
         for name in ("shape", "num_labels", "ignore_index", "is_pooled"):
             if getattr(mine, name) != getattr(other, name):
                 raise ValueError(f"the label map has {name} {getattr(other, name)}, the place {getattr(mine, name)}")
         if (mine.edges is None) != (other.edges is None):
-            raise ValueError("of the label map and the place, one has edges and one has not")
-        # To a CPU only when it is there: nothing would wait for it.
+            raise ValueError("the label map and the place differ: one has edges and one has not")
+        # A copy to a CPU must not be asynchronous: nothing would wait for it.
         other = other.to(mine.device, non_blocking=mine.device.type == "cuda")
         places, found = [*_windows_of(mine).values()], _windows_like(mine, other)
         pairs = [(mine.codes, other.codes), (mine.labels, other.labels.long())]
         if mine.edges is not None and other.edges is not None:
             pairs.append((mine.edges, other.edges))
         for place, windows in zip(places, found, strict=True):
-            # Nothing may stay in the rows to spare: no pixel sees them, but where sums are cut depends on them.
+            # Spare rows are overwritten, too. No pixel uses them, but they affect where segment sums are cut into
+            # pieces.
             pairs.append((place.windows, windows.padded(len(place), 0).windows))
             pairs += [(place.pixel_row, windows.pixel_row), (place.image_offsets, windows.image_offsets)]
         _copy_each(pairs)
@@ -74,14 +79,14 @@ class StaticLabelMap:
 
 
 def _copy_each(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copies the second of each pair into the first; those of one dtype in one launch."""
+    """Copies the second of each pair into the first; all pairs of one dtype take one launch."""
     for dtype in {to.dtype for to, _ in pairs}:
         same = [pair for pair in pairs if pair[0].dtype == dtype]
         torch._foreach_copy_([to for to, _ in same], [value for _, value in same])
 
 
 def _held(label_map: LabelMap) -> dict:
-    """Which window indexes it holds, and which segments of them."""
+    """The keys of a label map's cache; for window indexes, with the names of the segments that they hold."""
     return {key: isinstance(key, WindowKey) and set(label_map.cache[key].cache) for key in label_map.cache}
 
 
@@ -90,7 +95,7 @@ def _windows_of(label_map: LabelMap) -> dict[WindowKey, Windows]:
 
 
 def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> None:
-    """Builds those segments of each of `made` that its model has."""
+    """Builds, for each of `made`, the segments that its counterpart in `models` has."""
     pairs = list(zip(models, made, strict=True))
     build_segments(
         [windows for model, windows in pairs if "tap_segments" in model.cache],
@@ -99,10 +104,10 @@ def _build_segments_like(models: Sequence[Windows], made: Sequence[Windows]) -> 
 
 
 def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
-    """The windows of `label_map` for which the place has room.
+    """The windows of `label_map` that `place` has room for, built where they are missing.
 
     Raises:
-        ValueError: there are more than the place has room for.
+        ValueError: `label_map` has more windows than `place` has room for.
     """
     mine = _windows_of(place)
     of_rows = [key for key in mine if key.of == "hidden rows"]
@@ -126,11 +131,11 @@ def _windows_like(place: LabelMap, label_map: LabelMap) -> list[Windows]:
 
 
 def _with_room(example: LabelMap) -> LabelMap:
-    """A twin whose window indexes have rows to spare."""
+    """A copy whose window indexes have spare rows."""
     if example.is_pooled:
-        raise ValueError("a pooled label map has a codebook of its own; its graph could not serve another")
+        raise ValueError("a pooled label map has a codebook of its own, so its graph could not serve another label map")
     twin = example._with_codes(example.codes, None)
-    twin.labels = example.labels.long()  # One layout, whatever integers the labels came as.
+    twin.labels = example.labels.long()  # int64, whatever integer dtype the labels had.
     for key, windows in _windows_of(example).items():
         num_ids = windows.num_ids
         if key.of == "hidden rows":

@@ -1,4 +1,4 @@
-"""Inputs, the stock layer and the error budget: what tests and benchmarks share."""
+"""Inputs, the stock layer and the error budget, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASK_KINDS = ("blobs", "noise", "stripes", "constant", "islands")
 
 
 def random_labels(kind: str, shape: tuple[int, int, int], num_labels: int, seed: int = 0) -> Tensor:
-    """(N, H, W) int64 class ids below num_labels, the same on every device; on the default one.
+    """(N, H, W) int64 class ids below num_labels on the default device, with the same values on every device.
 
     Args:
         kind: "blobs" (regions with ragged borders, as in a photograph), "noise" (every pixel on its own), "stripes"
@@ -80,7 +80,7 @@ def random_spade(config_text: str, norm_nc: int, label_nc: int, seed: int = 0) -
 
 
 def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, negative_slope: float = 1.0) -> Tensor:
-    """Computes what `layer` does in plain PyTorch operators, and leaves its running statistics as they are.
+    """Computes the result of `layer` in plain PyTorch operators, without updating its running statistics.
 
     Args:
         planes: (N, label_nc, H, W) float, the dense condition.
@@ -98,7 +98,7 @@ def stock_spade(layer: SPADE, x: Tensor, planes: Tensor, negative_slope: float =
 
 
 def forward_backward(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """y = run(x) and, by name, the gradients of x and of module's parameters for the output gradient `grad`."""
+    """Returns y = run(x) and, by name, the gradients of x and of module's parameters; `grad` is the gradient of y."""
     x = x.detach().clone().requires_grad_()
     module.zero_grad()
     y = run(x)
@@ -112,7 +112,7 @@ def forward_backward(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tens
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest exact magnitude; 0 where nothing differs."""
+    """The largest difference, divided by the largest magnitude of `exact`; 0 if nothing differs."""
     if got.shape != exact.shape:
         raise AssertionError(f"shape {tuple(got.shape)}, not {tuple(exact.shape)}")
     difference = (got.double() - exact.double()).abs().max().item()
@@ -120,10 +120,10 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_budget(got: dict[str, Tensor], stock: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The package's promise, for every tensor of `forward_backward`.
+    """Asserts the package's promise of accuracy, for every tensor of `forward_backward`.
 
-    A float64 result equals `exact` (float64) to 1e-12 relative; another errs at most twice as much as the stock layer
-    in the same dtype, plus one rounding of the largest value.
+    A float64 result equals `exact` (float64) to 1e-12 relative. A result in another dtype has at most twice the error
+    of the stock layer in that dtype, plus one rounding of the largest value.
     """
     assert got.keys() == stock.keys() == exact.keys()
     wrong = []

@@ -16,14 +16,14 @@ def are_active() -> bool:
 
 
 def outside() -> contextlib.AbstractContextManager:
-    """Within it, what is made of plain tensors belongs to no transform, and can be kept for calls after it."""
+    """Context manager outside all transforms: tensors made in it from plain ones can be cached for later calls."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return contextlib.nullcontext()
     return temporarily_clear_interpreter_stack()
 
 
 def unwrapped(t: Tensor) -> Tensor | None:
-    """The plain tensor within a transform's, which has no derivatives; None if torch.func.vmap maps over it."""
+    """The plain tensor that a transform wraps, without derivatives; None if torch.func.vmap maps over it."""
     if torch.compiler.is_compiling() or not isinstance(t, Tensor):
         return t
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -58,6 +58,6 @@ def require_one_process() -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x in the layout that kernels read."""
-    # torch.func.vmap knows one layout.
+    """x, channels-last, as kernels read it; within a transform, x as it is."""
+    # torch.func.vmap does not support the channels-last memory format.
     return x if are_active() else x.contiguous(memory_format=torch.channels_last)

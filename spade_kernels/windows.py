@@ -1,4 +1,4 @@
-"""The distinct windows of a map of ids: the integer half of a convolution."""
+"""The distinct windows of a map of ids, and the segments for sums over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Segments = tuple[torch.Tensor, torch.Tensor]
 
 
 class WindowKey(NamedTuple):
-    """Names the windows of a label map: of its codes, or of the hidden rows that the windows of codes make."""
+    """Cache key of the windows of a label map's codes, or of its hidden rows (one per distinct window of codes)."""
 
     of: Literal["codes", "hidden rows"]
     height: int
@@ -32,14 +32,14 @@ class WindowKey(NamedTuple):
 
 @dataclass(eq=False)
 class Windows(Packable):
-    """The distinct k x k windows of a map of ids, and which of them every pixel sees.
+    """The distinct k x k windows of a map of ids, and the window of every pixel.
 
     Attributes:
         windows: (rows, k*k) int64, the ids under each distinct window; 0 = outside the image.
         pixel_row: (N, h, w) int64, the row each pixel uses. Rows are numbered by first occurrence, image after image.
         image_offsets: (N + 1,) int64, image n owns rows image_offsets[n] .. image_offsets[n + 1] - 1.
-        num_ids: ids in use, 0 included.
-        cache: `tap_segments` and `row_segments`, by these names.
+        num_ids: number of ids, 0 included.
+        cache: `tap_segments` and `row_segments`, under these names.
     """
 
     windows: torch.Tensor
@@ -70,18 +70,18 @@ class Windows(Packable):
 
     @property
     def tap_segments(self) -> Segments:
-        """Uses of each (id, tap) pair, grouped for a deterministic segment sum. Built once, and cached."""
+        """The uses of each (id, tap) pair, as segments for a deterministic sum. They are built once and cached."""
         return self.cache.get("tap_segments", lambda: ops.segments_by_tap(self.windows, self.num_ids), self.windows)
 
     @property
     def row_segments(self) -> Segments:
-        """Pixels of each row. Built once, and cached."""
+        """The pixels of each row, as segments. They are built once and cached."""
         count = self.windows.shape[0]
         return self.cache.get("row_segments", lambda: ops.segments_by_value(self.pixel_row, count), self.windows)
 
 
 def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> None:
-    """Builds `tap_segments` of some windows and `row_segments` of others, as far as they are not there, all at once."""
+    """Builds the missing `tap_segments` of `by_tap` and `row_segments` of `by_pixel`, all together."""
     by_tap = [windows for windows in by_tap if "tap_segments" not in windows.cache]
     by_pixel = [windows for windows in by_pixel if "row_segments" not in windows.cache]
     if any(backends.is_captured(windows.windows) for windows in [*by_tap, *by_pixel]):
@@ -97,9 +97,9 @@ def build_segments(by_tap: Iterable[Windows], by_pixel: Iterable[Windows]) -> No
 
 
 class WindowIndex(NamedTuple):
-    """The two convolutions of a SPADE layer over one resolution of a label map.
+    """The windows of a SPADE layer's two convolutions at one resolution of a label map.
 
-    hidden: distinct windows of codes. modulation: distinct windows of hidden rows, counted from 1.
+    hidden: distinct windows of codes. modulation: distinct windows of hidden rows, which are counted from 1.
     """
 
     hidden: Windows
@@ -112,7 +112,7 @@ class WindowIndex(NamedTuple):
         """Builds the index of codes (N, H, W) at each of the `sizes` (h, w)."""
         found = ops.window_index(codes, sizes, kernel_size, 1, kernel_size // 2, levels=2)
         hidden = [Windows(*level, num_codes) for level in found[::2]]
-        # Not len(): where torch.export traces, the number of rows is a symbol.
+        # len() is not used, because the number of rows is a symbol where torch.export traces.
         pairs = zip(hidden, found[1::2], strict=True)
         return [cls(of_codes, Windows(*level, of_codes.windows.shape[0] + 1)) for of_codes, level in pairs]
 

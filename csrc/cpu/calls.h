@@ -23,7 +23,7 @@ inline const int64_t* ids(const Tensor& t) {
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
-// The sum over the rows of what lies in memory as (rows, width).
+// The sum over the rows of values that are (rows, width) in memory.
 inline Tensor column_sum(const Tensor& values, int64_t rows, int64_t width) {
   const int64_t all[] = {0, rows};
   const Tensor sum = torch::stable::new_empty(values, {width});
@@ -31,12 +31,12 @@ inline Tensor column_sum(const Tensor& values, int64_t rows, int64_t width) {
   return sum;
 }
 
-// How far apart a weight's taps are. The stride of a dimension of size 1 means nothing.
+// The distance between neighbouring taps of a weight, in elements. The stride of a dimension of size 1 is arbitrary.
 inline int64_t tap_step(const Tensor& weight) {
   return weight.size(3) > 1 ? weight.stride(3) : weight.stride(2);
 }
 
-// True if a weight's taps are evenly apart, as in contiguous and in channels-last ones.
+// True if neighbouring taps of a weight have equal distances, as in contiguous and in channels-last weights.
 inline bool evenly_apart(const Tensor& weight) {
   return weight.size(2) == 1 || weight.size(3) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
 }

@@ -1,4 +1,4 @@
-// channel_stats on a CPU: pieces of an image at a time, merged in order.
+// channel_stats on a CPU: statistics of pieces of an image, merged in order.
 #include "../channel_stats.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,9 +12,9 @@
 namespace spade {
 namespace {
 
-constexpr int64_t kPiece = 256;  // pixels whose mean is taken first and whose deviations second, while in cache
+constexpr int64_t kPiece = 256;  // pixels, few enough to stay in cache between two passes
 
-// Mean and sum of squared deviations of the pixels [begin, end) of one image, two passes over a cached piece.
+// Mean and sum of squared deviations of `pixels` pixels, in one pass for each.
 template <class T>
 SPADE_INLINE void piece_stats(const T* x, int64_t pixels, int64_t channels, acc_t<T>* mean, acc_t<T>* m2) {
   using A = acc_t<T>;

@@ -1,4 +1,4 @@
-// conv, conv3x3 and modulate_conv on a CPU; conv1x1.cpp, conv3x3.cpp and the others have their kernels.
+// conv, conv3x3 and modulate_conv on a CPU. Their kernels are declared in conv.h.
 #include "conv.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 namespace spade {
 namespace {
 
-// The packed weight of a convolution whose input has this shape.
+// Checks packed weight, bias and `add` of a convolution whose input has this shape.
 void check_packed(const Arguments& a, const Tensor& packed_weight, const Tensor& bias, const MaybeTensor& add,
                   int64_t images, int64_t channels, int64_t height, int64_t width) {
   a.floats("bias", bias, {kNotEmpty});
@@ -28,7 +28,7 @@ struct ConvWeightCall {
   Tensor weight;
   ConvWeights params{};
 
-  // Transposed, for the gradient of the input: channels change places, taps turn round.
+  // `transposed` is for the gradient of the input: it swaps input and output channels and reverses the taps.
   ConvWeightCall(const Tensor& weight_in, ScalarType acc, bool transposed = false) : weight(as(weight_in, acc)) {
     if (!evenly_apart(weight)) weight = torch::stable::contiguous(weight);
     params = {weight.const_data_ptr(), weight.size(0),   weight.size(1),  weight.size(2) * weight.size(3),
@@ -51,7 +51,7 @@ struct ConvWeightCall {
   }
 };
 
-// A convolution's weights as pack_conv_weight lays them out.
+// A convolution's weights, packed by pack_conv_weight.
 struct Panels {
   const void* data;
   int64_t points;
@@ -96,7 +96,7 @@ Tensor convolve(const Tensor& x_in, const Panels& panels, const Tensor& bias, co
   return as(convolve(p, acc, panels, bias, add), x_in.scalar_type());
 }
 
-// With a weight that is laid out for this call only.
+// Packs the weight for this call only.
 Tensor convolve(const Tensor& x, const ConvWeightCall& call, const Tensor& bias) {
   const int64_t count = call.points() * call.num_panels() * call.params.in * kPanelColumns;
   const Scratch<char> panels(count * call.value_size());

@@ -12,8 +12,8 @@ constexpr int64_t kPoints = 16;
 // y = act(convolution of x + bias + add), 3 x 3 with padding 1 or 1 x 1, all in acc.
 struct ConvParams {
   const void* x;                    // (images, height, width, in)
-  const ModulateParams* modulated;  // or null; what x is then: every value is made where it is needed
-  const void* panels;               // the weights as pack_conv_weight lays them out
+  const ModulateParams* modulated;  // or null; if given, x is its result, computed where it is read
+  const void* panels;               // weights packed by pack_conv_weight
   const void* bias;                 // (out)
   const void* add;                  // like y, or null
   void* y;                          // (images, height, width, out)
@@ -21,7 +21,7 @@ struct ConvParams {
   bool relu;
 };
 
-// d_weight = the gradient of a 3 x 3 convolution's weight from that of its result; all in acc.
+// d_weight = the gradient of a 3 x 3 convolution's weight from the gradient of its result; all in acc.
 struct ConvWeightGradParams {
   const void* x;     // (images, height, width, in)
   const void* grad;  // (images, height, width, out)

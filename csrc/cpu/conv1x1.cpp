@@ -1,4 +1,5 @@
-// A 1 x 1 convolution is a matrix product; what makes it a kernel of its own is an input that is modulated on the way.
+// A 1 x 1 convolution is a matrix product. It has a kernel of its own so that its input can be modulated when it is
+// read.
 #include <limits>
 
 #include "conv.h"
@@ -13,10 +14,10 @@ namespace {
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
 constexpr int64_t kFewestPixels = 24, kMostPixels = 48;
-// Between pixels, whose channels would otherwise all meet in the same sets of a cache.
+// Extra elements per pixel: without them, one channel of all pixels could fall into the same set of a cache.
 constexpr int64_t kGap = 16;
 
-// The outputs of pixels [first, last) in `columns` columns from `column` on, from their products.
+// Writes the outputs of pixels [first, last) in `columns` columns, beginning with `column`, from their products.
 template <class A>
 SPADE_INLINE void finish_columns(const ConvParams& p, const A* products, int64_t first, int64_t last, int64_t column,
                                  int64_t columns) {
@@ -47,7 +48,7 @@ SPADE_TARGET_CLONES void finish_any(const ConvParams& p, const double* m, int64_
   finish(p, m, first, last, column);
 }
 
-// The outputs of pixels [first, last) in panels [first_panel, last_panel).
+// Computes the outputs of pixels [first, last) in panels [first_panel, last_panel).
 template <class A>
 void run(Dtype dtype, const ConvParams& p, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   const Microkernel<A>& kernel = microkernel<A>();

@@ -1,4 +1,4 @@
-// The forward of the convolution that conv3x3.h describes.
+// The forward of the 3 x 3 convolution, with the transforms of conv3x3.h.
 #include "conv3x3.h"
 
 #include "gemm.h"
@@ -11,15 +11,16 @@ namespace {
 
 constexpr int64_t kDepth = 64;  // channels multiplied at a time
 constexpr int64_t kColumns = kPanelColumns;
-// Tiles of a task: fewer waste what the weights cost to read, more leave the cache.
+// Tiles of a task: with fewer, reading the weights takes too much of the time; with more, the data do not fit into
+// cache.
 constexpr int64_t kFewestTiles = 36, kMostTiles = 132;
 
-// The outputs that one task computes: those of a rectangle of an image's tiles, in some of the panels. Tile (i, j) has
-// the 2 x 2 outputs from pixel (2 * i, 2 * j) on.
+// The outputs that one task computes, from a rectangle of an image's tiles and for some of the panels. Tile (i, j) has
+// the 2 x 2 outputs whose first is pixel (2 * i, 2 * j).
 struct Block {
   int64_t image, top, bottom, left, right;
   int64_t first_panel, last_panel;
-  int64_t rows;  // the tiles, rounded up to what the microkernel takes
+  int64_t rows;  // number of tiles, rounded up to a multiple of the microkernel's rows
 
   int64_t across() const {
     return right - left;
@@ -37,7 +38,7 @@ struct Block {
   }
 };
 
-// Where the pixels that a block reads lie: pixel (y, x) of its image is number y * width + x - first, from `pixels` on.
+// The pixels that a block reads: pixel (y, x) of its image is number y * width + x - first in `pixels`.
 template <class A>
 struct Source {
   const A* pixels;
@@ -64,7 +65,7 @@ SPADE_INLINE void transform_inputs(const ConvParams& p, const Block& block, Sour
   }
 }
 
-// The products of one point with one panel of its weights, (in, kColumns), while what comes next is on its way here.
+// Multiplies the inputs of one point with one panel of its weights, (in, kColumns), and prefetches the next weights.
 template <class A>
 void multiply(int64_t channels, int64_t rows, const A* inputs, const A* panel, A* products) {
   const Microkernel<A>& kernel = microkernel<A>();
@@ -79,7 +80,7 @@ void multiply(int64_t channels, int64_t rows, const A* inputs, const A* panel, A
     }
 }
 
-// A^T m A + bias + add at a tile's outputs (null: outside the image), for `lanes` channels of them.
+// Writes A^T m A + bias + add to a tile's outputs, for `lanes` channels. Outputs outside the image are null.
 template <class A, int lanes>
 SPADE_INLINE void transform_output(const A* m, int64_t point_stride, const A* bias, const A* const add[4],
                                    A* const out[4], bool relu, int64_t channel) {
@@ -144,7 +145,7 @@ SPADE_FOR_TYPE(float)
 SPADE_FOR_TYPE(double)
 #undef SPADE_FOR_TYPE
 
-// The pixels around a block, modulated into `memory`, which holds them all.
+// Modulates the pixels that a block reads, and writes them to `memory`.
 template <class A>
 Source<A> modulated(Dtype dtype, const ConvParams& p, const Block& block, A* memory) {
   const int64_t top = std::max(2 * block.top - 1, int64_t{0}), bottom = std::min(2 * block.bottom + 1, p.height);
@@ -167,7 +168,8 @@ void run(Dtype dtype, const ConvParams& p, const Block& block) {
     const A* x = static_cast<const A*>(p.x) + block.image * p.height * p.width * p.in;
     inputs_any(p, block, Source<A>{x, p.width, 0}, inputs.data());
   }
-  // Point by point: its inputs stay in cache while its weights, the larger part in a deep network, pass once.
+  // Points are multiplied one after the other: the inputs of a point stay in cache, and its weights, which are larger
+  // in a deep network, are read once.
   for (int64_t point = 0; point < kPoints; ++point)
     for (int64_t j = block.first_panel; j < block.last_panel; ++j)
       multiply(p.in, block.rows, inputs.data() + point * input_size,

@@ -1,6 +1,7 @@
 // Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016): four outputs take 16 products per pair of channels instead of 36. A
-// tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A of its 4 x 4 inputs d. Its coefficients are 0, 1, -1 and, for the
-// weights, 1/2: fewer sums than a direct convolution has, so no less exact.
+// tile of 2 x 2 outputs is A^T (G g G^T * B^T d B) A, where d are its 4 x 4 inputs, g is the 3 x 3 kernel, and * is
+// elementwise. The elements of A, B and G are 0, 1, -1 and, in G, 1/2, and there are fewer sums than in a direct
+// convolution, so the result is no less exact.
 #pragma once
 
 #include "conv.h"
@@ -8,14 +9,14 @@
 
 namespace spade {
 
-// Between what belongs to two points, so that a tile's points do not all meet in the same set of a cache.
+// Extra elements between two points, so that the points of a tile do not all fall into the same set of a cache.
 constexpr int64_t kGap = 16;
 constexpr int64_t kLine = 64;
 
 template <class A>
 constexpr int kLanes = static_cast<int>(kLine / sizeof(A));
 
-// `lanes` values, wherever they lie.
+// A vector of `lanes` values, which need not be aligned.
 template <class A, int lanes>
 struct Lanes {
   typedef A Vector __attribute__((vector_size(lanes * sizeof(A)), aligned(sizeof(A)), may_alias));
@@ -27,7 +28,7 @@ struct Lanes {
   }
 };
 
-// B^T d B of the 4 x 4 pixels d, for `lanes` channels; its points are `point_stride` apart.
+// B^T d B of the 4 x 4 pixels d, for `lanes` channels; results for two points are `point_stride` apart.
 template <class A, int lanes>
 SPADE_INLINE void transform_input(const A* const d[kPoints], int64_t channel, A* to, int64_t point_stride) {
   using L = Lanes<A, lanes>;

@@ -1,4 +1,4 @@
-// The gradient of a 3 x 3 convolution's weight in the form of conv3x3.h: G^T (sum over tiles of A dy A^T * B^T d B) G.
+// The gradient of a 3 x 3 convolution's weight, in Winograd's form: G^T (sum over tiles of A dy A^T * B^T d B) G.
 #include "conv3x3.h"
 #include "gemm.h"
 #include "scratch.h"
@@ -11,7 +11,7 @@ constexpr int64_t kValuesAtOnce = int64_t{4} << 20;  // transformed inputs and g
 constexpr int64_t kTilesPerTask = 16;
 constexpr int64_t kDepth = 64;  // tiles multiplied at a time
 constexpr int64_t kChannels = 48, kColumns = kPanelColumns;
-constexpr int64_t kSide = 16;  // of a square of channels that is transposed at a time
+constexpr int64_t kSide = 16;  // side of a square of channels that is transposed at a time
 
 // The tiles [first, first + count) of the whole batch: inputs (points, blocks, count, kChannels), and gradients
 // (points, panels, count, kColumns).
@@ -51,13 +51,13 @@ SPADE_INLINE void transform_grad(const A* const dy[4], int64_t channel, A* to, i
   }
 }
 
-// Where channel c of tile t lies, of `count` tiles and channels in blocks of `width`.
+// The address of channel c of tile t in values (blocks of channels, count, width).
 template <class A, int64_t width>
 SPADE_INLINE A* place(A* values, int64_t count, int64_t t, int64_t c) {
   return values + (c / width * count + t) * width + c % width;
 }
 
-// Both transforms of the tiles [begin, end), counted from the first.
+// Transforms inputs and gradients of the tiles [begin, end), counted from to.first.
 template <class A>
 SPADE_INLINE void transform(const ConvWeightGradParams& p, int64_t begin, int64_t end, const Transformed<A>& to) {
   const Scratch<A> outside(std::max(p.in, p.out));
@@ -88,12 +88,13 @@ SPADE_INLINE void transform(const ConvWeightGradParams& p, int64_t begin, int64_
   }
 }
 
-// G^T u G of channels [in, in + kSide) and [out, out + kSide), u (points, rows, row), into d_weight (out, in, 9).
+// Writes G^T u G of input channels [in, in + kSide) and output channels [out, out + kSide) to d_weight (out, in, 9); u
+// is (points, rows, row).
 template <class A>
 SPADE_INLINE void transform_back(const ConvWeightGradParams& p, const A* u, int64_t rows, int64_t row, int64_t in,
                                  int64_t out) {
   const int64_t ins = std::min(kSide, p.in - in), outs = std::min(kSide, p.out - out);
-  A weights[kSide][kSide][9];  // of output channel, input channel, tap
+  A weights[kSide][kSide][9];  // by output channel, input channel and tap
   for (int64_t i = 0; i < ins; ++i) {
     A half[3][4][kSide], values[9][kSide];
     for (int j = 0; j < 4; ++j) {
@@ -135,7 +136,7 @@ SPADE_FOR_TYPE(float)
 SPADE_FOR_TYPE(double)
 #undef SPADE_FOR_TYPE
 
-// sums (kChannels, row) = inputs^T @ grads of one point and block, or added to what is there.
+// Computes sums (kChannels, row) = inputs^T @ grads of one point and one block of channels, or adds that to sums.
 template <class A>
 void multiply(int64_t count, int64_t panels, const A* inputs, const A* grads, A* sums, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();

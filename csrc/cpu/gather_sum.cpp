@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> gather_sum_grad_op(const Tensor& grad, const Tensor& 
   const int64_t entries = grad.size(0) * num_taps, segments = size_of(offsets_in, 0) - 1;
   a.require(segments > 0 && segments % num_taps == 0, "offsets must have one value more than a multiple of num_taps");
   a.index("indices", indices_in, {entries}, 0, entries);
-  // A label map with room for more rows has some that belong to no image.
+  // The backward of modulate sums over image_offsets here: spare rows of a static label map belong to no image.
   a.bounds("offsets", offsets_in, segments, entries, false);
   const ScalarType acc = accumulator(grad);
   const Tensor indices = dense(indices_in), offsets = dense(offsets_in);

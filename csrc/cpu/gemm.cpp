@@ -1,4 +1,5 @@
-// A packed matrix product. torch's CPU product is tuned for other machines: on AMD ones this is about twice as fast.
+// A packed matrix product. torch's CPU product is tuned for other machines: on AMD processors this one is about twice
+// as fast.
 #include "gemm.h"
 
 #include <array>
@@ -9,9 +10,9 @@
 namespace spade {
 namespace {
 
-// Products added up in registers before they are added to the rest: longer sums of one running total lose digits.
+// The number of products that are summed in registers before they are added to out: longer sums would lose digits.
 constexpr int64_t kDepth = 32;
-// Rows of a task: all of them read all of b, few leave a thread idle.
+// Rows of a task: tasks with few rows read b too often, and tasks with many leave threads idle.
 constexpr int64_t kFewestRows = 24, kMostRows = 96;
 constexpr int64_t kTasks = 8;
 
@@ -84,7 +85,8 @@ void copy_block(Matrix<A> from, int64_t rows, int64_t columns, A* to, int64_t to
       for (int64_t i = 0; i < rows; ++i) to[i * to_row + j] = from.data[j * from.column + i * from.row];
 }
 
-// The tiles of out's rows [top, bottom), from all of b: no thread waits for another between two blocks of depth.
+// Computes the rows [top, bottom) of out from all of b, so that no thread waits for another between two blocks of
+// depth.
 template <class A>
 void multiply_rows(int64_t top, int64_t bottom, int64_t n, int64_t k, Matrix<A> a, Rows<A> b, A* out, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();

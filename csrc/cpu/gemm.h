@@ -4,30 +4,29 @@
 
 namespace spade {
 
-// Weights packed for products stand in panels of this many output columns, the last panel filled with 0.
+// Packed weights are in panels of this many output columns; the last panel is padded with 0.
 constexpr int64_t kPanelColumns = 32;
 
-// A matrix somewhere in memory: element (i, j) at data[i * row + j * column].
+// A matrix with any strides: element (i, j) is data[i * row + j * column].
 template <class A>
 struct Matrix {
   const A* data;
   int64_t row, column;
 };
 
-// A matrix whose rows are dense, `row` apart.
+// A matrix with contiguous rows, whose first elements are `row` apart.
 template <class A>
 struct Rows {
   const A* data;
   int64_t row;
 };
 
-// out (m, n), dense, = a (m, k) @ b (k, n), added to what is there if asked. Every element is summed in one fixed
-// order.
+// out (m, n) = a (m, k) @ b (k, n), contiguous, or out += a @ b if `add`. Every element is summed in one fixed order.
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<float> a, Rows<float> b, float* out, bool add = false);
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<double> a, Rows<double> b, double* out, bool add = false);
 
-// A tile out (rows, columns), or added to it, = a @ b from a (rows, depth) and b (depth, columns). `a_row`, `b_row` and
-// `out_row` say how far apart the rows are.
+// Computes a tile out (rows, columns) = a (rows, depth) @ b (depth, columns), or adds that to out. `a_row`, `b_row` and
+// `out_row` are the distances between rows, in elements.
 template <class A>
 using Tile = void (*)(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
                       bool add);
@@ -39,7 +38,7 @@ struct Microkernel {
   Tile<A> tile, transposed;
 };
 
-// No tile is larger.
+// No microkernel has a larger tile.
 constexpr int64_t kMostTileRows = 12, kMostTileColumns = 32;
 
 template <class A>

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kPixelPiece = 64;
 constexpr int64_t kSegmentPiece = 256;
 
-// A place in an image: x where upsample is 1, else a pixel of x and the pixels of y it stands for.
+// The image, row and column of a pixel.
 struct Place {
   int64_t image, y, x;
 };
@@ -22,7 +22,7 @@ SPADE_INLINE Place place_of(int64_t i, int64_t height, int64_t width) {
   return {i / (height * width), i / width % height, i % width};
 }
 
-// Everything about one pixel of y: where its channels are, and the scale and shift it takes.
+// Pointers for one pixel of y: its channels of x, its statistics, and its scale and shift.
 template <class T>
 struct Pixel {
   using A = acc_t<T>;
@@ -68,7 +68,7 @@ SPADE_INLINE void add_table_grad(const ModulateParams& p, int64_t i, acc_t<T>* s
   const Pixel<T> pixel(p, i);
   const T* grad = static_cast<const T*>(p.grad) + i * p.channels;
   A *d_scale = sum, *d_shift = sum + p.channels;
-  // Neither a branch nor a pointer that may overlap, or the compiler takes channel after channel.
+  // The loop has no branch, and ivdep rules out overlapping pointers; otherwise the compiler would not vectorize it.
 #pragma GCC ivdep
   for (int64_t c = 0; c < p.channels; ++c) {
     const A xhat = pixel.xhat(c), kept = xhat * pixel.scale[c] + pixel.shift[c] > 0 ? A(1) : negative_slope;
@@ -84,7 +84,7 @@ SPADE_INLINE void table_grad_of_entries(const ModulateParams& p, int64_t begin, 
                 [&](int64_t e, acc_t<T>* to) { add_table_grad<T>(p, p.indices ? p.indices[e] : e, to); });
 }
 
-// The gradient of pixels [begin, end) of x, each from the `shared` pixels of y that show it.
+// The gradient of pixels [begin, end) of x, each from the `shared` pixels of y that it stands for.
 template <class T, int shared>
 SPADE_INLINE void input_grad_of(const ModulateParams& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;

@@ -6,11 +6,11 @@
 
 namespace spade {
 
-// Writes the pixels [begin, end) of y only, `row` values apart from `y` on; by one thread.
+// Computes the pixels [begin, end) of the result, on this thread, and writes them to `y`, `row` values apart.
 void modulate_pixels(Dtype dtype, const ModulateParams& params, int64_t begin, int64_t end, void* y, int64_t row);
 
 // The tensors of a modulate call in the kernels' layout, kept alive beside the parameters that point into them.
-struct __attribute__((visibility("hidden"))) ModulateCall {  // as torch's Tensor is
+struct __attribute__((visibility("hidden"))) ModulateCall {  // hidden, because torch's Tensor is
   Tensor x, mean, rstd, table;
   MaybeTensor grad, pixel_row, indices, offsets, mean_shift, mean_scale;
   ModulateParams params{};

@@ -1,4 +1,4 @@
-// The convolution that makes the table, at the distinct windows only, in columns few enough to stay in cache.
+// The second convolution, computed at the distinct windows only, for as many columns at a time as stay in cache.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,7 +13,7 @@
 namespace spade {
 namespace {
 
-// The weights of the two convolutions, as one with 2 * channels outputs: scale, then shift. Both have the same strides.
+// The weights of two convolutions with equal strides, as one with 2 * channels outputs: scale, then shift.
 struct ModulationWeights {
   const void* gamma;  // element (c, d, t) at c * channel_step + d * depth_step + t * tap_step, acc
   const void* beta;
@@ -21,11 +21,11 @@ struct ModulationWeights {
   int64_t channel_step, depth_step, tap_step;
 };
 
-// table[r] = bias + sum over t of hidden[windows[r, t] - 1] @ weights[t], a window entry of 0 adding nothing.
+// table[r] = bias + sum over t of hidden[windows[r, t] - 1] @ weights[t], where a window entry of 0 adds nothing.
 struct ModulationTableParams {
   const void* hidden;  // (num_hidden, depth), acc
   ModulationWeights weights;
-  const void* panels;      // the weights as pack_modulation_weight lays them out, or null
+  const void* panels;      // weights packed by pack_modulation_weight, or null
   const void* bias;        // (2 * channels), acc
   const int64_t* windows;  // (num_rows, num_taps)
   void* table;             // (num_rows, 2 * channels), acc
@@ -65,7 +65,7 @@ const A* column_of(const ModulationWeights& w, int64_t column) {
                              : static_cast<const A*>(w.beta) + (column - w.channels) * w.channel_step;
 }
 
-// One panel, (taps, depth, kColumns); columns past the last are zero. In blocks of depth that stay in cache.
+// Fills one panel, (taps, depth, kColumns), in blocks of depth that stay in cache. Columns past the last are zero.
 template <class A>
 void fill_panel(const ModulationWeights& w, int64_t panel, A* to) {
   const int64_t first = panel * kColumns, valid = std::min(kColumns, 2 * w.channels - first);
@@ -81,7 +81,7 @@ void fill_panel(const ModulationWeights& w, int64_t panel, A* to) {
   }
 }
 
-// The panels [first, first + count), made unless the caller keeps them.
+// The panels [first, first + count) of the packed weights that the caller gives, or packed here if there are none.
 template <class A>
 class Panels {
  public:
@@ -102,7 +102,7 @@ class Panels {
   Scratch<A> made_;
 };
 
-// Multiplies as many rows as a tile has, `depth` long, with one tap's columns of a panel.
+// Multiplies a tile of rows, `depth` long, with one tap of a panel.
 template <class A>
 void multiply_tile(int64_t depth, const A* rows, const A* panel, A* out, int64_t out_row, bool add) {
   const Microkernel<A>& kernel = microkernel<A>();
@@ -144,7 +144,7 @@ SPADE_TARGET_CLONES void gather_any(const Gather& g, const double* products, con
   gather(g, products, bias, begin, end, valid, out, out_row);
 }
 
-// Each hidden row meets each tap's weights once; every window then adds up its taps' products.
+// Multiplies each hidden row with each tap's weights once, and then sums the products of every window's taps.
 template <class A>
 void by_tap_products(const ModulationTableParams& p) {
   const ModulationWeights& w = p.weights;
@@ -153,7 +153,7 @@ void by_tap_products(const ModulationTableParams& p) {
   const int64_t group = std::clamp(kInCache / (products_size * static_cast<int64_t>(sizeof(A))), int64_t{1}, panels);
   const Scratch<A> products(group * products_size);
   const A* hidden = static_cast<const A*>(p.hidden);
-  // The last tile's rows, followed by rows of zeros.
+  // The rows of the last, incomplete tile, followed by rows of zeros.
   const int64_t whole = p.num_hidden / tile_rows * tile_rows;
   const Scratch<A> rest(tile_rows * w.depth);
   std::fill_n(rest.data(), tile_rows * w.depth, A(0));
@@ -196,7 +196,8 @@ void gather_windows(const ModulationTableParams& p, int64_t first, int64_t count
     }
 }
 
-// Each window's hidden rows meet the weights: as many products as a dense convolution has, and nothing in between.
+// Multiplies each window's hidden rows with the weights: as many products as in a dense convolution, none of them
+// stored.
 template <class A>
 void by_windows(const ModulationTableParams& p) {
   const ModulationWeights& w = p.weights;
@@ -230,12 +231,13 @@ void by_windows(const ModulationTableParams& p) {
 
 template <class A>
 void table_of(const ModulationTableParams& p) {
-  // Where nearly every window has a hidden row of its own, products per hidden row save nothing and cost their traffic.
+  // If nearly every window has a hidden row of its own, products per hidden row are no fewer, and storing them takes
+  // time.
   const bool no_reuse = 5 * p.num_rows <= 6 * p.num_hidden;
   no_reuse ? by_windows<A>(p) : by_tap_products<A>(p);
 }
 
-// (taps, columns, depth) weights of `columns` output columns from `first` on.
+// Writes the weights of `columns` output columns, beginning with `first`, as (taps, columns, depth).
 template <class A>
 void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A* to) {
   parallel_for_chunks(columns, 1, [&](int64_t i, int64_t) {
@@ -246,7 +248,7 @@ void columns_first(const ModulationWeights& w, int64_t first, int64_t columns, A
   });
 }
 
-// Puts the gradient (taps, columns, depth) of some output columns where the convolutions' own gradients are.
+// Writes the gradient (taps, columns, depth) of some output columns to d_gamma and d_beta.
 template <class A>
 void scatter_columns(const ModulationTableGradParams& p, int64_t first, int64_t columns, const A* from) {
   const ModulationWeights& w = p.weights;
@@ -320,7 +322,7 @@ struct WeightsCall {
   }
 };
 
-// Weights (C, depth, k, k) of gamma and beta.
+// Checks the weights (C, depth, k, k) of gamma and beta.
 void check_weights(const Arguments& a, const Tensor& gamma, const Tensor& beta, int64_t depth) {
   a.floats("gamma", gamma, {kNotEmpty, depth, kNotEmpty, kNotEmpty});
   a.floats("beta", beta, {gamma.size(0), gamma.size(1), gamma.size(2), gamma.size(3)});
@@ -372,7 +374,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_table_grad_op(const Tensor
     return torch::stable::new_empty(hidden, {gamma.size(0), gamma.size(1), gamma.size(2), gamma.size(3)});
   };
   const Tensor d_gamma = like_weight(), d_beta = like_weight();
-  // Id 0, outside the image, comes first and has no hidden row.
+  // Uses of id 0, outside the image, come first and have no hidden row.
   modulation_table_grad(dtype_of(grad), {grad.const_data_ptr(), hidden.const_data_ptr(), weights.params, ids(indices),
                                          ids(offsets) + weights.params.num_taps, d_hidden.mutable_data_ptr(),
                                          d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), hidden.size(0)});

@@ -1,4 +1,4 @@
-// A convolution's weights as conv1x1 and conv3x3 read them: panels of output columns, and for 3 x 3 the points G g G^T.
+// Packs a convolution's weights for conv1x1 and conv3x3: panels of output columns, for 3 x 3 at the points G g G^T.
 #include "conv3x3.h"
 #include "vector.h"
 
@@ -21,7 +21,7 @@ SPADE_INLINE void transform(const A* a, const A* b, const A* c, A* to, int64_t r
   }
 }
 
-// The panel's rows [first, last), at every point.
+// Fills the rows [first, last) of a panel, at every point.
 template <class A>
 SPADE_INLINE void fill_rows(const ConvWeights& w, int64_t panel, int64_t first, int64_t last, A* panels) {
   const int64_t column = panel * kColumns, valid = std::min(kColumns, w.out - column);

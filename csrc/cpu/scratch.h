@@ -1,4 +1,4 @@
-// Memory kept between calls: on Linux, touching fresh pages costs as much as the arithmetic done in them.
+// Memory that is kept between calls: on Linux, the page faults of new memory cost as much as the arithmetic in it.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline std::vector<KeptBuffer>& kept_buffers() {
   return kept;
 }
 
-// An uninitialised buffer of `count` values, taken from those that earlier calls on this thread gave back.
+// An uninitialized buffer of `count` values, from memory that earlier buffers of this thread have released.
 template <class A>
 class Scratch {
  public:

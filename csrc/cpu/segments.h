@@ -10,7 +10,7 @@ namespace spade {
 // sums[s] = sum over the entries e of segment s of values[e / divisor], all in acc.
 struct SegmentSumParams {
   const void* values;      // rows of `width` values, `row` apart
-  const int64_t* indices;  // null: entries stand in order
+  const int64_t* indices;  // null: entry e is e
   const int64_t* offsets;  // (num_segments + 1)
   void* sums;              // (num_segments, width)
   int64_t num_segments, width, row, divisor;
@@ -18,8 +18,9 @@ struct SegmentSumParams {
 
 void segment_sum(Dtype dtype, const SegmentSumParams& params);
 
-// sum (width values) = the sum of what `add(e, to)` adds for e in [begin, end), first within blocks and then over them:
-// rounding errors grow with the two counts instead of their product.
+// Calls `add(e, to)` for e in [begin, end), which adds entry e to `to`, and writes the total to sum (width values).
+// Entries are summed within blocks, and then over blocks: rounding errors grow with the sum of the two counts instead
+// of their product.
 template <class A, class Add>
 SPADE_INLINE void sum_in_blocks(int64_t begin, int64_t end, int64_t width, A* sum, const Add& add) {
   constexpr int64_t kBlock = 16;

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-// One function per instruction set, chosen when the library is loaded.
+// A function is compiled once per instruction set, and one version is chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SPADE_ONE_TARGET)
 #define SPADE_TARGET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

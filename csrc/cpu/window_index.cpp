@@ -1,4 +1,4 @@
-// window_index on a CPU: an image at a time, each by one thread.
+// window_index on a CPU: one thread finds the windows of one image.
 #include "../window_index.h"
 
 #include <torch/csrc/stable/library.h>
@@ -26,13 +26,14 @@ struct ImageWindows {
   std::vector<int64_t> pixel_row;  // (out_height * out_width)
 };
 
-// Numbers keys by first occurrence. Open addressing; keys are compared whole, so two keys never share a number.
+// Numbers keys by first occurrence, in a hash table with open addressing. Keys are compared whole, so no two share a
+// number.
 class Interner {
  public:
   Interner() : slots_(size_t{1} << (64 - shift_)) {}
 
   int64_t number(uint64_t key) {
-    // Inside a region every window is like the one before it.
+    // Inside a region of one class every window equals the one before it.
     if (key == last_.key && last_.number >= 0) return last_.number;
     if (static_cast<size_t>(count_) * 2 >= slots_.size()) grow();
     Slot& slot = find(key);
@@ -72,8 +73,8 @@ class Interner {
   int64_t count_ = 0;
 };
 
-// Numbers runs of k values, each below `bound`, by exact 64-bit keys: of the whole run if it fits, else of pairs
-// ((a, b), c) ... of numbers below 2^32.
+// Numbers runs of k values, each at most `bound`, by exact 64-bit keys: a key is the whole run if it fits; otherwise
+// the pair of the number of all values so far, which is below 2^32, and the next value.
 class RunInterner {
  public:
   RunInterner(int64_t k, int64_t bound)
@@ -143,7 +144,7 @@ int64_t* mutable_ids(const Tensor& t) {
   return static_cast<int64_t*>(t.mutable_data_ptr());
 }
 
-// One image's windows at one size, level by level, rows counted from 0 in each.
+// One image's windows at one size, level by level. In each level the rows are counted from 0.
 std::vector<ImageWindows> windows_of_image(const Tensor& map, int64_t image, WindowIndexParams p, int64_t levels) {
   const std::vector<int64_t> rows_of = nearest_indices(map.size(1), p.height),
                              cols_of = nearest_indices(map.size(2), p.width);
@@ -172,7 +173,8 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   const Tensor map = dense(ids_in);
   const int64_t images = map.size(0), num_sizes = static_cast<int64_t>(sizes.size()) / 2;
   std::vector<std::vector<ImageWindows>> found(num_sizes * images);
-  // Not by size: the largest takes three quarters of the time, and other threads' memory is new to each call.
+  // Tasks are images, not sizes: the largest size takes three quarters of the time, and the memory of further threads
+  // is new in every call.
   parallel_for_chunks(images, 1, [&](int64_t n, int64_t) {
     for (int64_t s = 0; s < num_sizes; ++s)
       found[s * images + n] = windows_of_image(

@@ -1,4 +1,4 @@
-// Channels-last tensors, a vector of channels at a time, and kernels chosen by dtype.
+// Access to channels-last tensors, a vector of channels at a time, and the choice of a kernel by dtype.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -52,7 +52,7 @@ struct alignas(std::min<int>(kAccess, V * sizeof(T))) Values {
 
   T at[V];
 
-  // From what no thread of the launch writes.
+  // Loads from memory that no thread of the launch writes.
   SPADE_DEVICE void load(const void* from, int64_t first) {
     const W* words = reinterpret_cast<const W*>(static_cast<const T*>(from) + first);
 #pragma unroll
@@ -72,8 +72,8 @@ struct alignas(std::min<int>(kAccess, V * sizeof(T))) Values {
   }
 };
 
-// Threads over vectors of channels and `pieces` of pixels: `lanes` vectors side by side, the rest of the block below
-// each other. Vectors that one block is too narrow for are the y of the grid.
+// A grid over vectors of channels and over images; the caller sets x. A block has `lanes` vectors side by side, and as
+// many rows of threads as fit. If the vectors do not fit into one block, the y of the grid counts the blocks.
 inline Grid grid_over(int64_t vectors, int64_t most_lanes, int64_t images) {
   const int64_t groups = ceil_div(vectors, most_lanes);
   const auto lanes = static_cast<uint32_t>(ceil_div(vectors, std::max<int64_t>(groups, 1)));
@@ -85,7 +85,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>) for the dtype of x.
+// Calls f(Type<T>) for the dtype of x.
 template <class F>
 void for_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -96,7 +96,8 @@ void for_dtype(Dtype dtype, const F& f) {
   }
 }
 
-// f(Type<T>, Type<S>) for the dtypes of x and of the table, which has x's or the accumulation type.
+// Calls f(Type<T>, Type<S>) for the dtypes of x and of the table. The table has the dtype of x or the accumulation
+// type.
 template <class F>
 void for_dtypes(Dtype dtype, Dtype table, const F& f) {
   for_dtype(dtype, [&](auto type) {
@@ -107,7 +108,8 @@ void for_dtypes(Dtype dtype, Dtype table, const F& f) {
   });
 }
 
-// f(integral_constant<V>) for V channels at a time: as many of T as one access takes where channels and pointers allow.
+// Calls f(integral_constant<V>), where V is the number of channels per access: as many as kAccess bytes hold if the
+// number of channels is a multiple of that and the pointers are aligned to kAccess, else 1.
 template <class T, class F>
 void for_vector(int64_t channels, std::initializer_list<const void*> pointers, const F& f) {
   constexpr int kMost = kAccess / sizeof(T);

@@ -16,7 +16,7 @@ namespace spade::cuda {
 
 // x (N, C, h, w) laid out as (N, h, w, C).
 inline Tensor channels_last(const Tensor& x) {
-  require(x.size(0) <= std::numeric_limits<uint16_t>::max(), "a batch has at most 65535 images");
+  require(x.size(0) <= std::numeric_limits<uint16_t>::max(), "a batch must have at most 65535 images");
   return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 

@@ -1,7 +1,7 @@
-// Mean and sum of squared deviations: of a piece of an image's pixels by one block, then of all pieces. Every count is
-// small and every tree has one shape, so sums keep their precision and their bits. A thread counts from one of its
-// pixels, and from there on a mean is a sum of two numbers: rounded to a channel's magnitude, means of parts would lose
-// the differences between them.
+// Mean and sum of squared deviations: one block computes them for a piece of an image's pixels, and a second kernel
+// merges the pieces. Every sum has few terms and every tree has a fixed shape, so sums are accurate and the same in
+// every run. A thread takes one of its pixels as origin, and from there on a mean is the sum of two numbers: means that
+// are rounded to the magnitude of a channel would lose their differences.
 #include <cmath>
 #include <tuple>
 
@@ -12,15 +12,15 @@
 namespace spade::cuda {
 namespace {
 
-constexpr int kBatch = 8;       // pixels a thread has in registers, for a mean first and deviations second
-constexpr int kCandidates = 4;  // the first of them, one of which becomes the origin
+constexpr int kBatch = 8;       // pixels that a thread holds in registers for two passes: mean, deviations
+constexpr int kCandidates = 4;  // the first of these pixels, one of which becomes the origin
 constexpr int64_t kPieceLanes = 32;
-// A thread's pixels share the price of its block's merges, as long as there are blocks enough for every multiprocessor.
+// With more pixels per thread, merges take less of the time; with fewer, there are blocks for every multiprocessor.
 constexpr int kMostPixels = 4 * kBatch;
 constexpr int64_t kWantedBlocks = 512;
 constexpr uint32_t kMergeLanes = 32;
 
-// Statistics of V channels over `count` pixels, with means counted from some origin. Merged as by Chan et al. 1979.
+// Statistics of V channels over `count` pixels, with means relative to an origin; merged by Chan et al. (1979).
 template <class A, int V>
 struct StatsFromOrigin {
   A count = 0, mean[V] = {}, m2[V] = {};
@@ -42,14 +42,14 @@ template <class A, int V>
 struct Stats {
   A count = 0, mean[V] = {}, rest[V] = {}, m2[V] = {};
 
-  // The nearest number to a + b and what that leaves (Knuth's exact sum of two).
+  // Sets mean to a + b, rounded, and rest to the rounding error (Knuth's exact sum of two).
   SPADE_DEVICE void set_mean(int i, A a, A b) {
     mean[i] = a + b;
     const A of_b = mean[i] - a;
     rest[i] = (a - (mean[i] - of_b)) + (b - of_b);
   }
 
-  // This one must have at least as many pixels as the other.
+  // This object must have at least as many pixels as the other.
   SPADE_DEVICE void merge(const Stats& other) {
     if (other.count == 0) return;
     const A share = other.count / (count + other.count), weight = count * share;
@@ -63,7 +63,7 @@ struct Stats {
   }
 };
 
-// One Stats for each thread of a block; banks are threads.
+// One Stats for each thread of a block. Neighbouring threads use neighbouring banks of shared memory.
 template <class A, int V, int threads>
 struct SharedStats {
   A count[threads], mean[V][threads], rest[V][threads], m2[V][threads];
@@ -88,11 +88,10 @@ struct SharedStats {
     }
     return stats;
   }
-  // Reads one channel of a thread.
   SPADE_DEVICE Stats<A, 1> get_one(uint32_t thread, uint32_t channel) const {
     return {count[thread], {mean[channel][thread]}, {rest[channel][thread]}, {m2[channel][thread]}};
   }
-  // Merges every `rows` rows of a block into the first of them, two by two. Rows of no pixels come last.
+  // Merges every `rows` rows of a block into the first of them, two by two. Rows without pixels come last.
   SPADE_DEVICE void merge_rows(const Block& block, uint32_t rows) {
     for (uint32_t step = 1; step < rows; step *= 2)
       block.phase([&](const Thread& t) {
@@ -105,7 +104,7 @@ struct SharedStats {
   }
 };
 
-// Where the pieces' statistics stand: (images, pieces, 3, channels).
+// The pieces of an image. Their statistics (mean, rest, m2) are (images, pieces, 3, channels).
 struct Pieces {
   int64_t pixels_of_one, count;
 };
@@ -123,8 +122,8 @@ struct PieceStats {
     SharedStats<A, 1, kThreads> of_groups;
   };
 
-  // Merging, a thread has one channel of its lane, and every `groups`-th row. That leaves V times fewer rows, and until
-  // then no thread waits for others.
+  // For the merge, a thread has one channel of its lane, and every `groups`-th row. It first merges these rows, which
+  // leaves V times fewer rows and needs no other thread.
   struct Merger {
     static_assert(kThreads / kPieceLanes >= V, "a block has a row for every channel of a lane");
     uint32_t groups, channel, group;
@@ -133,7 +132,7 @@ struct PieceStats {
         : groups(t.block_y / V), channel(t.row / groups), group(t.row % groups) {}
   };
 
-  // Among the first pixels, channel by channel: not one that lies far off from all the rest.
+  // The value nearest to 0 among the first pixels, channel by channel, so that an outlier does not become the origin.
   static SPADE_DEVICE Values<T, V> nearest_to_0(const Values<T, V>* x, int count) {
     Values<T, V> nearest = x[0];
 #pragma unroll
@@ -146,8 +145,8 @@ struct PieceStats {
     return nearest;
   }
 
-  // A float holds the sum of a few 16-bit numbers without rounding, or they lie too far apart for it to matter: they
-  // are added as they are, and the origin comes off the sum. A count known to the compiler leaves no conditions.
+  // The sum of a few 16-bit numbers is exact in float, or they lie too far apart for rounding to matter: they are added
+  // as they are, and the origin is subtracted from the sum. If the compiler knows `count`, no conditions remain.
   static SPADE_DEVICE StatsFromOrigin<A, V> of_batch(const Values<T, V>& origins, const Values<T, V>* x, int count) {
     constexpr bool kExact = sizeof(T) == 2;
     StatsFromOrigin<A, V> batch;
@@ -235,7 +234,7 @@ struct PieceStats {
 template <class T>
 struct MergePieces {
   using A = acc_t<T>;
-  static constexpr uint32_t kRows = 128 / sizeof(A);  // in 64 registers a thread, which is what 1024 threads have
+  static constexpr uint32_t kRows = 128 / sizeof(A);  // up to 1024 threads, which have 64 registers each
   static constexpr int kThreads = kMergeLanes * kRows;
   using Shared = SharedStats<A, 1, kThreads>;
   ChannelStatsParams p;
@@ -309,7 +308,7 @@ Grid over_pieces(const ChannelStatsParams& p, Pieces& pieces) {
   return grid;
 }
 
-// f(T, V, grid, pieces) of a call.
+// Calls f(T, V, grid, pieces) for the arguments of a call.
 template <class F>
 void for_call(Dtype dtype, const ChannelStatsParams& p, const F& f) {
   for_dtype(dtype, [&](auto type) {
@@ -324,7 +323,7 @@ void for_call(Dtype dtype, const ChannelStatsParams& p, const F& f) {
 
 }  // namespace
 
-// Scratch that channel_stats needs, in values of the accumulation type.
+// The size of the scratch that channel_stats needs, in values of the accumulation type.
 int64_t channel_stats_parts(Dtype dtype, const ChannelStatsParams& p) {
   int64_t count = 0;
   for_call(dtype, p, [&](auto, auto, Grid, Pieces pieces) { count = p.images * pieces.count * 3 * p.channels; });

@@ -1,9 +1,8 @@
-// All that kernels need of the machine that runs them: threads, phases, atomics, launches. tests/cuda_host/cuda_host.h
-// offers a host compiler the same, so every kernel here also runs on the CPU, one thread at a time, where a test can
-// look at it.
+// The part of CUDA that kernels use: threads, phases, atomics, launches. tests/cuda_host/cuda_host.h has the same
+// interface for a host compiler, so that tests can run every kernel here on the CPU, one thread at a time.
 //
-// A kernel is a struct of its parameters with an operator() for one thread, or for one block if its threads meet:
-// between two phases of a block everybody sees what everybody wrote to Shared.
+// A kernel is a struct of its parameters. It has an operator() for one thread, or for one block if threads exchange
+// data: after each phase of a block, all threads see all writes to Shared.
 #pragma once
 
 #ifndef __CUDACC__
@@ -38,7 +37,8 @@ struct Block {
   }
 };
 
-// Two blocks of 256 on a multiprocessor keep enough loads in flight; asked for nothing, ptxas spills to fit more.
+// Two blocks of 256 on a multiprocessor keep enough loads in flight. Without this bound ptxas spills to fit more
+// blocks.
 template <class Kernel>
 __global__ __launch_bounds__(Kernel::kThreads, Kernel::kThreads <= 512
                                                    ? 512 / Kernel::kThreads
@@ -84,7 +84,7 @@ SPADE_DEVICE uint32_t count_leading_zeros(uint32_t bits) {
   return __clz(bits);
 }
 
-// Reads what no thread of the launch writes.
+// Reads memory that no thread of the launch writes.
 template <class Word>
 SPADE_DEVICE Word load_constant(const Word* from) {
   return __ldg(from);

@@ -1,5 +1,5 @@
-// Where an operator's kernels run. tests/cuda_host/host_launch.h offers a host compiler the same, so the operators too
-// run on the CPU, where a test can look at them.
+// The device and stream that an operator's kernels run on. tests/cuda_host/host_launch.h has the same interface for a
+// host compiler, so that tests can run the operators on the CPU, too.
 #pragma once
 
 #ifndef USE_CUDA
@@ -28,11 +28,11 @@ class Launch {
   cudaStream_t stream() const {
     return stream_;
   }
-  // Throws if a launch failed; an error of another library's shows here too.
+  // Throws if a launch failed, and also for an earlier error of another library.
   void check() const {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  // Waits for the stream.
+  // Copies from the device to the host, and waits for the stream.
   void read(void* to, const void* from, size_t bytes) const {
     STD_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
     STD_CUDA_CHECK(cudaStreamSynchronize(stream_));

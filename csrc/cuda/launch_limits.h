@@ -1,4 +1,4 @@
-// The limits of CUDA launches, beside what ../arguments.h checks on every device.
+// Checks of the limits of CUDA launches; ../arguments.h has the checks for every device.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// modulate on a GPU, and the gradient of x; modulate_table_grad.cu has that of the table.
+// modulate on a GPU, and its gradient of x; modulate_table_grad.cu has the gradient of the table.
 #include <string>
 
 #include "../modulate.h"
@@ -8,13 +8,13 @@
 namespace spade::cuda {
 namespace {
 
-// y, from one read of x: pixels of x, each with the upsample x upsample pixels of y it stands for.
+// Computes y in one read of x: a thread has pixels of x, each with the upsample x upsample pixels of y it stands for.
 template <class T, class S, int V, int upsample>
 struct Forward {
   using A = acc_t<T>;
   static constexpr int kThreads = spade::cuda::kThreads;
   static constexpr int kOutPixels = upsample * upsample;
-  static constexpr int kPixels = upsample == 1 ? 2 : 1;  // of x, in flight together
+  static constexpr int kPixels = upsample == 1 ? 2 : 1;  // pixels of x that a thread loads together
   ModulateParams p;
 
   SPADE_DEVICE void operator()(const Thread& t) const {
@@ -25,8 +25,8 @@ struct Forward {
     Values<T, V> x[kPixels];
     Row<S, V> rows[kPixels * kOutPixels];
     Statistics<A, V> stats;
-    // Issue independent loads first; table loads depend on the row index. Past the end, the last
-    // pixel is written once more, the same: under a condition, the compiler would load one pixel after another.
+    // Independent loads come first, because loads from the table depend on the row index. A thread past the end writes
+    // the last pixel again, with the same values: with a condition, the compiler would load one pixel after another.
 #pragma unroll
     for (int i = 0; i < kPixels * kOutPixels; ++i) {
       const int64_t source = min(first + i / kOutPixels * t.block_y, pixels - 1);
@@ -51,7 +51,7 @@ struct Forward {
   }
 };
 
-// The gradient of x, a pixel at a time.
+// The gradient of x; one thread computes one pixel.
 template <class T, class S, int V, int upsample>
 struct InputGrad {
   using A = acc_t<T>;
@@ -142,7 +142,8 @@ class ModulateCall {
     params.table = table.const_data_ptr();
     params.num_rows = table.size(0);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3) * upsample * upsample;
-    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31), "a call has less than 2^31 pixels");
+    require(pixels < (int64_t{1} << 31) && params.num_rows < (int64_t{1} << 31),
+            "a call must have fewer than 2^31 pixels and fewer than 2^31 rows of the table");
     if (pixel_row) params.pixel_row = add_index(*pixel_row);
   }
 
@@ -170,7 +171,7 @@ class ModulateCall {
   ModulateParams params{};
 
  private:
-  // Returns how far apart images are: 0 if one row serves all.
+  // Returns the distance between two images' statistics, in elements: 0 if one row serves all.
   int64_t add_stats(const Tensor& t, const void*& pointer) {
     owned_[num_owned_] = dense(t, accumulator(x));
     pointer = data(owned_[num_owned_++]);

@@ -1,18 +1,19 @@
-// The gradient of the table: sums over the pixels of each row. Rows are extremely uneven, so the list of all pixels,
-// grouped by row, is cut into equal pieces wherever the cuts fall. A row within one piece is done there. A row that
-// reaches over cuts leaves one part in each of its pieces, and the parts are then added in their order.
+// The gradient of the table: sums over the pixels of each row. The rows' numbers of pixels are extremely uneven, so the
+// list of all pixels, grouped by row, is cut into equal pieces without regard to rows. If a row is within one piece, it
+// is summed there. A row that crosses cuts leaves one part in each of its pieces, and the parts are then added in
+// order.
 #include "pixels.h"
 
 namespace spade::cuda {
 namespace {
 
 constexpr int kLoads = 4;                             // pixels in flight together
-constexpr int kLongestPiece = 6, kShortestPiece = 3;  // as powers of two
+constexpr int kLongestPiece = 6, kShortestPiece = 3;  // binary logarithms of pixels
 constexpr int64_t kWantedThreads = 65536;
-constexpr int64_t kPartLanes = 8;  // narrow blocks, so that a long row has many threads below each other
+constexpr int64_t kPartLanes = 8;  // narrow blocks have more rows of threads, which share a long row
 
-// The cut of `entries` pixels. Part 0 of a piece is of the row that came in from before, part 1 of the row that goes
-// on; parts are (pieces, 2, 2 * channels).
+// The cut of `entries` pixels. Parts are (pieces, 2, 2 * channels). Part 0 of a piece belongs to the row that begins
+// before the piece; part 1 belongs to the row that begins in it and ends after it.
 struct Cut {
   int64_t entries, pieces;
   int piece_bits;
@@ -34,7 +35,7 @@ struct SumPieces {
   SPADE_DEVICE int64_t source_of(uint32_t pixel) const {
     if constexpr (upsample == 1) return pixel;
     const uint32_t width = 2 * static_cast<uint32_t>(p.width), y = pixel / width, x = pixel - y * width;
-    // Two rows of y for one of x, also from image to image.
+    // Two rows of y belong to one row of x; this is true across images, too.
     return static_cast<int64_t>(y / 2) * p.width + x / 2;
   }
 
@@ -68,7 +69,7 @@ struct SumPieces {
       Values<T, V> x[kLoads], grad[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const int64_t entry = min(e + i, end - 1);  // past the end, something to load
+        const int64_t entry = min(e + i, end - 1);  // past the end, any entry will do
         pixel[i] = static_cast<uint32_t>(p.pixel_row ? load_constant(p.indices + entry) : entry);
       }
 #pragma unroll
@@ -104,21 +105,21 @@ struct SumPieces {
   }
 };
 
-// Adds the parts of every row that reaches over a cut: the thread row of the piece where the table's row starts. A row
-// without pixels becomes 0. Here `channel` counts scale and shift.
+// Adds the parts of every row that crosses a cut, on the threads of the piece where the row starts. A row without
+// pixels becomes 0. Here `channel` counts scale and shift.
 template <class A, int V>
 struct MergeParts {
   static constexpr int kThreads = spade::cuda::kThreads;
   struct Shared {
-    int64_t first, last, row;  // pieces of the one long row that may start in this block's pieces
+    int64_t first, last, row;  // row: the long row that starts in this block's pieces, or -1; first, last: its pieces
     Values<A, V> sums[kThreads];
   };
   ModulateParams p;
   Cut cut;
   A* parts;
-  int64_t threads;  // of the launch, of one group of columns
+  int64_t threads;  // threads of the launch for one group of columns
 
-  // Parts first, first + step, .. up to last: of the piece where the row starts it is part 1, of all others part 0.
+  // The sum of the parts of pieces first, first + step, .. up to last: part 1 of piece `start`, part 0 of all others.
   SPADE_DEVICE Values<A, V> sum(int64_t start, int64_t first, int64_t last, int64_t step, int64_t channel) const {
     Values<A, V> sum{};
 #pragma unroll 4
@@ -144,7 +145,8 @@ struct MergeParts {
       const int64_t row_end = load_constant(p.offsets + row + 1);
       if (row_end <= end || load_constant(p.offsets + row) < piece << cut.piece_bits) return;
       const int64_t last = (row_end - 1) >> cut.piece_bits;
-      // Another row cannot start before this one's last piece, so a block has one that reaches past all its pieces.
+      // Another row cannot start before this one's last piece, so a block has at most one row that reaches past its
+      // pieces.
       if (last - piece < t.block_y) {
         sum(piece, piece, last, 1, channel_of(t)).store(p.out, row * width + channel_of(t));
       } else if (t.lane == 0) {
@@ -181,7 +183,7 @@ struct MergeParts {
   }
 };
 
-// Pieces so short that there are threads enough, where there are pixels enough.
+// Shortens the pieces until there are enough threads, if there are enough pixels.
 Cut cut_of(const ModulateParams& p, int64_t vectors) {
   Cut cut{p.images * p.height * p.width * p.upsample * p.upsample, 1, kLongestPiece};
   while (cut.piece_bits > kShortestPiece && (cut.entries >> cut.piece_bits) * vectors < kWantedThreads)
@@ -190,7 +192,7 @@ Cut cut_of(const ModulateParams& p, int64_t vectors) {
   return cut;
 }
 
-// f(Type<T>, Type<S>, V, upsample, cut) of a call.
+// Calls f(Type<T>, Type<S>, V, upsample, cut) for the arguments of a call.
 template <class F>
 void for_call(Dtype dtype, Dtype table, const ModulateParams& p, const F& f) {
   for_modulate(dtype, table, p, [&](auto type, auto table_type, auto v, auto upsample) {

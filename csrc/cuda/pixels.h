@@ -1,4 +1,4 @@
-// One pixel of y in a modulate kernel, V channels at a time: what it reads, and the arithmetic all three passes share.
+// Code that the three passes of modulate share, for one pixel of y and V channels at a time.
 #pragma once
 
 #include "../modulate.h"
@@ -6,14 +6,14 @@
 
 namespace spade::cuda {
 
-// `table`: the dtype of params.table, x's or the accumulation type. `parts`: scratch, modulate_table_grad_parts()
-// values of the accumulation type.
+// `table` is the dtype of params.table: that of x or the accumulation type. `parts` is scratch for
+// modulate_table_grad_parts() values of the accumulation type.
 int64_t modulate_table_grad_parts(Dtype dtype, Dtype table, const ModulateParams& params);
 void modulate_table_grad(Dtype dtype, Dtype table, const ModulateParams& params, void* parts, cudaStream_t stream);
 
 constexpr int64_t kMostLanes = 32;
 
-// Where the pixels of y are that a pixel of x stands for.
+// The index of a pixel of y: of the pixels that pixel `source` of x stands for, the one with the number `which`.
 template <int upsample>
 SPADE_DEVICE int64_t out_pixel_of(const ModulateParams& p, int64_t image, int64_t source, int which) {
   if constexpr (upsample == 1) return image * p.height * p.width + source;
@@ -37,7 +37,7 @@ struct Statistics {
   }
 };
 
-// Scale and shift of V channels of a row of the table, which holds S.
+// Scale and shift of V channels of a row of the table, whose values are of type S.
 template <class S, int V>
 struct Row {
   Values<S, V> scale, shift;
@@ -52,12 +52,11 @@ struct Row {
   }
 };
 
-// The row of a pixel of y.
 SPADE_DEVICE int64_t row_of(const ModulateParams& p, int64_t pixel) {
   return p.pixel_row ? load_constant(p.pixel_row + pixel) : pixel;
 }
 
-// f(Type<T>, Type<S>, V, upsample) of a call.
+// Calls f(Type<T>, Type<S>, V, upsample) for the arguments of a call.
 template <class F>
 void for_modulate(Dtype dtype, Dtype table, const ModulateParams& p, const F& f) {
   const auto pointers = {p.x,     p.grad,       p.mean,       p.rstd,

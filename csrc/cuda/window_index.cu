@@ -1,6 +1,7 @@
-// Distinct windows by an open-addressing table of pixels, one region for each image. A slot holds a pixel, which stands
-// for its window: two windows are the same only if all their ids are, whatever those are, and whichever pixel a slot
-// holds says the same. A slot ends up with the first pixel of its window, so rows are numbered alike in every run.
+// Finds distinct windows with a hash table of pixels (open addressing), which has one region for each image. A slot
+// holds a pixel, which stands for its window. Windows are compared by all of their ids, so the hash does not affect the
+// result, nor does the choice of the pixel. In the end a slot holds the first pixel of its window, so rows are numbered
+// alike in every run.
 #include <vector>
 
 #include "../window_index.h"
@@ -11,13 +12,13 @@
 namespace spade::cuda {
 namespace {
 
-// A test makes it 0: then every window looks for its slot in the same place.
+// A test sets the factor to 0, so that all windows have the same hash.
 #ifndef SPADE_HASH_FACTOR
 #define SPADE_HASH_FACTOR 0x9E3779B97F4A7C15ull
 #endif
 
 constexpr uint32_t kEmpty = 0xffffffffu;
-constexpr uint32_t kMostBlocks = 1024;  // each adds up the counts of all before it
+constexpr uint32_t kMostBlocks = 1024;  // each block adds up the counts of all blocks before it
 
 // The source index of a target index, as F.interpolate(mode="nearest") computes it.
 SPADE_DEVICE uint32_t nearest(uint32_t i, float scale, uint32_t source) {
@@ -38,7 +39,7 @@ struct Windows {
   SPADE_DEVICE int64_t id(uint32_t pixel, uint32_t i, uint32_t j) const {
     const uint32_t y = pixel / map.out_width * p.stride + i - p.padding,
                    x = pixel % map.out_width * p.stride + j - p.padding;
-    if (y >= map.height || x >= map.width) return 0;  // above and left of the image they wrap round
+    if (y >= map.height || x >= map.width) return 0;  // above and left of the image, y and x wrap round
     return map.first_id +
            load_constant(ids + static_cast<int64_t>(nearest(y, map.scale_y, map.source_height)) * map.source_width +
                          nearest(x, map.scale_x, map.source_width));
@@ -65,13 +66,14 @@ SPADE_DEVICE uint32_t* slots_of(const WindowMap& map, uint32_t image) {
   return map.slots + (static_cast<int64_t>(image) << map.slot_bits);
 }
 
-// Finds every pixel's slot, keeping the first pixel of each window there. In an area of one window all pixels would
-// want the same slot: only those look for it that follow another window, and pass it on to the pixels after them.
+// Finds every pixel's slot, and keeps the first pixel of each window there. In an area of equal windows all pixels
+// would use the same slot. Therefore a pixel looks for its slot only if its window differs from the window of the pixel
+// before it, and the pixels after it take the slot over.
 struct Insert {
   static constexpr int kThreads = spade::cuda::kThreads;
   struct Shared {
     uint32_t slot[kThreads];
-    uint32_t looked[kThreads / 32];  // a bit for each thread
+    uint32_t looked[kThreads / 32];  // a bit for each thread that looked for a slot
   };
   WindowIndexCall p;
 
@@ -82,7 +84,8 @@ struct Insert {
       if (there == kEmpty) there = compare_and_swap(slots + slot, kEmpty, pixel);
       if (there == kEmpty) return slot;
       if (!windows.same(there, pixel)) continue;
-      // Nearly always the first is there already, and a load is cheaper than an atomic on a slot that many want.
+      // Nearly always the slot holds an earlier pixel already, and a load is cheaper than an atomic on a contended
+      // slot.
       if (pixel < there) fetch_min(slots + slot, pixel);
       return slot;
     }
@@ -117,7 +120,7 @@ struct Insert {
   }
 };
 
-// The pixels of one block: a run of one image, so that rows counted block by block are in order.
+// A run of pixels of one image, for one block: rows that are counted block by block are then in order.
 struct Run {
   uint32_t begin, end;
 
@@ -128,7 +131,7 @@ struct Run {
   }
 };
 
-// Marks the first pixel of every window, by ~slot, and counts them.
+// Marks the first pixel of every window by storing ~slot, and counts these pixels.
 struct Count {
   static constexpr int kThreads = spade::cuda::kThreads;
   struct Shared {
@@ -161,13 +164,13 @@ struct Count {
   }
 };
 
-// Numbers the marked pixels in order, leaves the number in their slot, and notes which pixel it is.
+// Numbers the marked pixels in order, stores the number in the pixel's slot, and the pixel in `firsts`.
 struct Number {
   static constexpr int kThreads = spade::cuda::kThreads;
   static constexpr int kMasks = kThreads / 32;
   struct Shared {
     uint32_t before;
-    uint32_t first[2][kMasks];  // a bit for each of the pixels at hand, for even and odd turns
+    uint32_t first[2][kMasks];  // bits of pixels that are the first of their window, in even and odd turns
   };
   WindowIndexCall p;
 
@@ -244,7 +247,7 @@ struct Write {
   }
 };
 
-// A grid of as many blocks as the map that needs the most.
+// A grid with as many blocks as the map that needs most of them.
 template <class Blocks>
 Grid over_maps(const WindowIndexCall& p, uint32_t images, const Blocks& blocks) {
   int64_t most = 0;
@@ -263,7 +266,7 @@ void plan_window_index(const WindowIndexCall& p, WindowMap& map) {
   map.out_height = (map.height + 2 * p.padding - p.kernel_size) / p.stride + 1;
   map.out_width = (map.width + 2 * p.padding - p.kernel_size) / p.stride + 1;
   const int64_t pixels = static_cast<int64_t>(map.out_height) * map.out_width;
-  // At least half of the slots stay empty, so every search ends, and soon.
+  // At least half of the slots stay empty, so every search ends soon.
   for (map.slot_bits = 1; (int64_t{1} << map.slot_bits) < 2 * pixels;) ++map.slot_bits;
   const int64_t most = std::max<int64_t>(kMostBlocks / p.images, 1);
   map.blocks = static_cast<uint32_t>(std::min(ceil_div(pixels, kThreads), most));
@@ -271,7 +274,7 @@ void plan_window_index(const WindowIndexCall& p, WindowMap& map) {
   map.scale_x = static_cast<float>(map.source_width) / static_cast<float>(map.width);
 }
 
-// Finds pixel_row, image_offsets, and how many rows there are; write_windows writes the windows themselves.
+// Computes pixel_row, image_offsets and the number of rows; write_windows writes the windows themselves.
 void number_windows(const WindowIndexCall& p, cudaStream_t stream) {
   size_t slots = 0;
   for (uint32_t i = 0; i < p.count; ++i) slots += static_cast<size_t>(p.images) << p.maps[i].slot_bits;
@@ -313,7 +316,7 @@ std::vector<Tensor> window_index_op(const Tensor& ids_in, torch::headeronly::Int
   for (const WindowIndexCall& call : plan.calls) number_windows(call, launch.stream());
   launch.check();
 
-  // The one thing the host has to know: how many rows there are.
+  // The host needs the number of rows to allocate the windows: it waits for nothing else.
   std::vector<uint32_t> rows(pixel_rows.size());
   launch.read(rows.data(), plan.calls[0].maps[0].rows, sizeof(uint32_t) * rows.size());
   std::vector<Tensor> results;

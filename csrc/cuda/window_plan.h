@@ -1,5 +1,5 @@
-// The parameters of window_index on a GPU: the windows of a batch at several sizes and levels, as calls of as many maps
-// as a launch takes.
+// The parameters of window_index on a GPU: the windows of a batch at several sizes and levels, divided into calls with
+// as many maps as one launch takes.
 #pragma once
 
 #include <algorithm>
@@ -12,35 +12,36 @@
 
 namespace spade::cuda {
 
-// The windows of a batch of maps of ids, resized to one size. The last five are scratch of the sizes given.
+// The windows of a batch of maps of ids, resized to one size. The last four pointers are scratch of the given sizes.
 struct WindowMap {
   const int64_t* ids;                                   // (images, source_height, source_width)
-  int64_t first_id;                                     // added to each
+  int64_t first_id;                                     // added to each id
   int64_t* pixel_row;                                   // (images, out_height, out_width)
   int64_t* image_offsets;                               // (images + 1)
   int64_t* windows;                                     // (rows, kernel_size^2), for write_windows
   uint32_t source_height, source_width, height, width;  // before and after the resize
   uint32_t out_height, out_width, slot_bits, blocks;    // from plan_window_index
   float scale_y, scale_x;
-  uint32_t num_rows;  // for write_windows: what `rows` says
+  uint32_t num_rows;  // the value at `rows`, for write_windows
   uint32_t* rows;
   uint32_t* slots;   // (images, 2^slot_bits)
   uint32_t* counts;  // (images, blocks)
   uint32_t* firsts;  // (images, out_height, out_width)
 };
 
-// Several maps at once; their slots lie one behind the other.
+// Several maps for one launch; their slots are contiguous in memory.
 struct WindowIndexCall {
   static constexpr uint32_t kMostMaps = 8;
   uint32_t images, kernel_size, stride, padding, count;
   WindowMap maps[kMostMaps];
 };
 
-// Sets what follows from the sizes: out_height, out_width, slot_bits, blocks, scales.
+// Sets the fields that follow from the sizes: out_height, out_width, slot_bits, blocks, scales.
 void plan_window_index(const WindowIndexCall& call, WindowMap& map);
 class WindowPlan {
  public:
-  // shape: of the ids, (images, height, width). sizes: h, w of the first, h, w of the second, ...
+  // `shape` is (images, height, width) of the ids. `sizes` is a list of pairs: h, w of the first size, h, w of the
+  // second, ...
   WindowPlan(const std::array<int64_t, 3>& shape, const std::vector<int64_t>& sizes, int64_t kernel_size,
              int64_t stride, int64_t padding, int64_t levels)
       : levels_(levels), num_sizes_(static_cast<int64_t>(sizes.size()) / 2) {
@@ -48,7 +49,7 @@ class WindowPlan {
     WindowIndexCall call{};
     require(sizes.size() % 2 == 0, "sizes must be pairs (h, w)");
     require(levels >= 1, "levels must be positive");
-    require(shape[0] >= 1 && shape[0] <= std::numeric_limits<uint16_t>::max(), "a batch has 1 to 65535 images");
+    require(shape[0] >= 1 && shape[0] <= std::numeric_limits<uint16_t>::max(), "a batch must have 1 to 65535 images");
     call.images = static_cast<uint32_t>(shape[0]);
     call.kernel_size = extent(kernel_size, 1, "kernel_size must be positive");
     call.stride = extent(stride, 1, "stride must be positive");
@@ -73,7 +74,7 @@ class WindowPlan {
     }
   }
 
-  // of(map, and that of the level before or null), size by size and level by level.
+  // Calls of(map, the map of the level before or null), size by size and level by level.
   template <class Of>
   void for_each_map(const Of& of) {
     constexpr int64_t most = WindowIndexCall::kMostMaps;
@@ -87,12 +88,12 @@ class WindowPlan {
     }
   }
 
-  // Values of scratch that the kernels need, each a uint32_t.
+  // The size of the scratch that the kernels need, in values of uint32_t.
   int64_t scratch_size() const {
     return slots_ + counts_ + firsts_ + maps_;
   }
 
-  // Gives every map its part of the scratch; how many rows there are comes last, map by map.
+  // Gives every map its part of the scratch; the numbers of rows come last, map by map.
   void divide(uint32_t* scratch) {
     uint32_t *slots = scratch, *counts = slots + slots_, *firsts = counts + counts_, *rows = firsts + firsts_;
     for (WindowIndexCall& call : calls)
@@ -122,7 +123,7 @@ class WindowPlan {
             "no window fits the size");
     plan_window_index(call, map);
     require(int64_t{map.out_height} * map.out_width < (int64_t{1} << 30) && num_windows(call, map) < (int64_t{1} << 30),
-            "a batch has less than 2^30 windows");
+            "a batch must have fewer than 2^30 windows");
     slots_ += num_slots(call, map);
     counts_ += int64_t{call.images} * map.blocks;
     firsts_ += num_windows(call, map);

@@ -1,9 +1,9 @@
 """The operators, `torch.ops.spade_kernels.*`, one file each; importing the package registers them.
 
-An operator's file has its Python name, schema, argument checks, fake kernel and derivatives, and says which backends
-have kernels of it. `reference.py` documents arguments and results and has the kernel for every device; the other
-kernels are in triton/, csrc/cpu/ and csrc/cuda/, in files of the same stem. A raw `torch.ops.spade_kernels` call has no
-derivatives in forward mode and torch.func; the functions here have.
+An operator's file contains its Python function, schema, argument checks, fake kernel and derivatives, and lists the
+backends that have kernels for it. `reference.py` documents arguments and results and has the kernel for every device;
+the other kernels are in triton/, csrc/cpu/ and csrc/cuda/, in files with the same stem. Direct calls of
+`torch.ops.spade_kernels.*` support neither forward mode nor torch.func; the functions here do.
 """
 
 from spade_kernels.ops._arguments import require_storage

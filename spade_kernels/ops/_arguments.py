@@ -1,13 +1,13 @@
 """Checks of operator arguments for kernels written in Python; csrc/arguments.h has those of the compiled ones.
 
-Every operator's file has a function that calls these for each of its arguments. They raise RuntimeError for a tensor of
-the wrong dtype, rank, size or device, for one without memory, and for a number outside its range; the message names the
-operator, the argument and what was expected.
+Every operator's file has a function that calls these checks for each of its arguments. They raise RuntimeError for a
+tensor of the wrong dtype, rank, size or device, for a tensor without memory, and for a number outside its range; the
+message names the operator, the argument and the expected value.
 
-Index tensors must hold valid indices. On a CPU their values are always compared with what they index, because that is
-free beside the reads through them. On a GPU the host would have to wait for the values: there it happens only if the
-environment variable SPADE_KERNELS_CHECK_INDICES is set to 1 before the package is imported, and not while a CUDA graph
-is captured. The compiled kernels follow it, too.
+Index tensors must hold valid indices. On a CPU their values are always checked, because that costs little beside the
+reads that use them. On a GPU the host would have to wait for the values: there they are checked only if the environment
+variable SPADE_KERNELS_CHECK_INDICES is set to 1 before the package is imported, and not while a CUDA graph is captured.
+The compiled kernels read the same variable.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from spade_kernels import transforms
 
-# In a shape: any size but 0.
+# This stands in a shape for any size except 0.
 NOT_EMPTY: Any = None
-# Layout of packed weights, as csrc/cpu/gemm.h and conv.h have it: columns of a panel, points of a 3 x 3 weight.
+# Layout of packed weights, as in csrc/cpu/gemm.h and conv.h: columns of a panel, and points of a 3 x 3 weight.
 PANEL_COLUMNS, WINOGRAD_POINTS = 32, 16
-# More entries than a window index can hold.
+# A window index holds at most this many entries.
 MOST_ENTRIES = 2**31
 
 Shape = Sequence[Any]
@@ -38,9 +38,10 @@ class Arguments:
     """The arguments of one call; all tensors must be on one device.
 
     Args:
-        op: the operator's name. device: of its first argument.
-        fake: the tensors have no values (fake or meta tensors), and sizes may be symbols. Those are not compared here
-            but when the code that is compiled with them runs.
+        op: the operator's name.
+        device: the device of its first argument.
+        fake: True if the tensors have no values (fake or meta tensors). Their sizes may be symbols, which are not
+            compared here but when the compiled code runs.
     """
 
     def __init__(self, op: str, device: torch.device, fake: bool):
@@ -54,7 +55,7 @@ class Arguments:
             self.fail(what)
 
     def floats(self, name: str, t: Tensor | None, shape: Shape) -> None:
-        """A float tensor of this shape, or none."""
+        """Checks that t is a float tensor of this shape, or None."""
         if t is None:
             return
         if t.dtype not in _FLOATS:
@@ -62,7 +63,7 @@ class Arguments:
         self._tensor(name, t, shape)
 
     def index(self, name: str, t: Tensor, shape: Shape, low: int, high: int) -> None:
-        """int64 of this shape, with values in low .. high - 1."""
+        """Checks that t is an int64 tensor of this shape, with values in low .. high - 1."""
         if t.dtype != torch.int64:
             self.fail(f"{name} must be int64, got {t.dtype}")
         self._tensor(name, t, shape)
@@ -77,7 +78,7 @@ class Arguments:
             )
 
     def bounds(self, name: str, t: Tensor, count: int, entries: int, exactly: bool = True) -> None:
-        """The bounds of `count` segments of at most `entries` entries, or of exactly so many."""
+        """Checks the offsets of `count` segments, which have `entries` entries in all, or fewer if not `exactly`."""
         self.index(name, t, (count + 1,), 0, entries + 1)
         if not self._reads_values(t):
             return
@@ -85,7 +86,7 @@ class Arguments:
             self.fail(f"{name} must increase from 0 to {entries}")
 
     def segments(self, indices: Tensor | None, offsets: Tensor | None, count: int, entries: int) -> None:
-        """The entries of `count` segments, or none: a forward takes segments only for its backward."""
+        """Checks the segments, or that both are None: a forward takes segments only for its backward."""
         if indices is None or offsets is None:
             self.require(indices is offsets, "indices and offsets must be given together")
             return
@@ -114,25 +115,25 @@ class Arguments:
 
 
 def _differs(size: Any, wanted: Any) -> bool:
-    """False where a size is a symbol."""
+    """True if the size differs from the wanted one; False where one of them is a symbol."""
     if wanted is NOT_EMPTY:
         return isinstance(size, int) and size == 0
     return isinstance(size, int) and isinstance(wanted, int) and size != wanted
 
 
 def size_of(t: Tensor, dim: int) -> Any:
-    """The size of a dimension; 0 if t has too few, which the check of its shape then reports."""
+    """The size of a dimension; 0 if t has too few dimensions, which the check of its shape then reports."""
     return t.shape[dim] if dim < t.dim() else 0
 
 
 def num_panels(columns: Any) -> Any:
-    """Panels of a packed weight with so many output columns."""
+    """The number of panels of a packed weight with this many output columns."""
     return (columns + PANEL_COLUMNS - 1) // PANEL_COLUMNS
 
 
 def require_storage(name: str, t: Tensor) -> None:
-    """Raises ValueError for a tensor whose storage was freed, which PyTorch's own operators would read."""
-    # Traced and transformed tensors have no storage to ask; the operators they end in ask for themselves.
+    """Raises ValueError if the tensor's storage was freed; PyTorch's own operators would read it all the same."""
+    # Traced and transformed tensors have no storage to check; the operators that run in the end check theirs.
     if type(t) is not Tensor or torch.compiler.is_compiling() or transforms.are_active():
         return
     if not has_storage(t):
@@ -140,7 +141,7 @@ def require_storage(name: str, t: Tensor) -> None:
 
 
 def has_storage(t: Tensor) -> bool:
-    """False for a tensor whose storage was freed or made smaller, as FSDP frees that of sharded parameters."""
+    """False if the tensor's storage was freed or made smaller; FSDP, for example, frees that of sharded parameters."""
     if not t.numel() or t.layout != torch.strided or t.is_meta:
         return True
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))

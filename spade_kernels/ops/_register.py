@@ -1,8 +1,8 @@
-"""Registration of operators with PyTorch: what every file of this package does with `register` and `call`.
+"""Registration and calls of operators: every operator's file uses `register` and `call`.
 
 `register` gives an operator its schema, the checks of its arguments, its fake kernel and its derivatives. Kernels have
-first derivatives in reverse mode. All other derivatives (second ones, forward mode, the transforms of torch.func) are
-those of the operator's plain form: PyTorch operators that PyTorch differentiates.
+first derivatives in reverse mode. All other derivatives (second ones, forward mode, the transforms of torch.func) come
+from the operator's *plain form*: a function of PyTorch operators, which PyTorch differentiates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ operators = torch.ops.spade_kernels
 
 _library = torch.library.Library("spade_kernels", "DEF")
 _plain_forms: dict[str, Callable] = {}
-# Private to torch; without it every call passes through the Python that records gradients.
+# The class is private to torch. If it is missing, every call passes through the operator's Python autograd function.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
@@ -40,14 +40,14 @@ def register(
 
     Args:
         schema: as PyTorch writes it, "name(arguments) -> results".
-        check: takes `Arguments` and the operator's; raises if they do not fit. Compiled kernels check them in
-            csrc/, in the file of the same stem.
-        fake: takes the arguments without values; returns results of the right shape, dtype and layout.
-        kernels: backends that have a kernel, the preferred one first. Triton's is in triton/, in the file of the stem
-            of `check`'s.
-        setup, backward: as `torch.library.register_autograd` takes them; None if the operator has no derivatives.
+        check: takes an `Arguments` object and the operator's arguments; raises if they do not fit. Compiled kernels
+            have checks of their own, in csrc/, in the file of the same stem.
+        fake: takes arguments without values; returns empty results of the right shape, dtype and layout.
+        kernels: backends that have a kernel, the preferred one first. The Triton kernel is in triton/, in the module
+            with the name of the one that defines `check`.
+        setup, backward: passed to `torch.library.register_autograd`; None if the operator has no derivatives.
         plain: takes the operator's arguments and computes its result with operators of PyTorch that have derivatives of
-            every kind; None if it has no derivatives.
+            every kind; None if the operator has no derivatives.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -77,7 +77,7 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def call(operator: Any, *arguments: Any) -> Any:
-    """Calls one of the `operators`, past its Python autograd layer where no gradient can be asked for."""
+    """Calls one of the `operators`; without its Python autograd function where no gradient can be asked for."""
     if transforms.are_active() and operator is not operators.window_index:
         return _by_plain_form(operator.__name__, arguments)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ def plain_gradients(
 
     They can be differentiated again: a backward calls this when it runs with gradients enabled (create_graph=True).
     """
-    # Views, because one argument may have been computed from another: its gradient must not reach that one here.
+    # Views separate the arguments: if one was computed from another, its gradient must not flow into that one here.
     inputs = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
     wanted = [a for a, needs in zip(inputs, needed, strict=True) if needs]
     found = iter(torch.autograd.grad(_by_plain_form(name, inputs), wanted, grads, create_graph=True))
@@ -114,7 +114,7 @@ def plain_gradients(
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype | None, like: Tensor) -> Tensor | None:
-    """Zeros in place of an argument that no gradient depends on and that was therefore not saved; None for no dtype."""
+    """Zeros for an argument that was not saved, because no gradient depends on it; None if dtype is None."""
     if dtype is None:
         return None
     with transforms.outside():

@@ -1,4 +1,4 @@
-"""conv, conv3x3 and modulate_conv: convolutions with stride 1 on packed weights, and one with derivatives."""
+"""conv and modulate_conv, with packed weights, and conv3x3, with derivatives: convolutions with stride 1."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _check_image(a, name: str, t: Tensor) -> None:
 
 
 def _check_packed(a, packed_weight: Tensor, bias: Tensor, add: Tensor | None, shape: Sequence[Any]) -> None:
-    """The packed weight of a convolution whose input has this shape."""
+    """Checks packed weight, bias and `add` of a convolution whose input has this shape."""
     images, channels, height, width = shape
     a.floats("bias", bias, (NOT_EMPTY,))
     out, points = bias.shape[0], 1 if size_of(packed_weight, 0) == 1 else WINOGRAD_POINTS

@@ -61,7 +61,7 @@ def _backward(ctx, grad):
     rows, windows, indices, offsets = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad = grad * (rows > 0) if ctx.relu else grad
-        # Without its ReLU the operator is linear.
+        # Without its ReLU the operator is linear: its gradients do not depend on the arguments that stand_in replaces.
         floats = stand_in(ctx.shape, ctx.dtype, rows), stand_in(ctx.shape[2:], ctx.bias_dtype, rows)
         arguments = (*floats, windows, indices, offsets, False)
         return plain_gradients("gather_sum", arguments, ctx.needs_input_grad, (grad,))
@@ -92,7 +92,7 @@ def _check_grad(a, grad, rows, indices, offsets, num_taps, relu):
         fits = segments > 0 and segments % num_taps == 0
         a.require(fits, "offsets must have one value more than a multiple of num_taps")
     a.index("indices", indices, (entries,), 0, entries)
-    # A label map with room for more rows has some that belong to no image.
+    # The backward of modulate sums over image_offsets here: spare rows of a static label map belong to no image.
     a.bounds("offsets", offsets, segments, entries, exactly=False)
 
 

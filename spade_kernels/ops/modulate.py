@@ -38,14 +38,14 @@ def modulate(
     upsample: int = 1,
     stats_scope: str = "none",
 ) -> Tensor:
-    """Normalize, modulate and activate x: `reference.modulate`.
+    """Normalizes, modulates and activates x: `reference.modulate`.
 
     Args:
-        image_offsets, indices, offsets: of the window index; needed by the backward only.
-        stats_scope: what mean and rstd were computed from, so that the gradient of x includes them: "none" (constants),
-            "image" (each image and channel), "group:G" (each image and each of G groups of channels, whose values all
-            channels of a group have), "batch" (this process's batch), "world" (all processes' batches). Pass them
-            detached: a gradient for mean and rstd themselves raises.
+        image_offsets, indices, offsets: from the window index; needed by the backward only.
+        stats_scope: the values that mean and rstd were computed from, so that the gradient of x includes its part
+            through them: "none" (constants), "image" (each image and channel), "group:G" (each image and each of G
+            groups of channels, with the group's values for each of its channels), "batch" (this process's batch),
+            "world" (all processes' batches). Mean and rstd must be detached: asking for their own gradients raises.
     """
     return call(
         operators.modulate,
@@ -64,7 +64,7 @@ def modulate(
 
 
 def check_modulation(a, x, mean, rstd, table, pixel_row, upsample) -> None:
-    """x, its statistics, the table and the rows that its pixels, or those of its upsampled result, take from it."""
+    """Checks x, its statistics, the table, and the row that each pixel of the result takes from it."""
     a.integer("upsample", upsample, 1, 2)
     a.require(x.dim() == 4, f"x must have shape (N, C, h, w), got {tuple(x.shape)}")
     images, channels, height, width = x.shape
@@ -89,7 +89,7 @@ def _check(a, x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, 
     if image_offsets is not None:
         a.bounds("image_offsets", image_offsets, x.shape[0], table.shape[0], exactly=False)
     if indices is not None or offsets is not None:
-        a.require(pixel_row is not None, "indices and offsets are of pixel_row, which is not given")
+        a.require(pixel_row is not None, "indices and offsets need pixel_row, which is not given")
     a.segments(indices, offsets, table.shape[0], 0 if pixel_row is None else pixel_row.numel())
     if not _STATS_SCOPE.fullmatch(stats_scope):
         a.fail(f"stats_scope must be none, image, group:G, batch or world, got {stats_scope!r}")
@@ -115,7 +115,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError("modulate: mean and rstd must be detached; stats_scope says how they depend on x")
-    # Unpacked once: a second time would have activation checkpointing compute the layer again, which it refuses.
+    # saved_tensors is read once: activation checkpointing would recompute the layer for a second read, and refuses to.
     tensors = ctx.saved_tensors
     x, mean, rstd, table, pixel_row, image_offsets, indices, offsets = tensors
     numbers = (ctx.negative_slope, ctx.upsample)
@@ -135,14 +135,14 @@ def _backward(ctx, grad):
 def _normalization_means(
     stats_scope: str, grad: Tensor, table: Tensor, d_table: Tensor, image_offsets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Means of d(xhat) and d(xhat) * xhat over the pixels of y that the statistics cover, from the table alone.
+    """Means of d(xhat) and d(xhat) * xhat over the pixels of y that mean and rstd cover, from the table and d_table.
 
     Every pixel of a row has the row's scale, so sum(scale * dy) over pixels is sum(scale * d_shift) over rows.
     """
     if stats_scope == "none":
         return None, None
     images, channels, pixels = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
-    # In few and plain operations: on a GPU most of them take the time of their launch.
+    # Few operations are used, because on a GPU most of them take the time of a launch.
     products = (d_table.view(-1, 2, channels) * table[:, :channels].unsqueeze(1)).view(-1, 2 * channels)
     if stats_scope == "batch":
         means = products.sum(0, keepdim=True) / (images * pixels)
@@ -172,7 +172,7 @@ def _plain(x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, pixel_row: Tens
 
 
 def _differentiable_statistics(x: Tensor, mean: Tensor, rstd: Tensor, stats_scope: str) -> tuple[Tensor, Tensor]:
-    """mean and rstd with their values, which were computed from x, and the derivatives that they have in x."""
+    """mean and rstd with unchanged values, and with derivatives with respect to x, which they were computed from."""
     if stats_scope == "image":
         variance, centre = torch.var_mean(x, (2, 3), correction=0)
     elif stats_scope.startswith("group:"):
@@ -188,7 +188,7 @@ def _differentiable_statistics(x: Tensor, mean: Tensor, rstd: Tensor, stats_scop
 
 
 def _moments_of_world(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, C) variance and mean of all processes' x. Derivatives are of the sum of all processes' results."""
+    """(1, C) variance and mean of all processes' x, with the derivatives of the sum of all processes' results."""
     transforms.require_one_process()
     count = x.new_tensor(x.numel() // x.shape[1])
     dist.all_reduce(count)

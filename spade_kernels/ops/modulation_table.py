@@ -51,7 +51,7 @@ def _check(a, hidden, gamma, beta, bias, windows, packed_weight, indices, offset
 
 
 def _check_weights(a, gamma: Tensor, beta: Tensor, depth: int | None) -> int:
-    """Weights (C, depth, k, k) of gamma and beta. Returns their number of taps."""
+    """Checks the weights (C, depth, k, k) of gamma and beta, and returns their number of taps."""
     a.floats("gamma", gamma, (NOT_EMPTY, depth, NOT_EMPTY, NOT_EMPTY))
     a.floats("beta", beta, gamma.shape)
     return gamma.shape[2] * gamma.shape[3]

@@ -16,24 +16,24 @@ def segments_by_value(values: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
 
 
 def _segment_offsets(flat: Tensor, num_values: int) -> Tensor:
-    # Not bincount: on a GPU that asks the device for the largest value.
+    # bincount would make the host wait for a GPU to find the largest value.
     return flat.new_zeros(num_values + 1).scatter_add_(0, flat + 1, torch.ones_like(flat)).cumsum(0)
 
 
 def segments_of_each(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """`segments_by_value` of several tensors on one device; on a GPU at once, which takes a tenth of the launches."""
+    """`segments_by_value` of several tensors on one device; on a GPU together, in a tenth of the launches."""
     if not values or not values[0].is_cuda:
         return [segments_by_value(*one) for one in zip(values, num_values, strict=True)]
     return segments_at_once(values, num_values)
 
 
 def segments_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """`segments_of_each`: as the groups of one tensor, in which the values of each have numbers of their own."""
+    """`segments_of_each` with one sort: the tensors are joined into one, in which each has its own range of values."""
     lengths = [value.numel() for value in values]
     first_value, first_entry = ([0, *accumulate(counts)] for counts in (num_values, lengths))
     own = torch._foreach_add([value.flatten() for value in values], first_value[:-1])
     keys = torch.cat(own)
-    # Keys of half the width take half the passes.
+    # A radix sort of int32 keys takes half the passes of one of int64 keys.
     indices = (keys.int() if first_value[-1] < 2**31 else keys).argsort(stable=True)
     offsets = _segment_offsets(keys, first_value[-1])
     all_indices = torch._foreach_sub(indices.split(lengths), first_entry[:-1])
@@ -42,11 +42,11 @@ def segments_at_once(values: Sequence[Tensor], num_values: Sequence[int]) -> lis
 
 
 def tap_keys(windows: Tensor) -> Tensor:
-    """id * T + tap of every use of an id by windows (rows, T): what `segments_by_tap` groups."""
+    """(rows, T): the keys id * T + tap of all entries of windows (rows, T), for `segments_by_tap`."""
     num_taps = windows.shape[1]
     return torch.add(torch.arange(num_taps, device=windows.device), windows, alpha=num_taps)
 
 
 def segments_by_tap(windows: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
-    """(indices, offsets): uses of each (id, tap) pair by windows (rows, T), grouped by id * T + tap."""
+    """(indices, offsets): the uses of each (id, tap) pair in windows (rows, T), grouped by id * T + tap."""
     return segments_by_value(tap_keys(windows), windows.shape[1] * num_ids)

@@ -1,4 +1,4 @@
-"""window_index: the distinct windows of maps of ids, and which of them every pixel sees."""
+"""window_index: the distinct windows of maps of ids, and the window of every pixel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from spade_kernels.ops._arguments import MOST_ENTRIES, NOT_EMPTY
 from spade_kernels.ops._register import call, operators, register
 
-# Beyond these, memory runs out before an allocation fails.
+# Larger maps are refused: the process would run out of memory before an allocation fails.
 _MOST_PIXELS, _MOST_IDS = 2**28, 2**32
 
 
@@ -19,7 +19,7 @@ def window_index(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Distinct windows, the row of every pixel and the rows of every image: `reference.window_index`.
 
-    For each of the `sizes` (h, w), and each level of it.
+    There is one tuple for each of the `sizes` (h, w) and each of its levels.
     """
     flat = [side for size in sizes for side in size]
     found = call(operators.window_index, ids, flat, kernel_size, stride, padding, levels)

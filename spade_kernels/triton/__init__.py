@@ -1,4 +1,4 @@
-"""The operators as Triton kernels: one module for each stem of `reference.py`, with its functions' names and arguments.
+"""The operators as Triton kernels: functions with the names and arguments of those in `reference.py`.
 
-Nothing here is imported before a backend asks for it: `import spade_kernels` needs no Triton.
+A module here is imported when a backend first uses it, so `import spade_kernels` needs no Triton.
 """

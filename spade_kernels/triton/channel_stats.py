@@ -1,8 +1,8 @@
 """Mean and sum of squared deviations of every image and channel, in one read of x.
 
-Every lane of a program's tile runs Welford's update over its own pixels, relative to the first of them; lanes, and then
-programs, are merged as Chan et al. (1979) do. Until the last merge a mean is a sum of two numbers, origin + mean: one
-far from 0 costs the squared deviations no digits.
+Every lane of a program's tile runs Welford's update over its own pixels, relative to the first of them, the origin. The
+statistics of lanes, and then of programs, are merged by the formula of Chan et al. (1979). Until the last merge a mean
+is kept as the sum of two numbers, origin + mean: the squared deviations then lose no digits if the mean is far from 0.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from spade_kernels.triton.tiles import (
 )
 from spade_kernels.triton.variants import launch
 
-_PROGRAMS = 2048  # enough for every processor of a large GPU to hold several
-_MOST_PARTS = 512  # of an image: they are merged as one tile
+_PROGRAMS = 2048  # enough for several on every multiprocessor of a large GPU
+_MOST_PARTS = 512  # parts of an image, which are merged as one tile
 _FEWEST_STEPS = 8
 
 
@@ -61,7 +61,7 @@ def channel_stats_grad(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_m2: Tens
 
 
 def _steps(images: int, pixels: int, channels: int, tile: dict[str, int]) -> int:
-    """Tiles a program takes one after the other."""
+    """The number of tiles that a program processes one after the other."""
     columns = images * triton.cdiv(channels, tile["BLOCK_C"])
     parts = min(_MOST_PARTS, max(1, _PROGRAMS // columns))
     return max(_FEWEST_STEPS, triton.cdiv(triton.cdiv(pixels, tile["BLOCK_P"]), parts))
@@ -69,10 +69,10 @@ def _steps(images: int, pixels: int, channels: int, tile: dict[str, int]) -> int
 
 @triton.jit
 def _merge(count, origin, mean, m2):
-    """(origin, mean, m2) of all rows, each of which stands for count (rows,) values."""
+    """Merges rows of statistics, each of count (rows,) values, into one (origin, mean, m2)."""
     share = count / tl.sum(count, 0)
     rough = tl.sum((origin + mean) * share[:, None], 0)
-    # Differences of large numbers are exact: what rounding took from the mean, the mean of the deviations gives back.
+    # Differences of nearly equal numbers are exact, so the mean of the deviations is the rounding error of the mean.
     deviation = origin - rough[None, :] + mean
     missing = tl.sum(deviation * share[:, None], 0)
     deviation -= missing[None, :]

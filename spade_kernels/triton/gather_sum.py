@@ -28,8 +28,8 @@ def gather_sum(
     tile = channel_tile(width)
     blocks = {"BLOCK_R": tile["BLOCK_P"], "BLOCK_D": tile["BLOCK_C"]}
     grid = (triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_D"]))
-    # A tap is two loads, the second waiting for the first: taps that are unrolled wait together. More than nine, or
-    # where every channel needs an address of its own, do not fit into registers.
+    # A tap takes two loads, and the second waits for the first; unrolled taps wait at the same time. More than nine
+    # taps do not fit into registers, nor do unrolled taps if every channel needs its own address.
     unroll = num_taps if num_taps <= 9 and width % 8 == 0 else 1
     constexprs = {"TAPS": num_taps, "RELU": relu, "UNROLL": unroll}
     launch(_gather_sum, grid, tap_responses, bias, windows, out, rows, width, **constexprs, **blocks)
@@ -42,7 +42,8 @@ def gather_sum_grad(
     """`reference.gather_sum_grad`."""
     if relu:
         grad = torch.where(rows > 0, grad, 0)
-    # Few codes stand for most pixels; where hidden rows stand for codes (the dense path), most are in few windows.
+    # Segments of codes are long, because few codes cover most pixels. On the dense path hidden rows take the place of
+    # codes, and most of them are in few windows.
     are_long = indices.numel() >= PIECE * (offsets.numel() - 1)
     d_tap_responses = segment_sum(grad, indices, offsets, num_taps, long=are_long)
     every_row = torch.arange(2, device=grad.device) * grad.shape[0]

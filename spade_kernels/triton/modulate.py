@@ -1,7 +1,7 @@
 """Normalize, modulate and activate in one pass over x, and the two passes of its backward.
 
-A program takes pixels of x; each stands for `upsample` x `upsample` pixels of y, which it takes one after the other.
-Only the table's gradient goes by rows of the table: a segment sum over their pixels, see `segments`.
+A program processes pixels of x. Each stands for `upsample` x `upsample` pixels of y, which are processed one after the
+other. Only the table's gradient is different: it is a segment sum over the pixels of each row, see `segments`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def modulate_input_grad(
     means = (_dense(mean_shift), _dense(mean_scale))
     arguments = (channels_last(grad), x, *_stats(mean, rstd), table.contiguous(), _dense(pixel_row), *means, out)
     strides = (_stride(mean), 0 if mean_shift is None else _stride(mean_shift))
-    # Half as many pixels where a sum is held beside them: more do not fit into registers.
+    # With upsampling a tile has fewer pixels, because the sum over pixels of y needs registers, too.
     constexprs: dict[str, Any] = {"SLOPE": negative_slope, "UPSAMPLE": upsample}
     _over_pixels(_input_grad, x, *arguments, *_sizes(x), *strides, **constexprs, fraction=upsample)
     return out
@@ -123,18 +123,18 @@ def _stats(mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stride(stats: Tensor) -> int:
-    """From one image's statistics to the next's; 0 where all images share them."""
+    """The distance from one image's statistics to the next's, in elements; 0 if all images share them."""
     return stats.shape[1] if len(stats) > 1 else 0
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """Pixels of an image, width, channels."""
+    """Number of pixels of an image, width and number of channels."""
     return x.shape[2] * x.shape[3], x.shape[3], x.shape[1]
 
 
 @triton.jit
 def _out_pixel(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
-    """Where pixels of y are, in all images: the i-th of those that stand for each pixel of x."""
+    """The index, across images, of the i-th pixel of y that each pixel of x stands for."""
     if UPSAMPLE == 1:
         return image * pixels + pixel
     row, column = pixel // width, pixel % width
@@ -143,13 +143,13 @@ def _out_pixel(image, pixel, i, pixels, width, UPSAMPLE: tl.constexpr):
 
 @triton.jit
 def _normalized(x, mean, rstd, pixel, channel, channels, mask):
-    """x's pixels (in all images), normalized by mean and rstd (1 or pixels, channels)."""
+    """Pixels of x, numbered across images, normalized by mean and rstd (1 or pixels, channels)."""
     return (tl.load(ptr(x, pixel, channel, channels), mask, other=0).to(mean.dtype) - mean) * rstd
 
 
 @triton.jit
 def _tile_of_program(x, mean, rstd, pixels, channels, stats_stride, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(image, pixels in it, channels, which pixels there are, which of both, normalized x, rstd)."""
+    """(image, pixels in it, channels, mask of pixels, mask of pixels and channels, normalized x, rstd)."""
     image, block, channel = block_of_program(channels, BLOCK_C)
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
     pixel_mask, channel_mask = pixel < pixels, channel < channels

@@ -1,6 +1,6 @@
 """The modulation table as a gather-GEMM on tensor cores, and its gradients as a segment sum and two plain GEMMs.
 
-Weights meet both as (2C, taps, D), gamma's columns first: what channels-last convolution weights are in memory.
+Both take weights as (2C, taps, D), gamma's columns first, like channels-last convolution weights in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spade_kernels import reference
 from spade_kernels.triton.segments import segment_sum
 from spade_kernels.triton.variants import launch
 
-# A gather is two loads, the second waiting for the first: five stages keep two gathers ahead of the product.
+# A gather takes two loads, and the second waits for the first: five stages keep two gathers ahead of the product.
 _STAGES = 5
 _ENOUGH_TILES = 128  # about one for each multiprocessor
 _SCRATCH = 64 << 20  # bytes of tap gradients worked on at a time
@@ -39,17 +39,18 @@ def _gather_gemm(
     BLOCK_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Tiles of the same rows run together: what they gather is then in L2, where all of the weights are.
+    # Tiles of the same rows run together, so that the hidden rows that they gather stay in L2, where all of the weights
+    # are, too.
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask, column_mask = row < num_rows, column < columns
     window = windows + row * NUM_TAPS
-    # Columns past the last repeat it: what they give is not stored, and their loads need no mask.
+    # Columns past the last one read the last one's weights, so that loads need no mask; their results are not stored.
     column_weight = weight + tl.minimum(column, columns - 1)[None, :] * (NUM_TAPS * DEPTH)
     blocks: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    # Rows to spare have nothing but bias: a static label map has tiles of them.
+    # Spare rows of a static label map have empty windows. A tile of them skips the products and stores the bias only.
     taps = tl.arange(0, ALL_TAPS)
     numbers = tl.load(window[:, None] + taps[None, :], row_mask[:, None] & (taps < NUM_TAPS)[None, :], other=0)
     steps = tl.where(tl.max(tl.max(numbers, 1), 0) > 0, NUM_TAPS * blocks, 0)
@@ -67,19 +68,19 @@ def _gather_gemm(
 
 
 class Tile(NamedTuple):
-    """The part of the table that one program makes, and how many warps share it."""
+    """The part of the table that one program computes, and the number of its warps."""
 
     rows: int
     columns: int
     warps: int
 
 
-# Largest first: the larger, the less is read for each product.
+# Tiles are ordered by size, because a larger tile reads less per product.
 _TILES = (Tile(128, 256, 8), Tile(128, 128, 8), Tile(64, 128, 4), Tile(64, 64, 4))
 
 
 def _tile_for(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Tile:
-    """The largest tile that the columns and the registers hold and that leaves no multiprocessor idle."""
+    """The largest tile that is not wider than the table, fits into registers, and leaves no multiprocessor idle."""
     fitting = _TILES[0 if dtype.itemsize == 2 else 1 if precision == "tf32" else -1 :]
     for tile in fitting:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
@@ -89,13 +90,13 @@ def _tile_for(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Ti
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 factors enter the table: as in the convolution that it is. Narrower ones are exact either way."""
+    """The input_precision of products: PyTorch's setting for convolutions. 16-bit dtypes are exact under tf32."""
     convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if dtype != torch.float32 or convolution.fp32_precision == "tf32" else "ieee"
 
 
 def _rounded_to_tf32(t: Tensor) -> Tensor:
-    """Tensor cores drop the bits that tf32 has no room for: twice the error of rounding, and always towards 0."""
+    """Rounds to tf32. Tensor cores would truncate, which has twice the error and is always towards 0."""
     nearest = (t.view(torch.int32) + 0x1000).bitwise_and_(-0x2000).view(torch.float32)
     return torch.where(t.isnan(), t, nearest)
 
@@ -109,7 +110,7 @@ def _joint_weight(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor, windows: Tensor, precision: str) -> Tensor:
-    """The table; weight may have more columns than bias."""
+    """Computes the table; weight may have more columns than bias, because its last panel is padded."""
     rows, columns, depth = windows.shape[0], bias.shape[0], hidden.shape[1]
     table = torch.empty((rows, columns), dtype=hidden.dtype, device=hidden.device)
     tile = _tile_for(rows, columns, hidden.dtype, precision)
@@ -146,9 +147,8 @@ def modulation_table(
     if packed_weight is None:
         weight = _joint_weight(gamma, beta, hidden.dtype)
     else:
-        weight = (
-            packed_weight.permute(0, 3, 1, 2).to(hidden.dtype).contiguous()
-        )  # no copy of what pack_modulation_weight made
+        # Weights from pack_modulation_weight are contiguous in this order and are not copied.
+        weight = packed_weight.permute(0, 3, 1, 2).to(hidden.dtype).contiguous()
     precision = _precision(hidden.dtype)
     if hidden.dtype == torch.float32 and precision == "tf32":
         hidden, weight = _rounded_to_tf32(hidden), _rounded_to_tf32(weight)
@@ -158,9 +158,9 @@ def modulation_table(
 def modulation_table_grad(
     grad: Tensor, hidden: Tensor, gamma: Tensor, beta: Tensor, indices: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.modulation_table_grad`; its float32 products are as PyTorch's setting for products says.
+    """`reference.modulation_table_grad`, with PyTorch's setting for matrix products of float32.
 
-    Each hidden row stands in several windows: summed over its uses first, the products are that much fewer.
+    Each hidden row is in several windows. Gradients are summed over these uses first, which leaves fewer products.
     """
     if grad.dtype == torch.float64:
         return reference.modulation_table_grad(grad, hidden, gamma, beta, indices, offsets)
@@ -173,7 +173,7 @@ def modulation_table_grad(
     step = max(1, _SCRATCH // (num_taps * columns * grad.element_size()))
     for begin in range(0, len(hidden), step):
         end = min(begin + step, len(hidden))
-        # Uses of 0 come first, and have no hidden row.
+        # Uses of id 0, outside the image, come first and have no hidden row.
         uses = offsets[(begin + 1) * num_taps : (end + 1) * num_taps + 1]
         d_taps = segment_sum(grad, indices, uses, num_taps, grad.dtype).view(end - begin, -1)
         d_hidden[begin:end] = _product(d_taps, by_tap)
@@ -184,7 +184,7 @@ def modulation_table_grad(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32: to narrower results, cuBLAS adds what it rounded."""
+    """a @ b in float32: with a narrower result, cuBLAS would add up rounded partial sums."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -1,10 +1,10 @@
-"""Segment sums in a fixed order, for segments of which a few hold most entries and most hold one.
+"""Segment sums in a fixed order, fast if a few segments hold most entries and most segments hold one entry.
 
-Entries are cut at every multiple of a piece's length, counted from the first. A segment at least that long holds a cut;
-each cut in it starts a *slot*: the segment's entries from there to the next cut, and for the first also those before.
-Shorter segments are summed whole, a *tile* of neighbours by one program. Slots are summed side by side, one program
-each, and where a segment has several, these are added then. Where the cuts are does not depend on the segments: grids
-follow from shapes alone.
+The list of entries is cut at every multiple of the length of a *piece*, counted from the first entry. A segment of at
+least that length contains a cut. Each of its cuts starts a *slot*: the segment's entries from there to the next cut;
+the first slot also has the entries before its cut. One program sums one slot, and a second kernel adds up the slots of
+a segment. Shorter segments are not cut: one program sums a *tile* of neighbours. The cuts do not depend on the
+segments, so grids follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 from spade_kernels.triton.tiles import ptr
 from spade_kernels.triton.variants import launch
 
-PIECE = 64  # at the least
+PIECE = 64  # least number of entries
 _PROBES = 128
-_SCRATCH = 32 << 20  # bytes, at the most where pieces of any length can do it
+_SCRATCH = 32 << 20  # most bytes, unless pieces would be longer than all entries
 
-# Most segments hold one entry or two. Those of a tile are summed together, and all wait for the longest: what has more
-# than TOGETHER entries therefore follows alone, BLOCK_E entries at a time.
+# Most segments hold one entry or two. The segments of a tile are summed together, and all wait for the longest. A
+# segment with more than TOGETHER entries is therefore summed alone afterwards, BLOCK_E entries at a time.
 _SHORT = {"TOGETHER": 16, "BLOCK_S": 8, "BLOCK_E": 8, "num_warps": 1}
-# Slots are nearly all there is, and finding one takes as long as a few of its loads: they are four times as long.
+# Nearly all entries are in slots. Finding a slot's segment takes as long as a few loads, so pieces are four times as
+# long here.
 _LONG = {"TOGETHER": 0, "BLOCK_S": 1, "BLOCK_E": 32, "num_warps": 4}
 
 
@@ -47,9 +48,9 @@ def segment_sum(
 
     Args:
         values: (V, D).
-        indices: None where entry e is just e.
-        offsets: (S + 1,); a slice of a longer one sums only its segments.
-        long: whether the segments hold many entries on average; only a matter of speed.
+        indices: None for indices[e] = e.
+        offsets: (S + 1,); a slice of longer offsets sums only its segments.
+        long: True if the segments hold many entries on average; it affects speed only.
     """
     values = values.contiguous()
     width, segments = values.shape[1], offsets.shape[0] - 1
@@ -100,10 +101,10 @@ def merge_pieces(offsets: Tensor, sums: Tensor, scratch: Tensor, **constexprs: i
 
 @triton.jit
 def piece_of_program(offsets, segments, PIECE: tl.constexpr, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
-    """(segment, begin, stop, row): the entries that program_id(0) sums, and the row of the scratch they go to.
+    """(segment, begin, stop, row): the entries that program_id(0) sums, and the row of the scratch for their sum.
 
-    Of each segment a program, then of each slot. A row below 0 is the segment's row of the sums; begin > stop: there is
-    nothing to do.
+    There is one program for each segment, then one for each slot. A row below 0 means that the sum goes to the
+    segment's row of the result. begin > stop means that there is nothing to do.
     """
     program = tl.program_id(0)
     if program < segments:
@@ -117,7 +118,7 @@ def piece_of_program(offsets, segments, PIECE: tl.constexpr, PROBES: tl.constexp
 
 @triton.jit
 def _whole(offsets, segment, there, PIECE: tl.constexpr):
-    """(begin, stop) of segments' entries; begin > stop for what is not there, or summed by slots."""
+    """(begin, stop) of segments' entries; begin > stop for segments that are not there or are summed by slots."""
     begin = tl.load(offsets + segment, there, other=0)
     end = tl.load(offsets + segment + 1, there, other=0)
     return begin, tl.where(there & (end - begin < PIECE), end, begin - 1)
@@ -155,7 +156,7 @@ def store_sum(value, sums, scratch, segment, row, width, columns, mask):
 
 @triton.jit
 def _segment_of(offsets, segments, entry, PROBES: tl.constexpr, ROUNDS: tl.constexpr):
-    """The segment that holds the entry: the last that does not start after it."""
+    """The segment that holds the entry: the last one that does not start after it."""
     probe = tl.arange(0, PROBES)
     segment = 0
     for i in tl.static_range(ROUNDS):
@@ -284,7 +285,7 @@ def _merge_pieces(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # One of the first two of several slots is even: its program merges them all.
+    # This program takes an even slot. Of the first two slots of a segment one is even: its program merges all of them.
     slot = 2 * tl.program_id(0).to(tl.int64)
     cut = tl.load(offsets) + slot * PIECE
     if cut >= tl.load(offsets + segments):

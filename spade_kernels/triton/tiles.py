@@ -1,4 +1,4 @@
-"""Tiles of pixels and channels: what a program reads and writes of channels-last images, all within one image."""
+"""Tiles of pixels and channels of channels-last images: a program reads and writes one, within one image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def channel_tile(channels: int, widest: int = 128) -> dict[str, int]:
     """BLOCK_P pixels by BLOCK_C channels, for programs of four warps.
 
-    A thread takes 16 elements: two 16-byte loads of a 16-bit dtype. Where channels do not fill such loads every element
-    needs an address of its own, and 16 do not fit into registers.
+    A thread takes 16 elements: two 16-byte loads of a 16-bit dtype. If the channels do not fill such loads, every
+    element needs its own address. A thread then takes 8, because registers do not hold 16 addresses.
     """
     elements = 2048 if channels % 8 == 0 else 1024
     block = min(widest, triton.next_power_of_2(channels))
@@ -20,7 +20,7 @@ def channel_tile(channels: int, widest: int = 128) -> dict[str, int]:
 
 
 def tile_grid(x: Tensor, tile: dict[str, int], pixels_per_program: int = 1) -> tuple[int, int]:
-    """The grid of programs that covers x, `pixels_per_program` times BLOCK_P pixels each."""
+    """The grid of programs that covers x; each program covers `pixels_per_program` times BLOCK_P pixels."""
     images, channels, height, width = x.shape
     pixel_blocks = triton.cdiv(height * width, tile["BLOCK_P"] * pixels_per_program)
     return pixel_blocks * triton.cdiv(channels, tile["BLOCK_C"]), images
@@ -32,14 +32,14 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def empty_channels_last(x: Tensor, upsample: int = 1) -> Tensor:
-    """Like x, with `upsample` times its height and width."""
+    """An uninitialized channels-last tensor like x, with `upsample` times its height and width."""
     n, c, h, w = x.shape
     return torch.empty((n, upsample * h, upsample * w, c), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
 
 
 @triton.jit
 def block_of_program(channels, BLOCK_C: tl.constexpr):
-    """(image, block of pixels, channels) of the program. Programs side by side share pixels, then images."""
+    """(image, block of pixels, channels) of the program. Neighbours have the same pixels and different channels."""
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
     return tl.program_id(1).to(tl.int64), program // blocks, program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -47,5 +47,5 @@ def block_of_program(channels, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def ptr(pointer, row, columns, width):
-    """Where (row, column) of a dense matrix is, for all rows and columns; in 64 bits."""
+    """Pointers to (row, column) of a dense matrix, for all rows and columns; offsets are in 64 bits."""
     return (pointer + row.to(tl.int64) * width)[:, None] + columns[None, :]

@@ -1,4 +1,4 @@
-"""How kernels are launched, and which compiled variants of them launches ask for."""
+"""Launches of kernels, and a record of the compiled variants that they need."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _recorded: list[Variant] | None = None
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel: what Triton's launcher would specialize it on.
+    """One compiled variant of a kernel: everything that Triton's launcher specializes it on.
 
     Attributes:
         signature: type of each run-time argument.
-        constexprs: value of each compile-time argument; the two cover all arguments.
-        divisible: run-time arguments that are multiples of 16, pointers in bytes.
+        constexprs: value of each compile-time argument; together with `signature` this covers all arguments.
+        divisible: run-time arguments that are multiples of 16; for pointers, the address in bytes.
     """
 
     kernel: Any
@@ -43,7 +43,7 @@ class Variant:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any
 ) -> None:
-    """Runs `kernel` on `grid`, which may be empty; within `recording`, only notes the variant."""
+    """Runs `kernel` on `grid`, which may be empty; within `recording`, only records the variant."""
     if _recorded is not None:
         variant = _variant(kernel, arguments, constexprs, num_warps, num_stages)
         if variant not in _recorded:
@@ -54,7 +54,7 @@ def launch(
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Variant]]:
-    """The variants of all launches within it, none of which runs: tensors may be meta tensors."""
+    """Context manager that records the variants of launches instead of running them; tensors may be meta tensors."""
     global _recorded
     _recorded = []
     try:
