@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     """The three convolutions of a SPADE layer, each a pair of weight and bias, and how their results are used.
 
     Attributes:
-        shared: (hidden, channels, k, k) and (hidden,). gamma, beta: (C, hidden, k, k) and (C,). All have the same odd k.
+        shared: (hidden, channels, k, k) and (hidden,). gamma, beta: (C, hidden, k, k) and (C,). All have one odd k.
         hidden_slope: negative slope of the leaky ReLU after the shared convolution; 0 is the paper's ReLU.
         scale_offset: the scale is scale_offset + gamma; 1 in the paper.
     """
