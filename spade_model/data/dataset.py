@@ -24,7 +24,10 @@ ItemKey = int | tuple[int, int]
 
 
 class SpadeDataset(Dataset[Sample]):
-    """The interface between a data set and the loader. Validation items are the same in every epoch."""
+    """The interface between a data set and the loader. Validation items are the same in every epoch.
+
+    Subclasses define `__len__` and `sample`. Without `need_images` samples do not need a photograph.
+    """
 
     def __init__(self, config: DataConfig, split: str, *, need_images: bool = True) -> None:
         self.config, self.split, self.need_images = config, split, need_images
@@ -43,12 +46,12 @@ class SpadeDataset(Dataset[Sample]):
         )
 
     def sample(self, index: int, random: np.random.Generator | None) -> Sample:
-        """The item at a valid index; augmented at random if there is a generator."""
+        """The item at a valid index, augmented with `random`; for validation that is None. Raises UserError for bad data."""
         raise NotImplementedError
 
 
 class FolderDataset(SpadeDataset):
-    """Items read from image files. Making one raises UserError when folders or partners of files are missing."""
+    """Items read from image files. It cannot be made, with a UserError, when folders or partners of files are missing."""
 
     def __init__(self, config: DataConfig, split: str, *, need_images: bool = True) -> None:
         super().__init__(config, split, need_images=need_images)
@@ -99,7 +102,7 @@ def load_condition(label: str | Path, config: DataConfig, instance: str | Path |
 
 
 def check_config(config: DataConfig) -> None:
-    """Raises UserError for values that no data set, or not this one, can be read with."""
+    """Raises UserError for values that no data set can be read with, or that do not fit this one."""
     check_choices(config)
     spec = DATASETS[config.dataset_mode]
     least = {"label_nc": 0, "load_size": 1, "crop_size": 1, "batch_size": 1, "num_workers": 0}
