@@ -32,7 +32,7 @@ def _registries() -> dict[str, dict[str, Any]]:
 
 
 def _name(option: str) -> Any:
-    """Has the command line take any name that is registered when it is parsed, and list them all."""
+    """The annotation with which the command line takes, and lists, the names that are registered when it is parsed."""
     return tyro.conf.arg(
         constructor_factory=lambda: cast(Any, Literal[tuple(_registries()[option])]),
         # tyro writes the defaults of such options as lists.

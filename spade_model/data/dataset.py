@@ -46,12 +46,12 @@ class SpadeDataset(Dataset[Sample]):
         )
 
     def sample(self, index: int, random: np.random.Generator | None) -> Sample:
-        """The item at a valid index, augmented with `random`; for validation that is None. Raises UserError for bad data."""
+        """The item at a valid index, augmented unless `random` is None. Raises UserError for bad data."""
         raise NotImplementedError
 
 
 class FolderDataset(SpadeDataset):
-    """Items read from image files. It cannot be made, with a UserError, when folders or partners of files are missing."""
+    """Items read from image files. The constructor raises UserError for missing folders and files without a partner."""
 
     def __init__(self, config: DataConfig, split: str, *, need_images: bool = True) -> None:
         super().__init__(config, split, need_images=need_images)
