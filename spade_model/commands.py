@@ -23,7 +23,7 @@ from spade_model.config import (
     default_train_config,
     load_config,
 )
-from spade_model.data import check_dataset
+from spade_model.data import DATASETS, check_dataset
 from spade_model.errors import UserError
 from spade_model.generation import GenerateConfig, checkpoint_path, run_generate, saved_config
 from spade_model.training import train
@@ -124,7 +124,7 @@ def _generate(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     known, _ = _peek(arguments)
     data = default_data_config(known.get("dataset_mode", "coco" if "dataroot" in known else "toy"))
-    if data.dataset_mode == "toy":
+    if DATASETS[data.dataset_mode].layout is None:
         data = replace(data, crop_size=256)
     run = run_bench(_parse(BenchConfig, BenchConfig(data=data), arguments, "spade bench"))
     print(f"{tables.caption(run)}\n\n{tables.summary(run)}\n\n{tables.legend(run)}")
@@ -135,13 +135,8 @@ def _doctor(arguments: list[str]) -> int:
     known, _ = _peek(arguments)
     default = DoctorConfig(data=default_data_config(known.get("dataset_mode", "coco")))
     config: DoctorConfig = _parse(DoctorConfig, default, arguments, "spade doctor")
-    return _check_data(config)
-
-
-def _check_data(config: DoctorConfig) -> int:
-    # The folders of custom data are the same for both splits.
-    both = ["train"] if config.data.dataset_mode == "custom" else ["train", "val"]
-    faults = [_check_split(config.data, split) for split in ([config.split] if config.split else both)]
+    splits = [config.split] if config.split else DATASETS[config.data.dataset_mode].splits
+    faults = [_check_split(config.data, split) for split in splits]
     return 2 if any(faults) else 0
 
 

@@ -1,4 +1,4 @@
-"""Everything a run can be told, as frozen dataclasses, with each data set's defaults.
+"""Everything a run can be told, as frozen dataclasses.
 
 Field names are the original implementation's option names wherever it has the option (README: "Coming from the
 original"). A config is plain data: `save_config` and `load_config` move it to and from JSON beside the checkpoints.
@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -21,7 +21,25 @@ from spade_model.files import replacing
 # Flags that say no are shown as they are, without a second form, --no_no_...; the command line still takes that one.
 _No = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
-DatasetMode = Literal["coco", "ade20k", "cityscapes", "facades", "custom", "toy"]
+
+def _registries() -> dict[str, dict[str, Any]]:
+    """The registries by the options that take their names."""
+    # Not at the top: what is registered there imports this module, and torch.
+    from spade_model.data import DATASETS
+    from spade_model.networks import GENERATORS
+
+    return {"dataset_mode": DATASETS, "netG": GENERATORS}
+
+
+def _name(option: str) -> Any:
+    """The annotation with which the command line takes, and lists, the names that are registered when it is parsed."""
+    return tyro.conf.arg(
+        constructor_factory=lambda: cast(Any, Literal[tuple(_registries()[option])]),
+        # tyro writes the defaults of such options as lists.
+        help_behavior_hint=lambda default: "(default: " + default.strip("[']") + ")",
+    )
+
+
 PreprocessMode = Literal[
     "resize_and_crop",
     "crop",
@@ -38,7 +56,7 @@ PreprocessMode = Literal[
 class DataConfig:
     """Where the masks and photographs are and how they become tensors."""
 
-    dataset_mode: DatasetMode = "coco"
+    dataset_mode: Annotated[str, _name("dataset_mode")] = "coco"
     """Folder layout and defaults; `custom` takes --label_dir and --image_dir, `toy` needs no files."""
     dataroot: str = "./datasets"
     """Root folder of the data set."""
@@ -107,7 +125,7 @@ class DataConfig:
 class ModelConfig:
     """The networks' shapes."""
 
-    netG: Literal["spade", "pix2pixhd"] = "spade"
+    netG: Annotated[str, _name("netG")] = "spade"
     """Generator."""
     ngf: int = 64
     """Generator width: channels before the last convolution."""
@@ -221,44 +239,18 @@ class TrainConfig:
         return Path(self.checkpoints_dir) / self.name
 
 
-DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "coco": {},
-    "ade20k": {"label_nc": 150, "no_instance": True},
-    "cityscapes": {
-        "label_nc": 35,
-        "contain_dontcare_label": False,
-        "preprocess_mode": "fixed",
-        "load_size": 512,
-        "crop_size": 512,
-        "aspect_ratio": 2.0,
-        "batch_size": 16,
-    },
-    "facades": {"label_nc": 13, "contain_dontcare_label": False, "no_instance": True},
-    "custom": {"label_nc": 13, "contain_dontcare_label": False},
-    "toy": {
-        "label_nc": 7,
-        "contain_dontcare_label": False,
-        "preprocess_mode": "none",
-        "load_size": 64,
-        "crop_size": 64,
-        "batch_size": 8,
-        "max_dataset_size": 2048,
-    },
-}
-
-
 def default_data_config(dataset_mode: str) -> DataConfig:
     """The data set's own defaults. Raises UserError for a name that is not a data set."""
-    if dataset_mode not in DATASET_DEFAULTS:
-        raise UserError(f"unknown --dataset_mode {dataset_mode!r}; choose one of {', '.join(DATASET_DEFAULTS)}")
-    return DataConfig(dataset_mode=dataset_mode, **DATASET_DEFAULTS[dataset_mode])  # type: ignore[arg-type]
+    check_choices(DataConfig(dataset_mode=dataset_mode))
+    return dataclasses.replace(_registries()["dataset_mode"][dataset_mode].defaults, dataset_mode=dataset_mode)
 
 
 def default_train_config(dataset_mode: str, no_TTUR: bool = False, netG: str = "spade") -> TrainConfig:
-    """The options of a run for which nothing else is given."""
-    betas = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
-    model = ModelConfig(netG="pix2pixhd", norm_G="instance") if netG == "pix2pixhd" else ModelConfig()
-    return TrainConfig(data=default_data_config(dataset_mode), model=model, no_TTUR=no_TTUR, **betas)  # type: ignore[arg-type]
+    """The options of a run for which nothing else is given. Raises UserError for an unknown data set or generator."""
+    check_choices(ModelConfig(netG=netG))
+    model = dataclasses.replace(_registries()["netG"][netG].defaults, netG=netG)
+    betas: dict[str, Any] = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
+    return TrainConfig(data=default_data_config(dataset_mode), model=model, no_TTUR=no_TTUR, **betas)
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -353,7 +345,8 @@ def _listed(choices: tuple[Any, ...]) -> str:
 def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
     """The values of each option of a config class that has a fixed set of them."""
     hints = get_type_hints(cls)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    fixed = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    return fixed | {name: tuple(registry) for name, registry in _registries().items() if name in hints}
 
 
 def _check_least(config: Any, least: dict[str, int]) -> None:

@@ -22,6 +22,7 @@ from spade_kernels import LabelMap
 from spade_model import checkpoint
 from spade_model.config import TrainConfig, check_train_config, config_from_dict, save_config
 from spade_model.data import Batch, DataError, create_dataset, create_loader
+from spade_model.data.loader import count_batches
 from spade_model.errors import UserError
 from spade_model.files import remove_leftovers
 from spade_model.networks import SPADEGenerator
@@ -76,8 +77,7 @@ class _Run:
         check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
         self.epoch, self.batches_done = 1, 0
-        self.prepare: Callable[[LabelMap], object] | None = None
-        self.epoch_batches = len(self._loader(epoch=1))
+        self.epoch_batches = count_batches(len(self.dataset), config.data, world_size)
         if self.epoch_batches < config.accumulate:
             raise UserError(
                 f"--accumulate {config.accumulate} is more than the {self.epoch_batches} batches of an epoch"

@@ -235,7 +235,7 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "device": (UserError, lambda: choose_device("fpga"), ["'fpga'", "auto, cpu, cuda"]),
     "dataset_mode in Python": (
         UserError,
-        lambda: train(TrainConfig(data=DataConfig(dataset_mode="voc"))),  # type: ignore[arg-type]
+        lambda: train(TrainConfig(data=DataConfig(dataset_mode="voc"))),
         ["--dataset_mode 'voc'", "coco, ade20k"],
     ),
     "kernel size in Python": (

@@ -16,7 +16,8 @@ import spade_kernels
 import spade_model
 from spade_model import commands
 from spade_model.cli import main
-from spade_model.config import DATASET_DEFAULTS, TrainConfig, default_train_config, load_config, save_config
+from spade_model.config import TrainConfig, default_train_config, load_config, save_config
+from spade_model.data import DATASETS
 
 DATA = """
     dataset_mode dataroot label_dir image_dir instance_dir label_nc contain_dontcare_label no_instance ade20k_shift
@@ -137,7 +138,7 @@ def test_error_as_a_process(tmp_path):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("mode", DATASET_DEFAULTS)
+@pytest.mark.parametrize("mode", DATASETS)
 def test_defaults_of_each_data_set(parsed, mode):
     assert parsed("--dataset_mode", mode) == default_train_config(mode)
 

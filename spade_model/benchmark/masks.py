@@ -14,7 +14,7 @@ import torch
 from spade_kernels import LabelMap
 from spade_model.benchmark.shapes import resolutions
 from spade_model.config import DataConfig, default_data_config
-from spade_model.data import create_dataset
+from spade_model.data import DATASETS, create_dataset
 from spade_model.data.sample import collate
 from spade_model.errors import UserError
 
@@ -33,8 +33,8 @@ def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dic
     """Returns by kind masks of one image each, all with the classes and size of `data`.
 
     Args:
-        data: a folder of masks, or the toy data set.
-        count: masks of the first kind, "real" or "toy".
+        data: a folder of masks, or a data set without files.
+        count: masks of the first kind: "real", or named after the data set without files.
         every_kind: also one "toy" landscape, the "busiest" (largest fraction of distinct windows) of the first masks
             in the folder, uniform "noise" and "constant".
 
@@ -42,7 +42,7 @@ def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dic
         UserError: the masks cannot be read, or the condition is not a label map.
     """
     found = _read(data, _SEARCHED if every_kind else count)
-    kinds = {"toy" if data.dataset_mode == "toy" else "real": found[:count]}
+    kinds = {"real" if DATASETS[data.dataset_mode].layout else data.dataset_mode: found[:count]}
     if not every_kind:
         return kinds
     labels, edges = found[0].num_labels, found[0].edges is not None

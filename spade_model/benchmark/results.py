@@ -82,7 +82,7 @@ class BenchRun:
 
     @property
     def main_masks(self) -> str:
-        """The kind of masks that everything is measured on: "real", or "toy" without a folder of masks."""
+        """The kind of masks that everything is measured on: "real", or the name of a data set without files."""
         return next(iter(self.settings["distinct windows"]))
 
 

@@ -29,6 +29,7 @@ from spade_model.data.item import ItemFiles, read_condition, read_instances, req
 from spade_model.data.preprocess import plan_geometry
 from spade_model.data.problem import DataError, Problem
 from spade_model.errors import UserError
+from spade_model.registry import DATASETS
 
 _Result = TypeVar("_Result")
 
@@ -52,7 +53,7 @@ def check_dataset(
     """
     try:
         check_config(config)
-        if config.dataset_mode == "toy":
+        if DATASETS[config.dataset_mode].layout is None:
             return []
         listing = list_files(config, split, need_images=need_images)
     except UserError as error:
@@ -133,7 +134,7 @@ def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig,
 
 def _missing_folders(config: DataConfig) -> list[Problem]:
     """Problems for folders that the options name and that do not exist."""
-    options = ("label_dir", "image_dir", "instance_dir") if config.dataset_mode == "custom" else ("dataroot",)
+    options = DATASETS[config.dataset_mode].folder_options if config.dataset_mode in DATASETS else ()
     folders = {option: Path(getattr(config, option)) for option in options if getattr(config, option)}
     return [Problem(p, "no such folder", f"Check --{option}") for option, p in folders.items() if not p.is_dir()]
 

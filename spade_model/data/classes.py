@@ -8,6 +8,7 @@ import numpy as np
 
 from spade_model.config import DataConfig
 from spade_model.data.problem import DataError, data_error
+from spade_model.registry import DATASETS
 
 UNKNOWN_ID = 255
 """The id that label files use for "no class"."""
@@ -21,7 +22,7 @@ def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
     """
     unknown = ids == UNKNOWN_ID if config.contain_dontcare_label else np.zeros_like(ids, dtype=bool)
     classes = ids
-    if config.dataset_mode == "ade20k" and config.ade20k_shift:
+    if config.ade20k_shift and DATASETS[config.dataset_mode].ids_from_1:
         # Without an unknown class, an unknown pixel becomes label_nc, which is out of range like any other bad id.
         unknown = unknown | (ids == 0)
         classes = ids - 1
@@ -44,9 +45,10 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
 
 def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
     """(The fix, the least label_nc with a place for the ids, 0 if more classes would not help)."""
-    if worst > UNKNOWN_ID and config.dataset_mode in ("coco", "ade20k", "facades"):
+    spec = DATASETS[config.dataset_mode]
+    if worst > UNKNOWN_ID and spec.byte_ids:
         return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0
-    if config.dataset_mode == "ade20k" and config.ade20k_shift and worst == 0:
+    if config.ade20k_shift and spec.ids_from_1 and worst == 0:
         return "Pass --contain_dontcare_label: with --ade20k_shift id 0 means unknown", 0
     if worst == UNKNOWN_ID and not config.contain_dontcare_label:
         others = wrong_ids[wrong_ids != UNKNOWN_ID]

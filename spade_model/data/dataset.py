@@ -7,35 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from spade_kernels.label_map import instance_edges
-from spade_model.config import DataConfig
+from spade_model.config import DataConfig, check_choices
 from spade_model.data.folders import find_items
-from spade_model.data.images import to_photograph
-from spade_model.data.item import ItemFiles, photograph_to_tensor, read_sample
+from spade_model.data.item import ItemFiles, read_sample
 from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import ITEM_AUGMENTATION, random_stream
-from spade_model.data.toy import SMALLEST_SIDE, TOY_CLASSES, draw_toy
 from spade_model.errors import UserError
+from spade_model.registry import DATASETS
 
 SPLITS = ("train", "val")
-
-TOY_LENGTHS = {"train": 2**16, "val": 512}
-"""Images of the toy data set, unless max_dataset_size is less."""
 
 ItemKey = int | tuple[int, int]
 """An index, or (epoch, index); an index alone means epoch 0."""
 
 
 class SpadeDataset(Dataset[Sample]):
-    """The interface between a data set and the loader. Validation items are the same in every epoch."""
+    """The interface between a data set and the loader. Validation items are the same in every epoch.
 
-    def __init__(self, config: DataConfig, split: str) -> None:
-        self.config = config
-        self.split = split
+    Subclasses define `__len__` and `sample`. Without `need_images` samples do not need a photograph.
+    """
+
+    def __init__(self, config: DataConfig, split: str, *, need_images: bool = True) -> None:
+        self.config, self.split, self.need_images = config, split, need_images
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -46,54 +41,27 @@ class SpadeDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
         augments = self.split == "train"
-        return self._sample(
+        return self.sample(
             index, random_stream(self.config.seed, ITEM_AUGMENTATION, epoch, index) if augments else None
         )
 
-    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
+    def sample(self, index: int, random: np.random.Generator | None) -> Sample:
+        """The item at a valid index, augmented unless `random` is None. Raises UserError for bad data."""
         raise NotImplementedError
 
 
 class FolderDataset(SpadeDataset):
-    """Items read from image files."""
+    """Items read from image files. The constructor raises UserError for missing folders and files without a partner."""
 
-    def __init__(self, config: DataConfig, split: str, items: list[ItemFiles]) -> None:
-        super().__init__(config, split)
-        self.items = items
+    def __init__(self, config: DataConfig, split: str, *, need_images: bool = True) -> None:
+        super().__init__(config, split, need_images=need_images)
+        self.items = find_items(config, split, need_images=need_images)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
+    def sample(self, index: int, random: np.random.Generator | None) -> Sample:
         return read_sample(self.items[index], self.config, random)
-
-
-class ToyDataset(SpadeDataset):
-    """Landscapes drawn on demand, at the size the generator makes; the preprocess mode does not apply."""
-
-    def __init__(self, config: DataConfig, split: str, *, need_images: bool) -> None:
-        super().__init__(config, split)
-        self.need_images = need_images
-
-    def __len__(self) -> int:
-        return min(self.config.max_dataset_size, TOY_LENGTHS[self.split])
-
-    def _sample(self, index: int, random: np.random.Generator | None) -> Sample:
-        height, width = self.config.image_size
-        toy = draw_toy(self.config.seed, self.split, index, height, width)
-        flip = random is not None and not self.config.no_flip and bool(random.random() < 0.5)
-        step = -1 if flip else 1
-        labels, instances, rgb = (plane[:, ::step].copy() for plane in (toy.labels, toy.instances, toy.image))
-        image = None
-        if self.need_images:
-            photograph = to_photograph(Image.fromarray(rgb), self.config.output_nc, self.config.image_bits)
-            image = photograph_to_tensor(photograph)
-        return Sample(
-            torch.from_numpy(labels.astype(np.int64)),
-            None if self.config.no_instance else instance_edges(torch.from_numpy(instances)),
-            image,
-            f"toy_{index:06d}",
-        )
 
 
 def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) -> SpadeDataset:
@@ -105,15 +73,13 @@ def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) 
     check_config(config)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    if config.dataset_mode == "toy":
-        return ToyDataset(config, split, need_images=need_images)
-    return FolderDataset(config, split, find_items(config, split, need_images=need_images))
+    return (DATASETS[config.dataset_mode].create or FolderDataset)(config, split, need_images=need_images)
 
 
 def load_condition(label: str | Path, config: DataConfig, instance: str | Path | None = None) -> Batch:
     """A batch of one, without photograph, from a label image (with label_nc 0: an RGB image) and its instance image.
 
-    Preprocessed like a validation item; for the toy data set, resized to the size the generator makes.
+    Preprocessed like a validation item; for a data set without files, resized to the size the generator makes.
     Raises UserError when the instance image is missing though the configuration uses instances, when it is there though
     the configuration does not, and for bad files.
     """
@@ -129,14 +95,16 @@ def load_condition(label: str | Path, config: DataConfig, instance: str | Path |
             f"--instance {instance} needs a model that takes instance boundaries; this one was trained with "
             "--no_instance: leave --instance out"
         )
-    if config.dataset_mode == "toy":
+    if DATASETS[config.dataset_mode].layout is None:
         config = replace(config, preprocess_mode="fixed")
     files = ItemFiles(Path(label), None, None if instance is None else Path(instance))
     return collate([read_sample(files, config, None)], config.num_labels)
 
 
 def check_config(config: DataConfig) -> None:
-    """Raises UserError for values that no data set can be read with."""
+    """Raises UserError for values that no data set can be read with, or that do not fit this one."""
+    check_choices(config)
+    spec = DATASETS[config.dataset_mode]
     least = {"label_nc": 0, "load_size": 1, "crop_size": 1, "batch_size": 1, "num_workers": 0}
     least |= {"max_dataset_size": 1, "seed": 0}
     for name, minimum in least.items():
@@ -152,18 +120,10 @@ def check_config(config: DataConfig) -> None:
             f"--image_bits 16 with --output_nc {config.output_nc}: colours have 8 bits a channel here. Pass "
             "--output_nc 1 for grey images of 16 bits, or --image_bits 8"
         )
-    if config.label_nc == 0 and config.dataset_mode not in ("custom", "facades"):
+    if config.label_nc == 0 and not spec.rgb_condition:
+        able = " and ".join(sorted(name for name, spec in DATASETS.items() if spec.rgb_condition))
         raise UserError(
-            "--label_nc 0 (an RGB image as the condition) works with --dataset_mode custom and facades, "
-            f"not {config.dataset_mode}"
+            f"--label_nc 0 (an RGB image as the condition) works with --dataset_mode {able}, not {config.dataset_mode}"
         )
-    if config.dataset_mode == "toy":
-        _check_toy_config(config)
-
-
-def _check_toy_config(config: DataConfig) -> None:
-    if config.label_nc < len(TOY_CLASSES):
-        raise UserError(f"--label_nc {config.label_nc} is too small; the toy data set has {len(TOY_CLASSES)} classes")
-    if min(config.image_size) < SMALLEST_SIDE:
-        height, width = config.image_size
-        raise UserError(f"toy images of {width}x{height} are too small; their sides must be at least {SMALLEST_SIDE}")
+    if spec.check is not None:
+        spec.check(config)

@@ -17,6 +17,7 @@ from spade_model.data.dataset import SpadeDataset
 from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import EPOCH_ORDER, random_stream
 from spade_model.errors import UserError
+from spade_model.registry import DATASETS, DatasetSpec
 
 
 class Loader:
@@ -84,7 +85,7 @@ def create_loader(
         batch_sampler=remaining,
         collate_fn=partial(_collate_or_report, num_labels=config.num_labels, prepare=prepare),
         num_workers=config.num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, datasets=DATASETS),
         pin_memory=pin_memory,
         # DataLoader draws its workers' seeds from here and not from the global generator.
         generator=torch.Generator(),
@@ -97,19 +98,25 @@ def batch_keys(
 ) -> list[list[tuple[int, int]]]:
     """The (epoch, index) pairs of every batch of one rank."""
     global_batch = config.batch_size * world_size
-    if drop_last and num_items < global_batch:
-        raise UserError(
-            f"the data set has {num_items} images, fewer than one batch ({config.batch_size} images on each of "
-            f"{world_size} processes). Lower --batch_size or add images."
-        )
+    end = count_batches(num_items, config, world_size) * global_batch if drop_last else num_items
     order = np.arange(num_items)
     if shuffle:
         order = random_stream(config.seed, EPOCH_ORDER, epoch).permutation(num_items)
-    end = num_items - num_items % global_batch if drop_last else num_items
     batches = []
     for start in range(rank * config.batch_size, end, global_batch):
         batches.append([(epoch, int(index)) for index in order[start : start + config.batch_size]])
     return batches
+
+
+def count_batches(num_items: int, config: DataConfig, world_size: int) -> int:
+    """The number of full batches that each process has in an epoch. Raises UserError when there is none."""
+    global_batch = config.batch_size * world_size
+    if num_items < global_batch:
+        raise UserError(
+            f"the data set has {num_items} images, fewer than one batch ({config.batch_size} images on each of "
+            f"{world_size} processes). Lower --batch_size or add images."
+        )
+    return num_items // global_batch
 
 
 class _ReportingDataset:
@@ -142,7 +149,9 @@ def _collate_or_report(
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, datasets: dict[str, DatasetSpec]) -> None:
+    # A worker that is spawned has imported the data sets of this package only.
+    DATASETS.update(datasets)
     torch.set_num_threads(1)
     # A signal to stop can reach the whole process group; only the training process answers it, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

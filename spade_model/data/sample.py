@@ -22,7 +22,7 @@ class Sample:
     image: torch.Tensor | None
     """float32 (output_nc, H, W) photograph in [-1, 1]; None when there is none."""
     name: str
-    """The label file's name without its suffix, or toy_ and its six-digit index."""
+    """The label file's name without its suffix, or the name that a data set without files gives the item."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from spade_kernels.convolution import Conv2d
 from spade_kernels.layers import as_planes, keeps_size, parameter_dtype, spade_conv
 from spade_kernels.normalization import moments
 from spade_kernels.transforms import channels_last
+from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
+from spade_model.networks.check import has_one_size, pixels
+from spade_model.registry import GeneratorSpec
 
 _NEGATIVE_SLOPE = 0.2
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
@@ -186,3 +189,30 @@ def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _check(data: DataConfig, model: ModelConfig, batch: int) -> None:
+    try:
+        with torch.device("meta"):
+            SPADE(model.norm_G, 1, 1)
+    except ValueError as error:
+        raise UserError(f"--norm_G {error}") from error
+    if model.num_upsampling_layers == "most" and model.ngf < 2:
+        raise UserError(f"--ngf {model.ngf} is too small for --num_upsampling_layers most, which halves it")
+    height, width = start_size(model.num_upsampling_layers, data.crop_size, data.aspect_ratio)
+    if height * width * (1 if "instance" in model.norm_G else batch) == 1:
+        raise UserError(
+            f"the first feature map has one pixel at --crop_size {data.crop_size}, which --norm_G {model.norm_G} "
+            "cannot normalize; use a larger --crop_size, or a batch norm and a larger --batch_size"
+        )
+    step = 2 ** DOUBLINGS[model.num_upsampling_layers]
+    made = height * step, width * step
+    if has_one_size(data) and made != data.image_size:
+        raise UserError(
+            f"--crop_size {data.crop_size} with --aspect_ratio {data.aspect_ratio} gives images of "
+            f"{pixels(data.image_size)}, but the generator makes {pixels(made)}: with --num_upsampling_layers "
+            f"{model.num_upsampling_layers} both sides must be multiples of {step}"
+        )
+
+
+SPADE_GENERATOR = GeneratorSpec(SPADEGenerator, ModelConfig(), _check)

@@ -7,8 +7,11 @@ from torch import nn
 
 from spade_kernels.condition import Segmap, as_condition
 from spade_kernels.layers import as_planes, parameter_dtype
+from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
-from spade_model.networks.normalization import normalized
+from spade_model.networks.check import has_one_size, pixels
+from spade_model.networks.normalization import check_norm, normalized
+from spade_model.registry import GeneratorSpec
 
 
 class ResnetBlock(nn.Module):
@@ -87,3 +90,28 @@ class Pix2PixHDGenerator(nn.Module):
                 "side; use larger images or --preprocess_mode fixed"
             )
         return self.model(as_planes(segmap, parameter_dtype([self], torch.float32)))
+
+
+def _check(data: DataConfig, model: ModelConfig, batch: int) -> None:
+    check_norm(model.norm_G, "--norm_G")
+    for name in ("resnet_n_downsample", "resnet_n_blocks"):
+        if getattr(model, name) < 0:
+            raise UserError(f"--{name} {getattr(model, name)} is too small; it must be at least 0")
+    for name in ("resnet_kernel_size", "resnet_initial_kernel_size"):
+        if getattr(model, name) < 1 or getattr(model, name) % 2 == 0:
+            raise UserError(f"--{name} {getattr(model, name)} must be an odd number: the kernel needs a middle")
+    step = 2**model.resnet_n_downsample
+    smallest = min(data.image_size) // step
+    if has_one_size(data) and (any(side % step for side in data.image_size) or smallest < 2):
+        raise UserError(
+            f"images of {pixels(data.image_size)} do not fit --resnet_n_downsample {model.resnet_n_downsample}: "
+            f"both sides must be multiples of {step}, at least {2 * step}; change --crop_size or --aspect_ratio"
+        )
+    for name, side in (("resnet_kernel_size", smallest), ("resnet_initial_kernel_size", min(data.image_size))):
+        if getattr(model, name) // 2 >= side:
+            raise UserError(
+                f"--{name} {getattr(model, name)} is too large for its {side} pixels at --crop_size {data.crop_size}"
+            )
+
+
+PIX2PIXHD = GeneratorSpec(Pix2PixHDGenerator, ModelConfig(norm_G="instance"), _check)
