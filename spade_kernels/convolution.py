@@ -82,13 +82,10 @@ class Conv2d(Freezable, nn.Conv2d):
                 return packed(x, add)
             weight = self._normalized()
         x = x.tensor() if isinstance(x, DeferredModulation) else x
-        if not _has_stride_1_and_zero_padding(self):
+        if not has_stride_1_and_zero_padding(self):
             y = self._conv_forward(x, weight, self.bias)
-        elif _suits_nchw(x, weight, self.padding):  # type: ignore[arg-type]
-            y = F.conv2d(x.contiguous(), weight, self.bias, padding=self.padding)
-            y = y.contiguous(memory_format=torch.channels_last)
         else:
-            y = convolve(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
+            y = convolve_channels_last(x, weight, self.bias, self.padding)  # type: ignore[arg-type]
         return y if add is None else y + add
 
     def pack(self) -> PackedConv2d | None:
@@ -141,10 +138,11 @@ def runs_as(module: nn.Module, kind: type[nn.Conv2d]) -> TypeGuard[nn.Conv2d]:
 
 def is_plain(module: nn.Module, kind: type[nn.Conv2d] = nn.Conv2d) -> TypeGuard[nn.Conv2d]:
     """True if the module `runs_as` a convolution of class `kind` with stride 1 and zero padding."""
-    return runs_as(module, kind) and _has_stride_1_and_zero_padding(module)
+    return runs_as(module, kind) and has_stride_1_and_zero_padding(module)
 
 
-def _has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
+def has_stride_1_and_zero_padding(conv: nn.Conv2d) -> bool:
+    """True of a convolution that `convolve` can do."""
     settings = conv.stride, conv.dilation, conv.groups, conv.padding_mode
     return settings == ((1, 1), (1, 1), 1, "zeros") and not isinstance(conv.padding, str)
 
@@ -161,6 +159,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[i
     if _suits_winograd(x, weight, padding):
         return ops.conv3x3(x, weight, weight.new_zeros(len(weight)) if bias is None else bias)
     return F.conv2d(x, weight, bias, padding=padding)
+
+
+def convolve_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    """`convolve`, or a convolution in NCHW where that is faster or more exact; the result is channels-last."""
+    if _suits_nchw(x, weight, padding):
+        y = F.conv2d(x.contiguous(), weight, bias, padding=padding)
+        return y.contiguous(memory_format=torch.channels_last)
+    return convolve(x, weight, bias, padding)
 
 
 def _suits_nchw(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:

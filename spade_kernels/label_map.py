@@ -285,6 +285,19 @@ class LabelMap(Packable):
             )
         return read
 
+    def equals(self, other: LabelMap) -> bool:
+        """True if the other label map has the same condition vector at every pixel. On a GPU it is waited for."""
+        if (self.shape, self.channels, self.device, self.is_pooled) != (
+            other.shape,
+            other.channels,
+            other.device,
+            other.is_pooled,
+        ):
+            return False
+        if self.is_pooled:
+            return torch.equal(self.codes, other.codes) and torch.equal(self.codebook(), other.codebook())
+        return (self.edges is None) == (other.edges is None) and torch.equal(self.codes, other.codes)
+
     def _with_codes(self, codes: torch.Tensor, codebook: torch.Tensor | None) -> LabelMap:
         other = object.__new__(LabelMap)
         # Attributes are set one by one, because torch 2.11 cannot compile an update of __dict__.
@@ -307,6 +320,29 @@ def read_one_hot(planes: torch.Tensor, edges: bool) -> LabelMap | None:
     labels = labels.masked_fill((labels < 0) | (labels >= num_labels), num_labels)
     label_map = LabelMap(labels, num_labels, planes[:, -1] != 0 if edges else None, ignore_index=num_labels)
     return label_map if is_one_hot_of(planes, label_map) else None
+
+
+def read_constant_and_one_hot(planes: torch.Tensor) -> LabelMap | None:
+    """The label map of planes (N, C, H, W) whose first ones are constant in each image and whose others are one-hot.
+
+    OASIS puts a noise vector of each image before the one-hot planes. A code of the label map stands for an image and a
+    label, so the codebook has a row for each pair. None if the planes are not of this kind.
+    """
+    constant = (planes == planes[:, :, :1, :1]).flatten(2).all(2).all(0)
+    count = int(constant.long().cumprod(0).sum())
+    if count in (0, planes.shape[1]):
+        return None
+    labels = read_one_hot(planes[:, count:], edges=False)
+    if labels is None:
+        return None
+    images, classes = planes.shape[0], labels.num_labels + 1
+    first = torch.arange(images, device=planes.device).view(-1, 1, 1) * classes
+    one_hot = torch.eye(classes, labels.num_labels, dtype=torch.float64, device=planes.device)
+    noise = planes[:, :count, 0, 0].to(one_hot.dtype)
+    codebook = torch.cat((noise.repeat_interleave(classes, 0), one_hot.repeat(images, 1)), 1)
+    label_map = labels._with_codes(labels.codes + first, F.pad(codebook, (0, 0, 1, 0)))
+    label_map.num_labels = planes.shape[1]
+    return label_map
 
 
 def is_one_hot_of(planes: torch.Tensor, label_map: LabelMap) -> bool:

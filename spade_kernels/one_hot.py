@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spade_kernels import transforms
-from spade_kernels.label_map import LabelMap, is_one_hot_of, read_one_hot
+from spade_kernels.label_map import LabelMap, is_one_hot_of, read_constant_and_one_hot, read_one_hot
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Stamp = tuple[int, int]
@@ -23,6 +23,7 @@ class _Answer(NamedTuple):
 
 # Keys are tensors, compared by identity; the dict does not keep them alive.
 _answers = WeakTensorKeyDictionary()
+_last: list[LabelMap] = []
 
 
 def detect_one_hot(planes: Tensor) -> LabelMap | None:
@@ -46,9 +47,30 @@ def detect_one_hot(planes: Tensor) -> LabelMap | None:
     if answer is not None and _still_holds(answer, planes, stamp):
         return answer.label_map
     with transforms.outside():
-        label_map = read_one_hot(planes, edges=planes.shape[1] > 1) if _looks_one_hot(planes) else None
+        label_map = _seen_before(_read(planes))
     _answers[planes] = _Answer(label_map, stamp)
     return label_map
+
+
+def _read(planes: Tensor) -> LabelMap | None:
+    few = _sample(planes)
+    binary = ((few == 0) | (few == 1)).flatten(2).all(2).all(0)
+    if bool(binary.all()):
+        return read_one_hot(planes, edges=planes.shape[1] > 1)
+    constant = (few == few[:, :, :1, :1]).flatten(2).all(2).all(0)
+    return read_constant_and_one_hot(planes) if bool((constant | binary).all()) else None
+
+
+def _seen_before(label_map: LabelMap | None) -> LabelMap | None:
+    """The last label map if it is equal: it has its window indexes, and frozen layers have their tables of it.
+
+    Samplers of diffusion models make a new tensor of the same mask in every step.
+    """
+    last, _last[:] = list(_last), []
+    if label_map is None or torch.is_grad_enabled():
+        return label_map
+    _last.append(last[0] if last and last[0].equals(label_map) else label_map)
+    return _last[0]
 
 
 def _can_be_read(planes: Tensor) -> bool:
@@ -85,11 +107,12 @@ def _stamp(planes: Tensor) -> _Stamp | None:
 def _still_holds(answer: _Answer, planes: Tensor, stamp: _Stamp | None) -> bool:
     if stamp is not None:
         return answer.stamp == stamp
-    return answer.label_map is not None and is_one_hot_of(planes, answer.label_map)
+    if answer.label_map is None or not answer.label_map.is_pooled:
+        return answer.label_map is not None and is_one_hot_of(planes, answer.label_map)
+    return torch.equal(planes, answer.label_map.one_hot(planes.dtype))
 
 
-def _looks_one_hot(planes: Tensor) -> bool:
-    """True if a sample of at most 64 pixels of each image holds only 0 and 1: features and photographs do not."""
+def _sample(planes: Tensor) -> Tensor:
+    """At most 64 pixels of each image, which tell features and photographs from label maps."""
     rows, columns = (-(-size // 8) for size in planes.shape[2:])
-    few = planes[:, :, ::rows, ::columns]
-    return bool(((few == 0) | (few == 1)).all())
+    return planes[:, :, ::rows, ::columns]

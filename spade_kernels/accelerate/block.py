@@ -1,0 +1,128 @@
+"""Residual blocks around accelerated layers: statistics and conditions once, and fused or faster convolutions.
+
+    y = shortcut + conv_1(act(norm_1(conv_0(act(norm_0(x, condition))), condition)))
+
+The shortcut is x, or conv_s(norm_s(x, condition)) (Park et al. 2019, figure 12).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from spade_kernels.accelerate.layer import Accelerated, AcceleratedLayer, Family, in_layout_of, inspect_arguments
+from spade_kernels.condition import Segmap, as_condition
+from spade_kernels.convolution import PackedConv2d, convolve_channels_last, has_stride_1_and_zero_padding, is_plain
+from spade_kernels.modulation import DeferredModulation
+from spade_kernels.normalization import Moments, has_hooks, is_fusable, moments
+from spade_kernels.transforms import channels_last
+
+_CONVOLUTIONS = ("conv_0", "conv_1", "conv_s")
+# Negative slopes of the activation, in the order in which the probe tries them.
+SLOPES = (0.2, 0.0)
+
+
+class ResidualBlock(Family):
+    """The arguments of a block; it has no parts of a layer."""
+
+    name = "residual block"
+
+
+def is_block(module: nn.Module) -> bool:
+    """True if the module has the convolutions of a residual block, and accelerated layers as its norms."""
+    norms = [getattr(module, name, None) for name in ("norm_0", "norm_1")]
+    convolutions = [getattr(module, name, None) for name in ("conv_0", "conv_1")]
+    if not all(isinstance(norm, AcceleratedLayer) for norm in norms):
+        return False
+    if hasattr(module, "conv_s") != isinstance(getattr(module, "norm_s", None), AcceleratedLayer):
+        return False
+    return all(isinstance(conv, nn.Conv2d) for conv in [*convolutions, getattr(module, "conv_s", convolutions[0])])
+
+
+class AcceleratedBlock(Accelerated):
+    """A residual block whose layers share statistics and whose convolutions are packed when it is frozen."""
+
+    _choice: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        arguments = inspect_arguments(self, args, kwargs)
+        if len(arguments) != 2 or not is_block(self):
+            return self._stock.forward(self, *args, **kwargs)
+        x, condition = arguments
+        parts = self.norm_0.parts()
+        if parts is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
+            return self._stock.forward(self, *args, **kwargs)
+        segmap = as_condition(condition, parts.shared.in_channels, like=x)
+        pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._choice]
+        taken = self._moments(pixels)
+        shortcut = pixels
+        if hasattr(self, "conv_s"):
+            shortcut = _convolve(self.conv_s, _modulated(self.norm_s, pixels, segmap, 1.0, taken), packed.get("conv_s"))
+        dx = _convolve(self.conv_0, _modulated(self.norm_0, pixels, segmap, slope, taken), packed.get("conv_0"))
+        y = _convolve(self.conv_1, _modulated(self.norm_1, dx, segmap, slope, None), packed.get("conv_1"), shortcut)
+        return in_layout_of(x, y)
+
+    def _moments(self, x: Tensor) -> Moments | None:
+        """The moments of x that norm_0 and norm_s share."""
+        parts = [getattr(self, name).parts() for name in ("norm_0", "norm_s") if hasattr(self, name)]
+        if not all(part is not None and is_fusable(part.norm) for part in parts):
+            return None
+        return moments(parts[0].norm, x)
+
+    def pack(self) -> _PackedBlock:
+        packed = _PackedBlock()
+        for name in _CONVOLUTIONS:
+            conv = getattr(self, name, None)
+            weight = None if conv is None else _weight(conv)
+            if weight is not None:
+                packed[name] = PackedConv2d(weight.detach(), conv.bias, conv.padding)
+        return packed
+
+
+class _PackedBlock(dict):
+    """Packed convolutions by name."""
+
+    @property
+    def is_traceable(self) -> bool:
+        return all(conv.is_traceable for conv in self.values())
+
+
+def _modulated(
+    norm: AcceleratedLayer, x: Tensor, segmap: Segmap, negative_slope: float, taken: Moments | None
+) -> Tensor | DeferredModulation:
+    """leaky_relu(norm(x, segmap), negative_slope), deferred where the norm can do that."""
+    if not has_hooks(norm):
+        deferred = norm.defer((x, segmap), {}, negative_slope, taken)
+        if deferred is not None:
+            return deferred
+    y = norm(x, segmap if isinstance(segmap, Tensor) else segmap.one_hot(x.dtype))
+    return y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
+
+
+def _convolve(
+    conv: nn.Conv2d, x: Tensor | DeferredModulation, packed: PackedConv2d | None, add: Tensor | None = None
+) -> Tensor:
+    if packed is not None:
+        return packed(x, add)
+    x = x.tensor() if isinstance(x, DeferredModulation) else x
+    weight = _weight(conv)
+    y = conv(x) if weight is None else convolve_channels_last(x, weight, conv.bias, conv.padding)  # type: ignore[arg-type]
+    return y if add is None else y + add
+
+
+def _weight(conv: nn.Conv2d) -> Tensor | None:
+    """The weight of a plain convolution, also with `torch.nn.utils.spectral_norm`; None if it has to be called."""
+    if is_plain(conv):
+        return conv.weight
+    hooks = list(conv._forward_pre_hooks.values())
+    others = conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks
+    if len(hooks) != 1 or not isinstance(hooks[0], SpectralNorm) or any(others) or "forward" in conv.__dict__:
+        return None
+    if type(conv) is not nn.Conv2d or not has_stride_1_and_zero_padding(conv):
+        return None
+    # It computes the weight, with a power iteration in training, and stores it in the module.
+    hooks[0](conv, ())
+    return conv.weight

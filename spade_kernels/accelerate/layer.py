@@ -1,0 +1,210 @@
+"""Families of SPADE layers in other people's code, and the class that an accelerated layer gets."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spade_kernels import functional
+from spade_kernels.condition import Segmap
+from spade_kernels.convolution import is_plain
+from spade_kernels.freezing import Freezable
+from spade_kernels.functional import PackedWeights, Weights
+from spade_kernels.modulation import DeferredModulation
+from spade_kernels.normalization import Moments, has_hooks
+
+
+class Unsupported(Exception):
+    """A module looks like a layer of the family and cannot be accelerated; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a SPADE layer: y = norm(x) * (scale_offset + gamma) + beta.
+
+    gamma, beta = convolutions of leaky_relu(shared(resize(condition)), hidden_slope), and the resize is nearest.
+    """
+
+    norm: nn.Module
+    shared: nn.Conv2d
+    gamma: nn.Conv2d
+    beta: nn.Conv2d
+    hidden_slope: float = 0.0
+    scale_offset: float = 1.0
+
+
+class Family:
+    """Recognizes the layers of a kind by their structure and says where their parts are.
+
+    A subclass sets `name` and defines `candidates`; it overrides `inputs` and `example` if the layer's forward takes
+    other arguments than (x, condition).
+    """
+
+    name = ""
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        """What the module may be: a probe finds out which one equals its forward. Empty if it is not of this family.
+
+        It is called in every forward, with the module as it is then: it must be quick, and give the same order.
+
+        Raises:
+            Unsupported: it is of this family, but a part of it is not supported.
+        """
+        raise NotImplementedError
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
+        """(x, condition) among the arguments of the module's forward."""
+        x, condition = inspect_arguments(module, args, kwargs)[:2]
+        return x, condition
+
+    def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Arguments (args, kwargs) with which the module's forward takes this x and condition."""
+        return (x, condition), {}
+
+    # One object serves all copies of a layer.
+    def __deepcopy__(self, memo: dict) -> Family:
+        return self
+
+
+def inspect_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a call of the module's own forward, in the order of its parameters."""
+    if not kwargs:
+        return list(args)
+    return list(inspect.signature(stock_class(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that an accelerated module had before."""
+    return type(module)._stock if isinstance(module, Accelerated) else type(module)
+
+
+class Accelerated(Freezable):
+    """First base of the class that an accelerated module gets; the second is the class it had.
+
+    Everything but `forward` is the module's own: parameters, buffers, hooks, state_dict. A forward that the kernels
+    cannot do is the module's own, too. Copies are accelerated; a pickled module is loaded as it was.
+    """
+
+    _stock: type[nn.Module]
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        twin = self._stock.__new__(self._stock)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__class__ = type(self)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stock = self._stock.__new__(self._stock)
+        stock.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_packed", "_family", "_choice")})
+        return stock.__reduce_ex__(protocol)
+
+
+def swap_class(module: nn.Module, base: type[Accelerated], **attributes: Any) -> None:
+    """Gives the module a class derived from `base` and its own; its attributes and its identity stay."""
+    stock = type(module)
+    module.__dict__.update(attributes)
+    module.__class__ = type(f"Accelerated{stock.__name__}", (base, stock), {"_stock": stock, "__module__": __name__})
+
+
+def restore_class(module: nn.Module) -> None:
+    for name in ("_packed", "_family", "_choice"):
+        module.__dict__.pop(name, None)
+    module.__class__ = stock_class(module)
+
+
+class AcceleratedLayer(Accelerated):
+    """A SPADE layer whose forward is `functional.spade`."""
+
+    _family: Family
+    _choice: int
+
+    def parts(self) -> Parts | None:
+        """The layer's parts as they are now; None if they have become something that only its own forward can do."""
+        try:
+            candidates = self._family.candidates(self)
+        except Unsupported:
+            return None
+        return candidates[self._choice] if self._choice < len(candidates) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        deferred = self.defer(args, kwargs)
+        if deferred is None:
+            return self._stock.forward(self, *args, **kwargs)
+        x, _ = self._family.inputs(self, *args, **kwargs)
+        return in_layout_of(x, deferred.tensor())
+
+    def defer(
+        self, args: tuple, kwargs: dict[str, Any], negative_slope: float = 1.0, moments: Moments | None = None
+    ) -> DeferredModulation | None:
+        """`forward` without its last pass over x, followed by a leaky ReLU; None if only the own forward can do it."""
+        parts = self.parts()
+        if parts is None:
+            return None
+        x, condition = self._family.inputs(self, *args, **kwargs)
+        if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
+            return None
+        weights = Weights.of(parts.shared, parts.gamma, parts.beta, parts.hidden_slope, parts.scale_offset)
+        return functional.defer_spade(
+            x, condition, parts.norm, weights, negative_slope=negative_slope, moments=moments, packed=self.packed()
+        )
+
+    def pack(self) -> PackedWeights | None:
+        parts = self.parts()
+        if parts is None:
+            return None
+        return PackedWeights(Weights.of(parts.shared, parts.gamma, parts.beta, parts.hidden_slope, parts.scale_offset))
+
+
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x, which the code around the layer may rely on."""
+    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules without children inside a module, in order, that do something in evaluation and training."""
+    children = list(module.children())
+    if not children and not isinstance(module, nn.Identity):
+        yield module
+    for child in children:
+        yield from leaves(child)
+
+
+def convolution(name: str, module: nn.Module) -> nn.Conv2d:
+    """The one convolution that a module consists of.
+
+    Raises:
+        Unsupported: it is not a k x k convolution with stride 1, zero padding k // 2 and odd k, or it has hooks.
+    """
+    found = list(leaves(module))
+    if len(found) != 1 or not isinstance(found[0], nn.Conv2d):
+        raise Unsupported(f"{name} is not one 2-d convolution")
+    conv = found[0]
+    if has_hooks(conv) or (conv is not module and has_hooks(module)):
+        raise Unsupported(f"{name} has hooks")
+    side = conv.kernel_size[0]
+    if not is_plain(conv) or side % 2 == 0 or conv.kernel_size != (side, side) or conv.padding != (side // 2,) * 2:
+        raise Unsupported(f"{name} is a convolution of another kind than k x k with stride 1 and zero padding k // 2")
+    return conv
+
+
+def shared_convolution(name: str, module: nn.Module) -> tuple[nn.Conv2d, float]:
+    """The convolution of a module that is one and a ReLU or leaky ReLU after it, and its negative slope.
+
+    Raises:
+        Unsupported: it is something else.
+    """
+    *before, activation = list(leaves(module)) or [module]
+    if len(before) != 1 or has_hooks(activation) or has_hooks(module):
+        raise Unsupported(f"{name} is not a convolution and an activation")
+    if type(activation) is nn.ReLU:
+        return convolution(name, before[0]), 0.0
+    if type(activation) is nn.LeakyReLU:
+        return convolution(name, before[0]), activation.negative_slope
+    raise Unsupported(f"{name} has the activation {type(activation).__name__}, not a ReLU or leaky ReLU")

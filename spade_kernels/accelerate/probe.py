@@ -1,0 +1,112 @@
+"""The probe: a layer's own forward and the accelerated one with random inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_kernels.accelerate.layer import Accelerated, Family, restore_class
+
+# In float64, in which the two differ by rounding only; and in float32, for layers that compute in it.
+_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Sizes of x and of the condition.
+_SIZES = [((6, 8), (12, 16)), ((6, 8), (6, 8)), ((8, 8), (4, 4))]
+
+
+class Differs(Exception):
+    """The accelerated layer does not give what its own forward gives."""
+
+
+def probe(
+    module: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: tuple[int, int]
+) -> float:
+    """The largest relative difference of results, gradients and running statistics, in evaluation and training.
+
+    The module is copied and its values are replaced by random ones, so that the result depends on its structure only.
+
+    Args:
+        accelerate: accelerates the copy in place.
+        channels: of x and of the condition.
+
+    Raises:
+        Differs: the difference is more than rounding, or the module cannot be called.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        copied = copy.deepcopy(module).cpu()
+        for part in copied.modules():
+            if isinstance(part, Accelerated):
+                restore_class(part)
+        _randomize(copied)
+        for dtype, limit in _LIMITS.items():
+            error = _difference(copied.to(dtype), accelerate, family, channels)
+            if error is not None and error < limit:
+                return error
+    raise Differs("it cannot be called with (x, condition)" if error is None else f"its results differ by {error:.1e}")
+
+
+def _randomize(module: nn.Module) -> None:
+    """Replaces values that would hide a difference: zero weights, and the statistics of a new norm."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / max(parameter[0].numel(), 1) ** 0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+
+
+def _difference(
+    stock: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: tuple[int, int]
+) -> float | None:
+    """The largest relative difference; None if the module's own forward refuses all inputs."""
+    ours = copy.deepcopy(stock)
+    accelerate(ours)
+    dtype, errors = next(stock.parameters()).dtype, []
+    for training in (False, True):
+        for size, condition_size in _SIZES:
+            for condition in _conditions(channels[1], condition_size):
+                x = torch.randn(2, channels[0], *size, dtype=dtype)
+                try:
+                    expected = _results(stock.train(training), family, x, condition.to(dtype))
+                except Exception:  # any that the module's own forward raises
+                    continue
+                errors.append(_error(_results(ours.train(training), family, x, condition.to(dtype)), expected))
+    return max(errors, default=None)
+
+
+def _conditions(channels: int, size: tuple[int, int]) -> list[Tensor]:
+    labels = torch.randint(channels, (2, *size))
+    return [F.one_hot(labels, channels).permute(0, 3, 1, 2), torch.rand(2, channels, *size)]
+
+
+def _results(module: nn.Module, family: Family, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    x, condition = x.clone().requires_grad_(), condition.clone()
+    if not ((condition == 0) | (condition == 1)).all():
+        condition.requires_grad_()
+    args, kwargs = family.example(module, x, condition)
+    y = module(*args, **kwargs)
+    if not isinstance(y, Tensor) or y.dim() != 4:
+        raise Differs("its result is not one tensor (N, C, h, w)")
+    (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin()).sum().backward()
+    found = {"the result": y, "the gradient of x": x.grad, "the gradient of the condition": condition.grad}
+    found |= {f"the gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
+    found |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    return {name: value.detach().clone() for name, value in found.items() if value is not None}
+
+
+def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    largest = 0.0
+    for name, value in expected.items():
+        if name not in found or found[name].shape != value.shape:
+            raise Differs(f"{name} is not of shape {tuple(value.shape)}")
+        # Gradients of a bias before a norm are rounding only.
+        scale = max(value.abs().max().item(), 1e-3)
+        largest = max(largest, (found[name] - value).abs().max().item() / scale)
+    return largest
