@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from spade_kernels.accelerate import accelerate, restore
 from spade_kernels.backends import MissingKernelsWarning, build_info, use_backend
 from spade_kernels.freezing import freeze
 from spade_kernels.label_map import LabelMap, instance_edges
@@ -15,8 +16,10 @@ __all__ = [
     "MissingKernelsWarning",
     "StaticLabelMap",
     "SyncBatchNorm2d",
+    "accelerate",
     "build_info",
     "freeze",
     "instance_edges",
+    "restore",
     "use_backend",
 ]

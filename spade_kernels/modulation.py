@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from spade_kernels import ops
@@ -38,6 +39,29 @@ class ModulationTable(NamedTuple):
         Such arithmetic runs on rows, which are far fewer than pixels, and PyTorch differentiates it as usual.
         """
         return ModulationTable(rows, *self[1:])
+
+    def instance_normalized(self, images: int, eps: float) -> ModulationTable:
+        """The table whose columns are normalized over the pixels of each image, like `F.instance_norm` of both maps.
+
+        Args:
+            images: N.
+        """
+        rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
+        if self.pixel_row is None or self.image_offsets is None:
+            maps = rows.view(images, -1, rows.shape[1])
+            variance, mean = torch.var_mean(maps, 1, correction=0, keepdim=True)
+            return self.with_rows(((maps - mean) * (variance + eps).rsqrt()).flatten(0, 1).to(self.rows.dtype))
+        flat = self.pixel_row.flatten()
+        pixels = rows.new_zeros(len(rows)).scatter_add_(0, flat, torch.ones_like(flat, dtype=rows.dtype))
+        every = torch.arange(len(rows), device=rows.device)
+        image = (torch.searchsorted(self.image_offsets, every, right=True) - 1).clamp(max=images - 1)
+        # (N, R): the share of each row in the pixels of its image.
+        shares = rows.new_zeros(images, len(rows))
+        shares[image, every] = pixels * (images / len(flat))
+        # One image's statistics need no copy for each row.
+        of_row = (lambda t: t) if images == 1 else (lambda t: t[image])
+        centred = rows - of_row(shares @ rows)
+        return self.with_rows((centred * of_row((shares @ centred.square() + eps).rsqrt())).to(self.rows.dtype))
 
 
 class DeferredModulation(NamedTuple):

@@ -72,6 +72,9 @@ def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False)
         if isinstance(module, (Accelerated, SPADE)):
             continue
         try:
+            if isinstance(module, torch.jit.ScriptModule):
+                _refuse_scripted(module)
+                continue
             match = _recognized(module)
             if match is None:
                 continue
@@ -124,7 +127,7 @@ def _probed_block(block: nn.Module) -> tuple[int, float] | None:
 
     parts = layers["norm_0"].parts()
     assert parts is not None
-    channels = (parts.gamma.out_channels, parts.shared.in_channels)
+    channels = parts.channels
     for choice in range(len(SLOPES)):
         try:
             return choice, probe(block, partial(change, choice=choice), ResidualBlock(), channels)
@@ -153,6 +156,11 @@ def _recognized(module: nn.Module) -> tuple[Family, list[Parts]] | None:
     return None
 
 
+def _refuse_scripted(module: torch.jit.ScriptModule) -> None:
+    if any(name == "mlp_gamma" or name == "gammas" for name, _ in module.named_children()):
+        raise Unsupported("it is scripted; accelerate the model before torch.jit.script")
+
+
 _INTERNAL = frozenset(nn.Module().__dict__)
 
 
@@ -166,9 +174,7 @@ def _structure(module: nn.Module) -> str:
 
 
 def _require_usable(module: nn.Module) -> None:
-    """Raises Unsupported for a module that cannot be copied, called or given another class."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise Unsupported("it is scripted; accelerate the model before torch.jit.script")
+    """Raises Unsupported for a module that cannot be copied or called."""
     tensors = [*module.parameters(), *module.buffers()]
     if any(isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)) for t in tensors):
         raise Unsupported("its parameters are not initialized; run the model once")
@@ -184,7 +190,7 @@ def _probed(module: nn.Module, family: Family, candidates: list[Parts]) -> tuple
     for choice, parts in enumerate(candidates):
         change = partial(swap_class, base=AcceleratedLayer, _family=family, _choice=choice)
         try:
-            return choice, probe(module, change, family, (parts.gamma.out_channels, parts.shared.in_channels))
+            return choice, probe(module, change, family, parts.channels)
         except Differs as reason:
             reasons.append(str(reason))
         except Exception as error:

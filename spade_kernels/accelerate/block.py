@@ -46,6 +46,12 @@ class AcceleratedBlock(Accelerated):
     """A residual block whose layers share statistics and whose convolutions are packed when it is frozen."""
 
     _choice: int
+    norm_0: AcceleratedLayer
+    norm_1: AcceleratedLayer
+    norm_s: AcceleratedLayer
+    conv_0: nn.Conv2d
+    conv_1: nn.Conv2d
+    conv_s: nn.Conv2d
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = inspect_arguments(self, args, kwargs)
@@ -55,7 +61,7 @@ class AcceleratedBlock(Accelerated):
         parts = self.norm_0.parts()
         if parts is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
             return self._stock.forward(self, *args, **kwargs)
-        segmap = as_condition(condition, parts.shared.in_channels, like=x)
+        segmap = as_condition(condition, parts.channels[1], like=x)
         pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._choice]
         taken = self._moments(pixels)
         shortcut = pixels
@@ -76,9 +82,9 @@ class AcceleratedBlock(Accelerated):
         packed = _PackedBlock()
         for name in _CONVOLUTIONS:
             conv = getattr(self, name, None)
-            weight = None if conv is None else _weight(conv)
-            if weight is not None:
-                packed[name] = PackedConv2d(weight.detach(), conv.bias, conv.padding)
+            weight = _weight(conv) if isinstance(conv, nn.Conv2d) else None
+            if isinstance(conv, nn.Conv2d) and weight is not None:
+                packed[name] = PackedConv2d(weight.detach(), conv.bias, conv.padding)  # type: ignore[arg-type]
         return packed
 
 

@@ -6,25 +6,47 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spade_kernels.accelerate.layer import Family, Parts, Unsupported, convolution, shared_convolution
+from spade_kernels.accelerate.layer import (
+    Family,
+    Parts,
+    Unsupported,
+    convolution,
+    leaves,
+    normed_convolution,
+    shared_convolution,
+)
 from spade_kernels.condition import Segmap
+from spade_kernels.functional import Weights
 
 NORMS = ("param_free_norm", "first_norm", "norm", "norm_layer")
 
 
 def parts_of(module: nn.Module, shared: str, gamma: str, beta: str, norms: tuple[str, ...] = NORMS) -> list[Parts]:
     """Candidates of a layer whose parts have these names; empty if it has no such parts."""
-    found = [getattr(module, name, None) for name in (shared, gamma, beta)]
-    norm = next((getattr(module, name) for name in norms if isinstance(getattr(module, name, None), nn.Module)), None)
-    if norm is None or not all(isinstance(part, nn.Module) for part in found):
+    modules = module._modules
+    norm = next((modules[name] for name in norms if modules.get(name) is not None), None)
+    first, second, third = (modules.get(name) for name in (shared, gamma, beta))
+    if norm is None or first is None or second is None or third is None:
         return []
-    conv, slope = shared_convolution(shared, found[0])
-    of_gamma, of_beta = convolution(gamma, found[1]), convolution(beta, found[2])
-    if not conv.kernel_size == of_gamma.kernel_size == of_beta.kernel_size:
-        raise Unsupported(f"{shared}, {gamma} and {beta} have kernels of different sizes")
-    if not conv.out_channels == of_gamma.in_channels == of_beta.in_channels:
-        raise Unsupported(f"{gamma} and {beta} do not take the channels that {shared} gives")
-    return [Parts(norm, conv, of_gamma, of_beta, slope, offset) for offset in (1.0, 0.0)]
+    conv, slope = shared_convolution(shared, first)
+    of_gamma, gamma_eps = normed_convolution(gamma, second)
+    of_beta, beta_eps = normed_convolution(beta, third)
+    if gamma_eps != beta_eps:
+        raise Unsupported(f"{gamma} and {beta} are normalized differently")
+    return candidates(norm, conv, Weights.of(conv, of_gamma, of_beta, slope), gamma_eps)
+
+
+def candidates(norm: nn.Module, shared: nn.Conv2d, weights: Weights, table_eps: float | None = None) -> list[Parts]:
+    """The two formulas that are in use: with a scale of 1 + gamma, and of gamma.
+
+    Raises:
+        Unsupported: the convolutions do not fit together.
+    """
+    if not weights.shared[0].shape[2:] == weights.gamma[0].shape[2:] == weights.beta[0].shape[2:]:
+        raise Unsupported("its convolutions have kernels of different sizes")
+    if not shared.out_channels == weights.gamma[0].shape[1] == weights.beta[0].shape[1]:
+        raise Unsupported("gamma and beta do not take the channels that the hidden layer has")
+    return [Parts(norm, weights._replace(scale_offset=offset), table_eps) for offset in (1.0, 0.0)]
 
 
 class Original(Family):
@@ -59,15 +81,34 @@ class StableSR(Family):
         return (x, {str(x.shape[-1]): condition}), {}
 
 
-class SpatialNorm(Family):
-    """diffusers and MoVQ: norm(f) * conv_y(zq) + conv_b(zq), both 1 x 1, without a hidden layer."""
+class Imaginaire(Family):
+    """imaginaire's SpatiallyAdaptiveNorm with one condition: `mlps`, and `gammas` and `betas` or a joint projection."""
 
-    name = "SpatialNorm"
+    name = "imaginaire SPADE"
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        if all(isinstance(getattr(module, name, None), nn.Module) for name in ("norm_layer", "conv_y", "conv_b")):
-            raise Unsupported("a layer without a hidden convolution is faster as it is")
-        return []
+        norm, mlps = module._modules.get("norm"), module._modules.get("mlps")
+        gammas, betas = module._modules.get("gammas"), module._modules.get("betas")
+        if norm is None or not isinstance(mlps, nn.ModuleList):
+            return []
+        if len(mlps) != 1:
+            raise Unsupported(f"it has {len(mlps)} conditions, not one")
+        if isinstance(gammas, nn.ModuleList) and len(gammas) == 1 and isinstance(betas, nn.ModuleList):
+            conv, slope = shared_convolution("mlps.0", mlps[0])
+            gamma, beta = convolution("gammas.0", gammas[0]), convolution("betas.0", betas[0])
+            return candidates(norm, conv, Weights.of(conv, gamma, beta, slope))
+        *first, last = list(leaves(mlps[0])) or [mlps[0]]
+        conv, slope = shared_convolution("mlps.0", nn.Sequential(*first))
+        joint = convolution("mlps.0", last)
+        weights = Weights.of(conv, joint, joint, slope)
+        of_gamma, of_beta = zip(*(t.chunk(2) for t in weights.gamma), strict=True)
+        return candidates(norm, conv, weights._replace(gamma=of_gamma, beta=of_beta))
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
+        x, *conditions = args if args else (kwargs["x"],)
+        if len(conditions) != 1 or conditions[0] is None:
+            raise Unsupported("it takes one condition")
+        return x, conditions[0]
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -75,5 +116,5 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
     return () if code is None else code.co_varnames[: code.co_argcount]
 
 
-FAMILIES: list[Family] = [StableSR(), SpatialNorm(), Original()]
+FAMILIES: list[Family] = [StableSR(), Imaginaire(), Original()]
 """The first family with candidates for a module is its. Append to it, or insert before, to add one."""

@@ -17,7 +17,11 @@ from spade_kernels.convolution import is_plain
 from spade_kernels.freezing import Freezable
 from spade_kernels.functional import PackedWeights, Weights
 from spade_kernels.modulation import DeferredModulation
-from spade_kernels.normalization import Moments, has_hooks
+from spade_kernels.normalization import Moments, apply_norm, has_hooks
+
+
+# Attributes that only an accelerated module has.
+_OWN = ("_packed", "_family", "_choice")
 
 
 class Unsupported(Exception):
@@ -28,15 +32,20 @@ class Unsupported(Exception):
 class Parts:
     """The parts of a SPADE layer: y = norm(x) * (scale_offset + gamma) + beta.
 
-    gamma, beta = convolutions of leaky_relu(shared(resize(condition)), hidden_slope), and the resize is nearest.
+    Attributes:
+        norm: the norm of x.
+        weights: of the convolutions that make gamma and beta of the condition, which is resized (nearest) to x.
+        table_eps: eps of an instance norm of gamma and beta; None if there is none.
     """
 
     norm: nn.Module
-    shared: nn.Conv2d
-    gamma: nn.Conv2d
-    beta: nn.Conv2d
-    hidden_slope: float = 0.0
-    scale_offset: float = 1.0
+    weights: Weights
+    table_eps: float | None = None
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of x and of the condition."""
+        return self.weights.gamma[0].shape[0], self.weights.shared[0].shape[1]
 
 
 class Family:
@@ -101,9 +110,12 @@ class Accelerated(Freezable):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        stock = self._stock.__new__(self._stock)
-        stock.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_packed", "_family", "_choice")})
-        return stock.__reduce_ex__(protocol)
+        state = {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return _new, (self._stock,), state
+
+
+def _new(stock: type[nn.Module]) -> nn.Module:
+    return stock.__new__(stock)
 
 
 def swap_class(module: nn.Module, base: type[Accelerated], **attributes: Any) -> None:
@@ -114,7 +126,7 @@ def swap_class(module: nn.Module, base: type[Accelerated], **attributes: Any) ->
 
 
 def restore_class(module: nn.Module) -> None:
-    for name in ("_packed", "_family", "_choice"):
+    for name in _OWN:
         module.__dict__.pop(name, None)
     module.__class__ = stock_class(module)
 
@@ -147,19 +159,35 @@ class AcceleratedLayer(Accelerated):
         parts = self.parts()
         if parts is None:
             return None
-        x, condition = self._family.inputs(self, *args, **kwargs)
+        try:
+            x, condition = self._family.inputs(self, *args, **kwargs)
+        except Unsupported:
+            return None
         if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
             return None
-        weights = Weights.of(parts.shared, parts.gamma, parts.beta, parts.hidden_slope, parts.scale_offset)
-        return functional.defer_spade(
-            x, condition, parts.norm, weights, negative_slope=negative_slope, moments=moments, packed=self.packed()
-        )
+        if parts.table_eps is None:
+            return functional.defer_spade(
+                x,
+                condition,
+                parts.norm,
+                parts.weights,
+                negative_slope=negative_slope,
+                moments=moments,
+                packed=self.packed(),
+            )
+        plain = parts.weights._replace(scale_offset=0.0)
+        table = functional.modulation_table(condition, x.shape[2:], plain, x_dtype=x.dtype, packed=self.packed())
+        table = table.instance_normalized(len(x), parts.table_eps)
+        scale, shift = table.rows.chunk(2, 1)
+        table = table.with_rows(torch.cat((scale + parts.weights.scale_offset, shift), 1))
+        return functional.deferred(apply_norm(parts.norm, x, moments), table, negative_slope)
 
     def pack(self) -> PackedWeights | None:
         parts = self.parts()
         if parts is None:
             return None
-        return PackedWeights(Weights.of(parts.shared, parts.gamma, parts.beta, parts.hidden_slope, parts.scale_offset))
+        plain = parts.weights if parts.table_eps is None else parts.weights._replace(scale_offset=0.0)
+        return PackedWeights(plain)
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
@@ -208,3 +236,18 @@ def shared_convolution(name: str, module: nn.Module) -> tuple[nn.Conv2d, float]:
     if type(activation) is nn.LeakyReLU:
         return convolution(name, before[0]), activation.negative_slope
     raise Unsupported(f"{name} has the activation {type(activation).__name__}, not a ReLU or leaky ReLU")
+
+
+def normed_convolution(name: str, module: nn.Module) -> tuple[nn.Conv2d, float | None]:
+    """The convolution of a module that is one, perhaps with an instance norm after it, and the norm's eps or None.
+
+    Raises:
+        Unsupported: it is something else.
+    """
+    found = list(leaves(module))
+    if len(found) != 2 or type(found[1]) is not nn.InstanceNorm2d:
+        return convolution(name, module), None
+    norm = found[1]
+    if norm.affine or norm.track_running_stats or has_hooks(norm) or has_hooks(module):
+        raise Unsupported(f"{name} has an instance norm with weights, running statistics or hooks")
+    return convolution(name, found[0]), norm.eps

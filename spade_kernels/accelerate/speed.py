@@ -24,10 +24,10 @@ def speedup(module: nn.Module) -> float:
         ours = copy.deepcopy(module).cpu().float().eval()
         stock = copy.deepcopy(ours)
         restore_class(stock)
-        x = torch.randn(1, parts.gamma.out_channels, 64, 64)
-        coarse = torch.rand(1, parts.shared.in_channels, 16, 16)
+        x = torch.randn(1, parts.channels[0], 64, 64)
+        coarse = torch.rand(1, parts.channels[1], 16, 16)
         labels = F.interpolate(coarse, size=(64, 64), mode="bicubic").argmax(1)
-        planes = F.one_hot(labels, parts.shared.in_channels).permute(0, 3, 1, 2).float()
+        planes = F.one_hot(labels, parts.channels[1]).permute(0, 3, 1, 2).float()
         args, kwargs = module._family.example(module, x, planes)
         times: dict[nn.Module, list[float]] = {stock: [], ours: []}
         for _ in range(_REPEATS):
