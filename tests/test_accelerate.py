@@ -249,7 +249,11 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("channels", [(8, 8), (8, 4)])
-@pytest.mark.parametrize("options", [{}, {"spectral": False}, {"slope": 0.0}, {"norm": batch_norm}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"spectral": False}, {"slope": 0.0}, {"norm": batch_norm}],
+    ids=["spectral", "plain", "ReLU", "batch norm"],
+)
 def test_residual_blocks(options, channels, training):
     torch.manual_seed(0)
     stock = Block(*channels, **options).double().train(training)
@@ -487,7 +491,9 @@ def test_strict_replaces_all_or_nothing():
     assert not any(isinstance(m, AcceleratedLayer) for m in model.modules())
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), sk.SPADE("spadebatch3x3", 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), nn.Sequential(), sk.SPADE("spadebatch3x3", 4, 3)], ids=lambda model: type(model).__name__
+)
 def test_models_without_other_layers(model):
     assert str(sk.accelerate(model)) == "accelerate: there is no SPADE layer in this model"
     assert str(sk.accelerate(model, strict=True)).startswith("accelerate: there is no")

@@ -19,7 +19,6 @@ from spade_kernels.functional import PackedWeights, Weights
 from spade_kernels.modulation import DeferredModulation
 from spade_kernels.normalization import Moments, apply_norm, has_hooks
 
-
 # Attributes that only an accelerated module has.
 _OWN = ("_packed", "_family", "_choice")
 

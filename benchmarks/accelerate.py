@@ -1,0 +1,132 @@
+"""Times other people's models before and after `sk.accelerate`, and after `sk.freeze` besides.
+
+    python -m benchmarks.accelerate [--dataroot folder] [--repeats 5] [--out folder] [--tiny]
+
+The models are stand-ins written from the public behaviour of the real ones (spade_model/benchmark/others.py). All
+providers of a case take turns within one run. The result file holds medians; the table holds their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+
+import spade_kernels as sk
+from spade_model.benchmark import others
+from spade_model.benchmark.clock import interleave
+from spade_model.benchmark.environment import environment
+from spade_model.benchmark.masks import bench_masks, coco_or_toy
+from spade_model.benchmark.results import BenchRun, Result, file_name, save_runs
+
+EVAL, TRAINING, SAMPLING = "eval", "forward + backward", "50 sampler steps"
+STEPS = 50
+
+Call = Callable[[nn.Module], object]
+Case = tuple[str, nn.Module, Call, tuple[str, ...]]
+
+
+def cases(mask: Tensor, tiny: bool) -> Iterator[Case]:
+    """Yields name, model, a call of the model, and the suites that are timed."""
+    channels, ngf = mask.shape[1], 4 if tiny else 64
+    yield "NVlabs generator", others.Generator(channels, ngf), lambda m: m(mask), (EVAL, TRAINING)
+    yield "OASIS generator", others.Generator(channels, ngf, noise=64), lambda m: m(mask), (EVAL, TRAINING)
+    feature = torch.randn(1, 16, 8, 8) if tiny else torch.randn(1, 256, 64, 64)
+    decoder = others.Decoder(16, 8) if tiny else others.Decoder()
+    yield "LivePortrait decoder", decoder, lambda m: m(feature), (EVAL,)
+    diffusion = others.DiffusionLayers(channels, 32 if tiny else 256)
+    inputs = diffusion.inputs()
+    # A sampler multiplies the mask by the 0 or 1 of its guidance in every step: a new tensor.
+    yield "semantic diffusion layers", diffusion, lambda m: m(inputs, mask * 1), (EVAL, SAMPLING)
+    x = torch.randn(1, 16 if tiny else 256, 128, 128)
+    yield "MONAI layer", others.NormedLayer(x.shape[1], channels), lambda m: m(x, mask), (EVAL, TRAINING)
+
+
+def providers(model: nn.Module, suite: str, call: Call) -> dict[str, Callable[[None], object]]:
+    """Returns functions that run one forward, in training also backward."""
+    model = model.train(suite == TRAINING)
+    accelerated = copy.deepcopy(model)
+    report = sk.accelerate(accelerated, strict=True)
+    assert report.replaced
+    found = {"eager": model, "accelerated": accelerated}
+    if suite != TRAINING:
+        found["accelerated, frozen"] = copy.deepcopy(accelerated)
+        sk.freeze(found["accelerated, frozen"])
+    runs = {name: _run(one, suite, call) for name, one in found.items()}
+    if suite == EVAL and isinstance(model, others.Decoder):
+        compiled = torch.compile(copy.deepcopy(model))
+        runs["compiled"] = inductor_config.patch(freezing=True)(_run(compiled, suite, call))
+    return runs
+
+
+def _run(model: nn.Module, suite: str, call: Call) -> Callable[[None], object]:
+    def run(_: None) -> object:
+        if suite == TRAINING:
+            model.zero_grad(set_to_none=True)
+            y = call(model)
+            assert isinstance(y, Tensor)
+            return y.sum().backward()
+        with torch.no_grad():
+            for _ in range(STEPS if suite == SAMPLING else 1):
+                y = call(model)
+        return y
+
+    return run
+
+
+def measure(mask: Tensor, repeats: int, tiny: bool) -> Iterator[Result]:
+    for case, model, call, suites in cases(mask, tiny):
+        model.train()
+        with torch.no_grad():
+            call(model)  # Spectral norms of a new model are far from their values.
+        for suite in suites:
+            runs = providers(model, suite, call)
+            interleave(runs, [None], 1)  # Compilers work in the first call.
+            times = interleave(runs, [None], 1 if suite == SAMPLING and not tiny else repeats)
+            yield from (Result.of(suite, case, name, values) for name, values in times.items())
+
+
+def table(results: list[Result]) -> str:
+    """The ratios of medians, as markdown."""
+    found = {(r.case, r.suite, r.provider): r.p50 for r in results}
+    lines = [
+        "| model | suite | eager, ms | eager / accelerated | eager / frozen | compiled / frozen |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, suite in dict.fromkeys((r.case, r.suite) for r in results):
+        eager = found[case, suite, "eager"]
+        ours, frozen = found[case, suite, "accelerated"], found.get((case, suite, "accelerated, frozen"))
+        compiled = found.get((case, suite, "compiled"))
+        ratios = [eager / ours, frozen and eager / frozen, compiled and frozen and compiled / frozen]
+        lines.append(
+            f"| {case} | {suite} | {eager:.0f} | " + " | ".join(f"{r:.2f}" if r else "" for r in ratios) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataroot", default="", help="real masks, in the coco layout; toy landscapes without")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for the result file")
+    parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
+    arguments = parser.parse_args(argv)
+    kinds = bench_masks(coco_or_toy(arguments.dataroot, 128 if arguments.tiny else 256), 1, every_kind=False)
+    kind, (mask, *_) = next(iter(kinds.items()))
+    torch.manual_seed(0)
+    results = list(measure(mask.one_hot().contiguous(), arguments.repeats, arguments.tiny))
+    print(table(results))
+    if arguments.out:
+        where = environment()
+        path = arguments.out / ("accelerate-" + file_name("{device} {threads} threads".format(**where)))
+        save_runs([BenchRun(where, {"mask": kind, "condition channels": mask.channels}, results)], path)
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
