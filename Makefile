@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format bench gpu-check fuzz asan wheel wheel-check clean
+.PHONY: help install demo test check format bench bench-accelerate gpu-check fuzz asan wheel wheel-check clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -13,6 +13,7 @@ help:
 	@echo "make check    lint, formatting and type checks"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    time everything, 20 minutes (DATAROOT=folder in the coco layout for real masks; MASKS=8 REPEATS=3)"
+	@echo "make bench-accelerate  time other people's models before and after accelerate, 10 minutes (DATAROOT as for bench)"
 	@echo "make gpu-check  build, test, sanitize and time on a GPU, 8 minutes, with any PYTHON that has a CUDA torch, and nvcc"
 	@echo "                (FAST=1: 3 minutes; DATAROOT=folder as for bench, by itself ../shared/data/coco_stuff or data/coco_stuff;"
 	@echo "                OUT=folder for the results)"
@@ -62,6 +63,9 @@ bench: install
 	  $(TIME) benchmarks/bench_$$suite.py --benchmark-json build/bench/$$suite.json || exit 1; done
 	$(RAISED) $(TIME) benchmarks/bench_generator.py --benchmark-json build/bench/raised.json
 	$(BIN)/python benchmarks/report.py build/bench/*.json --out benchmarks/results --plots build/bench
+
+bench-accelerate: install
+	$(BIN)/python -m benchmarks.accelerate "--dataroot=$(DATAROOT)" --out benchmarks/results
 
 # Not in $(VENV): with the Python that has the CUDA torch.
 gpu-check:

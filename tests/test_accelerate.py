@@ -406,6 +406,22 @@ def test_parts_that_are_replaced_later():
         assert relative_error(layer(x, condition), stock(x, condition)) < 1e-10
 
 
+class WithMap(Original):
+    def forward(self, x: Tensor, segmap: Tensor, similarity_map: Tensor | None = None) -> Tensor:
+        y = super().forward(x, segmap)
+        return y if similarity_map is None else y * similarity_map
+
+
+def test_further_arguments_take_the_own_forward():
+    layer = WithMap(nn.InstanceNorm2d(CHANNELS)).double()
+    stock = copy.deepcopy(layer)
+    assert sk.accelerate(layer).replaced
+    x, condition, weights = torch.randn(X).double(), planes().double(), torch.rand(X[0], 1, *X[2:]).double()
+    assert torch.equal(layer(x, condition, weights), stock(x, condition, weights))
+    assert torch.equal(layer(x, segmap=condition, similarity_map=weights), stock(x, condition, weights))
+    assert relative_error(layer(x, segmap=condition, similarity_map=None), stock(x, condition)) < 1e-12
+
+
 class Bilinear(Original):
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         return super().forward(x, F.interpolate(segmap, x.shape[2:], mode="bilinear"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,15 @@ def test_drop_in():
     assert 0 < float(lines["largest difference    "]) < 1e-4, "exactly 0: the layer was compared with itself"
     distinct = int(lines["distinct 5x5 windows  "].split()[0])
     assert 0 < distinct < 128 * 128 / 4
+
+
+def test_accelerate():
+    text = run("accelerate.py")
+    assert text.count("residual block") == 2
+    assert "left alone" not in text
+    differences = re.findall(r"largest difference  (\S+), frozen (\S+)", text)
+    assert len(differences) == 3
+    assert all(float(value) < 1e-5 for pair in differences for value in pair)
 
 
 def test_toy_demo(tmp_path):

@@ -112,8 +112,8 @@ def _accelerate_blocks(model: nn.Module, report: Report) -> None:
             probed[key] = _probed_block(module)
         answer = probed[key]
         if answer is not None:
-            swap_class(module, AcceleratedBlock, _choice=answer[0])
             report.replaced.append(Replaced(name, type(module).__name__, ResidualBlock.name, answer[1]))
+            swap_class(module, AcceleratedBlock, _choice=answer[0])
 
 
 def _probed_block(block: nn.Module) -> tuple[int, float] | None:

@@ -67,8 +67,14 @@ class Family:
         raise NotImplementedError
 
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
-        """(x, condition) among the arguments of the module's forward."""
-        x, condition = inspect_arguments(module, args, kwargs)[:2]
+        """(x, condition) among the arguments of the module's forward.
+
+        Raises:
+            Unsupported: there are more; the module's own forward then takes the call.
+        """
+        x, condition, *others = inspect_arguments(module, args, kwargs)
+        if any(other is not None for other in others):
+            raise Unsupported("it was called with more than x and a condition")
         return x, condition
 
     def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
