@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # The reader of `spade ... | head` closed the pipe. Without this, Python reports an error when it flushes stdout.
+        # The reader of `spade ... | head` closed the pipe. Without this, Python reports an error at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -1,4 +1,4 @@
-"""The networks a config describes."""
+"""Builds the networks from the configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spade_model.networks.pix2pixhd import Pix2PixHDGenerator
 
 
 def build_generator(data: DataConfig, model: ModelConfig) -> nn.Module:
-    """SPADE's generator or pix2pixHD's, as model.netG says."""
+    """Builds the SPADE or pix2pixHD generator, depending on model.netG."""
     if model.netG == "pix2pixhd":
         return Pix2PixHDGenerator(
             data.semantic_nc,
@@ -49,7 +49,7 @@ def build_discriminator(data: DataConfig, model: ModelConfig) -> MultiscaleDiscr
 
 
 def build_encoder(data: DataConfig, model: ModelConfig) -> ConvEncoder | None:
-    """The style encoder; None without use_vae."""
+    """Builds the style encoder; returns None without use_vae."""
     if not model.use_vae:
         return None
     return ConvEncoder(

@@ -15,11 +15,11 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
     """Checks the networks' options against each other and against the images' size.
 
     Args:
-        batch: images of all processes in one step.
+        batch: number of images per step over all processes.
 
     Raises:
-        UserError: a norm does not exist, a size does not fit, or a normalization would see one value per channel,
-            where a variance does not exist. The message names the option.
+        UserError: a norm does not exist, a size does not fit, or a normalization would get one value per channel, which
+            has no variance. The message names the option.
     """
     check_norms(model)
     check_generator(data, model, batch)
@@ -31,7 +31,7 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
 
 
 def check_generator(data: DataConfig, model: ModelConfig, batch: int) -> None:
-    """The part of `check_networks` that generating needs too: whether the generator makes images of the data's size."""
+    """Checks that the generator can be built and makes images of the data's size; raises as `check_networks` does."""
     if model.netG == "spade":
         _check_spade(data, model, batch)
     else:
@@ -88,12 +88,13 @@ def _check_pix2pixhd(data: DataConfig, model: ModelConfig) -> None:
     for name, side in (("resnet_kernel_size", smallest), ("resnet_initial_kernel_size", min(data.image_size))):
         if getattr(model, name) // 2 >= side:
             raise UserError(
-                f"--{name} {getattr(model, name)} is too large for its {side} pixels at --crop_size {data.crop_size}"
+                f"--{name} {getattr(model, name)} is too large for an input of {side} pixels, at --crop_size "
+                f"{data.crop_size}"
             )
 
 
 def _has_one_size(data: DataConfig) -> bool:
-    """True if every training image has `data.image_size`, whatever the size of its files."""
+    """Returns True if preprocessing gives every training image the size `data.image_size`."""
     return data.dataset_mode == "toy" or "crop" in data.preprocess_mode or data.preprocess_mode == "fixed"
 
 
