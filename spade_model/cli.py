@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # The reader of `spade ... | head` closed the pipe. Without this, Python reports an error at its exit.
+        # The reader, such as `head`, closed the pipe. Without this, Python reports an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -76,7 +76,7 @@ def _status(arguments: list[str]) -> int:
             'In the checkout, run: pip install --no-build-isolation ".[model]"'
         )
     except SystemExit as end:
-        # The option parser ends in this way: with 0 after --help, and with 2 after an invalid option.
+        # The option parser exits with 0 after --help and with 2 after an invalid option.
         return int(end.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,7 +14,7 @@ class ClassColours:
     """Classifies pixels by colour, with one Gaussian over RGB for each class.
 
     mean: (classes, 3); precision: (classes, 3, 3), inverse covariance; log_det: (classes,), log determinant of
-    the covariance.
+    covariance.
     A class that was not seen has log_det = inf and is never chosen.
     """
 

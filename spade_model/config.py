@@ -302,7 +302,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads a file of `save_config`. Raises UserError when it is missing, damaged, or has unknown options."""
+    """Reads a config of `save_config`. Raises UserError for a missing or damaged file and for unknown options."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:

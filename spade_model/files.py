@@ -12,7 +12,7 @@ _TEMPORARY = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`, which replaces `path` at the end of the block.
+    """Yields a temporary path beside `path`; at the end of the block the temporary file replaces `path`.
 
     The temporary file is flushed to disk before it is renamed. The folder is created if needed. When anything fails,
     the temporary file is removed and `path` stays unchanged.

@@ -1,4 +1,4 @@
-"""Infers the configs of generators that the original implementation saved from their weights."""
+"""Infers the configs of the original implementation's generators from their weights."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class RunLog:
             self._bar.update(n)
 
     def _pace(self, step: int) -> str:
-        """Returns the text of the seconds per step since the last line and the remaining time at that pace.
+        """Returns a text with the seconds per step since the last line and the remaining time at that pace.
 
         The seconds include everything, such as saving. The text is empty if no step was counted.
         """

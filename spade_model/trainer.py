@@ -123,7 +123,7 @@ class Trainer:
         return next((name for name, value in networks.state_dict().items() if not value.isfinite().all()), None)
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Loads a state of `state_dict`. Raises UserError when it is incomplete or belongs to other networks."""
+        """Loads a state that `state_dict` returned. Raises UserError if it is incomplete or of other networks."""
         for name in ("optimizer_G", "optimizer_D", "scaler_G", "scaler_D", "steps"):
             if name not in state:
                 raise UserError(

@@ -122,7 +122,7 @@ def _walk(folder: Path, listing: Listing) -> Iterator[str]:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key that orders runs of digits by value."""
+    """Returns a sort key that orders runs of digits by value."""
     return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -133,7 +133,7 @@ def _by_position(files: dict[_Key, Path]) -> dict[_Key, Path]:
 def _unpaired(
     group: FileGroup, files: dict[_Key, Path], other: FileGroup, other_files: dict[_Key, Path], *, by_name: bool
 ) -> Iterator[Problem]:
-    """A problem for every file of the group without a partner in the other group."""
+    """Yields a problem for every file of the group without a partner in the other group."""
     fix = "Add the missing file, remove this one, or pass --no_pairing_check to pair by order"
     if not by_name:
         fix = "Pairing by order needs equal numbers of both kinds of files"

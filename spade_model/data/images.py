@@ -135,7 +135,7 @@ def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
 
 
 def _require_all_bits(image: ImageFile.ImageFile, path: Path) -> None:
-    """Raises DataError for an image, not decoded yet, of whose 16 bits a channel Pillow would read only 8."""
+    """Raises DataError if Pillow would read only 8 of 16 bits a channel. The image must not be decoded yet."""
     # This matches raw modes such as RGB;16B and LA;16B, but not BGR;16, which has 16 bits for all channels together.
     raw_modes = " ".join(str(tile[3]) for tile in image.tile)
     if image.mode not in WIDE_MODES and re.search(r";16[BLN]\b", raw_modes):

@@ -1,4 +1,4 @@
-"""Reads the files of one item, for data sets, for their check and for single images."""
+"""Reads the files of one item, for data sets, for checks of data sets and for single images."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Layout:
 
 
 def data_layout(config: DataConfig, split: str, *, need_images: bool) -> Layout:
-    """The layout of `config.dataset_mode` for the split "train" or "val".
+    """Returns the layout of `config.dataset_mode` for the split "train" or "val".
 
     Raises UserError when the configuration asks for files that the data set does not have.
     """

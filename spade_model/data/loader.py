@@ -1,4 +1,6 @@
-"""Loads batches in an order that depends only on (seed, epoch), not on workers, ranks or the step of a resumed run."""
+"""Loads batches in an order that depends only on (seed, epoch), not on workers, ranks or
+the step at which a run was resumed.
+"""
 
 from __future__ import annotations
 

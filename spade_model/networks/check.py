@@ -31,7 +31,7 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
 
 
 def check_generator(data: DataConfig, model: ModelConfig, batch: int) -> None:
-    """Checks that the generator can be built and makes images of the data's size; raises as `check_networks` does."""
+    """Checks that the generator can be built and makes images of the data's size; part of `check_networks`."""
     if model.netG == "spade":
         _check_spade(data, model, batch)
     else:

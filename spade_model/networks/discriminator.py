@@ -116,7 +116,9 @@ class MultiscaleDiscriminator(nn.Module):
         require_images(image, self.output_nc)
         segmap = as_condition(segmap, self.semantic_nc)
         if not 0 < segmap.shape[0] <= len(image) or len(image) % segmap.shape[0]:
-            raise ValueError(f"segmap holds {segmap.shape[0]} masks, of which the number of images, {len(image)}, is no multiple")
+            raise ValueError(
+                f"image holds {len(image)} images, not a multiple of the {segmap.shape[0]} masks in segmap"
+            )
         segmap = as_condition(segmap, self.semantic_nc, like=image[: segmap.shape[0]])
         if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
             raise ValueError(

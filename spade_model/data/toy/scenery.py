@@ -27,7 +27,7 @@ def paint_sky(canvas: Canvas, palette: Palette, random: np.random.Generator, hor
 
 
 def paint_sun(canvas: Canvas, palette: Palette, random: np.random.Generator, horizon: float) -> float:
-    """Paints a disc with a glow around it, in about a third of the images near the horizon. Returns the sun's x."""
+    """Paints a disc with a glow, near the horizon in about a third of the images. Returns the sun's x."""
     radius = random.uniform(0.075, 0.12)
     x = random.uniform(0.12, 0.88) * canvas.aspect
     low = random.random() < 0.35
