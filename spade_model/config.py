@@ -158,7 +158,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     continue_train: bool = False
-    """Resume the run from its last checkpoint, in the middle of an epoch if it stopped there."""
+    """Resume the run from a checkpoint, in the middle of an epoch if it was saved there."""
     which_epoch: str = "latest"
     """Checkpoint to resume from with --continue_train: `latest`, or the number of a saved epoch."""
     device: str = "auto"
