@@ -1,4 +1,4 @@
-"""The SPADE layer in someone else's network: same weights, same numbers, label maps instead of one-hot planes.
+"""Replaces the SPADE layers of an existing network: weights and results stay, label maps replace one-hot planes.
 
 python examples/drop_in.py
 """
@@ -13,7 +13,7 @@ import spade_kernels as sk
 
 
 class PlainSPADE(nn.Module):
-    """The layer before, in plain PyTorch: the paper's, over one-hot planes."""
+    """The paper's SPADE layer in plain PyTorch, on one-hot planes."""
 
     def __init__(self, norm_nc: int, label_nc: int):
         super().__init__()
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
 
 
 def hills(size: int) -> torch.Tensor:
-    """A label map (1, size, size) of 20 wavy bands and a disc, of regions as a photograph has them."""
+    """Returns a label map (1, size, size) of 19 wavy bands and a disc: large regions, as in photographs."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     bands = (y + 8 * torch.sin(x / 12)).div(size / 19).clamp(0, 18).long()
     disc = (y - size // 3).square() + (x - size // 2).square() < (size // 8) ** 2

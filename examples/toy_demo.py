@@ -3,7 +3,7 @@
     python examples/toy_demo.py [--out demo] [--steps 600]
 
 Writes a page with masks, generated and real images of landscapes the network has never seen, and its loss curves,
-and prints how well the generated colours tell the masks, before and after training.
+and prints how well the generated images match their masks, before and after training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHOWN = 16
 
 
 def demo_config(out: Path, steps: int) -> TrainConfig:
-    """64 x 64 pixels, 16 channels at the narrowest: 20 times fewer than the paper's, enough for landscapes."""
+    """Returns options for 64 x 64 pixels and ngf 16, where the paper has 256 x 256 and 64: enough for landscapes."""
     config = default_train_config("toy")
     return replace(
         config,
@@ -74,7 +74,7 @@ def untrained_model(config: TrainConfig) -> LoadedModel:
 
 
 def pictures(model: LoadedModel, config: TrainConfig) -> Iterator[tuple[str, list[Image.Image]]]:
-    """Name, and mask, generated and real image, of landscapes that were not trained on."""
+    """Yields name and (mask, generated image, real image) of landscapes that were not used for training."""
     for batch in batches(config, "val", SHOWN):
         generated = model(batch.segmap).cpu()
         for i, name in enumerate(batch.names):
@@ -88,7 +88,7 @@ def write_page(rows: list[tuple[str, list[Image.Image]]], config: TrainConfig, o
 
 
 def write_sheet(rows: list[tuple[str, list[Image.Image]]], path: Path, count: int = 8, side: int = 128) -> None:
-    """The README's picture: masks above generated above real images."""
+    """Saves the README's picture: a row of masks, a row of generated images and a row of real images."""
     sheet = Image.new("RGB", (count * (side + 4), 3 * (side + 4)), "white")
     for x, (_, images) in enumerate(rows[:count]):
         for y, image in enumerate(images):

@@ -22,7 +22,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the command line starts from here too, without torch's seconds and where the extras are missing.
+    # Modules are imported on first use, because the command line imports this package too: it must start without the
+    # time that torch needs, and report missing packages of the extra "model" itself.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"spade_model.{module}"), name)

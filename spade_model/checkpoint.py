@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, replaced atomically. Nothing here can run code from a file."""
+"""Checkpoints: each is one safetensors file, replaced atomically. Loading a file never runs code from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spade_model.files import replacing
 
 _TENSOR = "__tensor__"
 
-# torch.load reports damaged files with all of these.
+# torch.load raises any of these exceptions for damaged files.
 _DAMAGE = (
     RuntimeError,
     EOFError,
@@ -35,14 +35,14 @@ _DAMAGE = (
 )
 
 
-# Checkpoints written under the old name still load.
+# Checkpoints with the old name can still be loaded.
 _RENAMED = {"G_average": "G_ema"}
 
 
 def save(path: Path, tree: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors and plain values to `path`.
 
-    Whatever happens, `path` holds either the old checkpoint or the new one, whole (`files.replacing`).
+    The file is replaced atomically (see `files.replacing`).
 
     Raises:
         UserError: the folder cannot be written or the disk is full; the old file is untouched.
@@ -60,20 +60,20 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads the tree that `save` wrote, its tensors on the CPU.
+    """Reads the nested dicts and lists that `save` wrote; tensors are on the CPU.
 
     Raises:
-        UserError: no such file, truncated or corrupt, or not one of ours.
+        UserError: the file is missing, truncated, corrupt, or not a training checkpoint.
     """
     with _open(path) as file:
         return _put_tensors(_read_tree(file, path), file.get_tensor)
 
 
 def load_part(path: Path, *parts: str) -> dict[str, Any]:
-    """Some top-level entries of a checkpoint, those it has, without reading the rest from the disk.
+    """Reads only the top-level entries `parts` of a checkpoint; entries that it lacks are left out.
 
     Raises:
-        UserError: as `load`.
+        UserError: see `load`.
     """
     with _open(path) as file:
         tree = _read_tree(file, path)
@@ -81,10 +81,10 @@ def load_part(path: Path, *parts: str) -> dict[str, Any]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A plain state dict: .safetensors, or a PyTorch file read with `weights_only`, which never runs code.
+    """Reads a plain state dict from .safetensors, or from a PyTorch file with `weights_only`, which never runs code.
 
     Raises:
-        UserError: no such file, corrupt, holding anything but tensors, or holding code.
+        UserError: the file is missing, corrupt, or holds code or anything else but tensors.
     """
     if path.suffix == ".safetensors":
         with _open(path) as file:
@@ -106,7 +106,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """`load_state_dict` with a readable account of what does not fit.
+    """Calls `module.load_state_dict`, with a readable error when the state does not fit.
 
     Raises:
         UserError: the state belongs to another architecture; the message names the first differences.
@@ -131,7 +131,7 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """The open file; what goes wrong while it is read, the tree included, is a UserError."""
+    """Opens a safetensors file; every error inside the context while the file is read becomes a UserError."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:

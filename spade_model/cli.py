@@ -1,6 +1,7 @@
-"""The `spade` command: how it starts and how it ends. `commands.py` has what it does.
+"""The entry point of the `spade` command; `commands.py` contains the subcommands.
 
-Only the standard library is imported here: whatever is missing, or interrupted while it loads, ends in a message.
+Only the standard library is imported at the top, so that missing packages, and Ctrl-C during imports, end in a message
+and not in a traceback.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ commands:
   train      train a model; `torchrun --nproc_per_node N -m spade_model.cli train ...` for several processes
   generate   make images from masks
   bench      compare times and memory with stock PyTorch, on this machine and your masks
-  doctor     show the environment; with --dataroot, or any other option, check a whole data set
+  doctor     show the environment; with options, such as --dataroot, check a whole data set
 
 `spade <command> --help` lists the options.
 """
@@ -38,17 +39,16 @@ _EXTRAS = {
     "safetensors": "safetensors",
     "matplotlib": "matplotlib",
 }
-"""Packages that only the extra "model" installs, by the module that a failed import names."""
+"""Packages that only the extra "model" installs, keyed by the name of their top-level module."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status.
 
-    0 when all went well, also for a training run stopped by Ctrl-C once its state is saved; 2 for input that cannot be
-    used, and for packages that are missing; 130 when interrupted anywhere else; 141 when the reader of the output went
-    away.
+    The status is 0 on success, also when Ctrl-C stopped a training run and its state was saved; 2 for unusable input
+    and for missing packages; 130 for any other interruption; and 141 when the pipe behind stdout was closed.
 
-    SPADE_DEBUG=1 in the environment shows the traceback of an error.
+    With SPADE_DEBUG=1 in the environment, errors also show their traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # `spade ... | head` has seen enough. Without this, Python would complain when it flushes the output at exit.
+        # The reader, such as `head`, closed the pipe. Without this, Python reports an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _status(arguments: list[str]) -> int:
-    """The exit status of a run; prints the message of an error."""
+    """Runs the command and returns its exit status; prints the message of an error."""
     try:
         return _run(arguments)
     except UserError as error:
@@ -72,11 +72,11 @@ def _status(arguments: list[str]) -> int:
         if package is None:
             raise
         return _fail(
-            f"this needs {package}, which is not installed: the kernels are, the system on top of them is not. "
-            'In the checkout: pip install --no-build-isolation ".[model]"'
+            f"this command needs {package}, which is not installed; the extra 'model' of spade-kernels installs it. "
+            'In the checkout, run: pip install --no-build-isolation ".[model]"'
         )
     except SystemExit as end:
-        # The option parser's own way to end: 0 after --help, 2 after an option it cannot understand.
+        # The option parser exits with 0 after --help and with 2 after an invalid option.
         return int(end.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -104,13 +104,16 @@ def _run(arguments: list[str]) -> int:
 
 @contextmanager
 def _ctrl_c_ends_at_once() -> Iterator[None]:
-    """While torch loads: half of it loaded, it loses a KeyboardInterrupt, or prints its statistics at exit."""
+    """Makes Ctrl-C end the process immediately while torch is imported.
+
+    A half-imported torch can lose a KeyboardInterrupt, or print its statistics at exit.
+    """
 
     def leave(number: int, frame: object) -> None:
         os.write(2, b"interrupted\n")
         os._exit(130)
 
-    # Only in place of Python's own handler: whoever set another, or calls from a thread, knows what it is for.
+    # A handler that the caller installed stays in place, and only the main thread can set one.
     if threading.current_thread() is not threading.main_thread() or (
         signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):

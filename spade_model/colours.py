@@ -1,4 +1,4 @@
-"""How well an image's colours tell its mask: the classes of real images, recognised in generated ones."""
+"""Measures how well images match their masks, with a classifier of pixel colours fitted to real images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class ClassColours:
-    """A Gaussian over RGB for each class.
+    """Classifies pixels by colour, with one Gaussian over RGB for each class.
 
-    mean: (classes, 3); precision: (classes, 3, 3), inverse covariance; log_det: (classes,), of the covariance.
+    mean: (classes, 3); precision: (classes, 3, 3), inverse covariance; log_det: (classes,), log determinant of
+    covariance.
     A class that was not seen has log_det = inf and is never chosen.
     """
 
@@ -23,7 +24,7 @@ class ClassColours:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], num_labels: int) -> ClassColours:
-        """Statistics of real data: pairs of labels (N, H, W) and images (N, 3, H, W) in [-1, 1]."""
+        """Fits the Gaussians to pairs of labels (N, H, W) and images (N, 3, H, W) in [-1, 1]."""
         count, total, squares = np.zeros(num_labels), np.zeros((num_labels, 3)), np.zeros((num_labels, 3, 3))
         for labels, images in pairs:
             pixels, classes = _pixels(images), labels.flatten().numpy()
@@ -39,14 +40,14 @@ class ClassColours:
         return cls(mean, np.linalg.inv(covariance), log_det)
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """The most likely class of every pixel, (N, H, W) int64, of images (N, 3, H, W) in [-1, 1]."""
+        """Returns the most likely class of every pixel, int64 (N, H, W), for images (N, 3, H, W) in [-1, 1]."""
         n, _, h, w = images.shape
         offset = _pixels(images)[:, None] - self.mean
         distance = np.einsum("pki,kij,pkj->pk", offset, self.precision, offset, optimize=True)
         return torch.from_numpy((distance + self.log_det).argmin(1)).view(n, h, w)
 
     def agreement(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Share of pixels whose class, told by colour, is their label."""
+        """Returns the fraction of pixels whose most likely class is their label."""
         right = pixels = 0
         for labels, images in pairs:
             right += int((self.classify(images) == labels).sum())

@@ -35,7 +35,7 @@ RENAMED = {
     "--load_from_opt_file": "--config",
     "--label_path": "--label",
 }
-"""The original's options that have another name here; both are understood."""
+"""Options of the original with a new name; both names are accepted."""
 
 REMOVED_OPTIONS = {
     "--gpu_ids": "choose with --device cpu|cuda; for several GPUs start with torchrun",
@@ -50,22 +50,25 @@ REMOVED_OPTIONS = {
     "--cache_filelist_read": "listing files is fast enough without a cache",
     "--cache_filelist_write": "listing files is fast enough without a cache",
     "--debug": "use --max_steps, --print_freq 1 and --display_freq 1",
-    "--isTrain": "it is the command",
+    "--isTrain": "the command, train or generate, decides this",
 }
-"""The original's options that are gone, and what to do instead."""
+"""Options of the original that do not exist here; the error shows the text."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """One run of `spade doctor`."""
+    """Options of `spade doctor`."""
 
     split: Literal["", "train", "val"] = ""
-    """Which split to check; default: both."""
+    """Split to check; by default both are checked."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """The exit status of a command; raises UserError when it cannot do its work, and SystemExit as the parser does."""
+    """Runs a command and returns its exit status.
+
+    Raises UserError for unusable input and when memory runs out, and SystemExit after --help or an invalid option.
+    """
     commands = {"train": _train, "generate": _generate, "bench": _bench, "doctor": _doctor}
     try:
         return commands[command](_translate(arguments))
@@ -141,7 +144,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _check_split(data: DataConfig, split: str) -> int:
-    """Prints what is wrong with a split; the number of errors."""
+    """Prints the problems of a split and returns the number of errors."""
     items = 0
 
     def progress(reports: Iterable[Any], total: int) -> Iterable[Any]:
@@ -161,7 +164,10 @@ def _check_split(data: DataConfig, split: str) -> int:
 
 
 def _translate(arguments: list[str]) -> list[str]:
-    """Options spelled with underscores and under their present names."""
+    """Spells options with underscores and replaces renamed ones.
+
+    Raises UserError for options that do not exist any more.
+    """
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -176,7 +182,10 @@ def _translate(arguments: list[str]) -> list[str]:
 
 
 def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
-    """The options that decide the defaults of the others; options in `own` are taken out of the list."""
+    """Returns the values of options that decide the defaults of others, and the remaining arguments.
+
+    Options in `own` are read too, and removed from the remaining arguments.
+    """
 
     def parse(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -188,12 +197,15 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
     shared = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint", "netG")
     seen, _ = parse(shared)
     taken, rest = parse(own)
-    # An option without its value is left to the parser of all options, which says so.
+    # An option without a value is left to the parser of all options, which reports the error.
     return {name: value for name, value in seen.items() if value} | taken, rest
 
 
 def _take_denials(default: Any, arguments: list[str]) -> tuple[Any, list[str]]:
-    """The default with its flags --no_... as the arguments say, and the other arguments; --no_no_... takes one back."""
+    """Sets the default's flags --no_... from the arguments; returns the new default and the other arguments.
+
+    --no_no_flip undoes --no_flip: the last of both counts.
+    """
     changes: dict[str, Any] = {}
     for part in fields(default):
         value = getattr(default, part.name)

@@ -1,7 +1,8 @@
-"""Everything a run can be told, as frozen dataclasses.
+"""The options of data, networks and training as frozen dataclasses.
 
 Field names are the original implementation's option names wherever it has the option (README: "Coming from the
-original"). A config is plain data: `save_config` and `load_config` move it to and from JSON beside the checkpoints.
+original"). A config holds plain values only: `save_config` writes it as JSON beside the checkpoints, and `load_config`
+reads it.
 """
 
 from __future__ import annotations
@@ -15,24 +16,22 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type
 
 import tyro
 
+from spade_model import registry
 from spade_model.errors import UserError
 from spade_model.files import replacing
 
-# Flags that say no are shown as they are, without a second form, --no_no_...; the command line still takes that one.
+# The help shows flags such as --no_flip without a second form --no_no_flip; `spade` still accepts the second form.
 _No = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def _registries() -> dict[str, dict[str, Any]]:
-    """The registries by the options that take their names."""
-    # Not at the top: what is registered there imports this module, and torch.
-    from spade_model.data import DATASETS
-    from spade_model.networks import GENERATORS
-
-    return {"dataset_mode": DATASETS, "netG": GENERATORS}
+    """Returns the registries by the options whose values are their names."""
+    registry.load()
+    return {"dataset_mode": registry.DATASETS, "netG": registry.GENERATORS}
 
 
 def _name(option: str) -> Any:
-    """The annotation with which the command line takes, and lists, the names that are registered when it is parsed."""
+    """Returns the annotation of an option whose choices are the names that are registered when it is parsed."""
     return tyro.conf.arg(
         constructor_factory=lambda: cast(Any, Literal[tuple(_registries()[option])]),
         # tyro writes the defaults of such options as lists.
@@ -54,7 +53,7 @@ PreprocessMode = Literal[
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the masks and photographs are and how they become tensors."""
+    """Options for finding and preprocessing masks and photographs."""
 
     dataset_mode: Annotated[str, _name("dataset_mode")] = "coco"
     """Folder layout and defaults; `custom` takes --label_dir and --image_dir, `toy` needs no files."""
@@ -67,33 +66,34 @@ class DataConfig:
     instance_dir: str = ""
     """custom: folder of instance id images."""
     label_nc: int = 182
-    """Label classes, without the unknown class. 0: the condition is an RGB image instead of labels."""
+    """Number of label classes, without the unknown class. With 0 the condition is an RGB image instead of labels."""
     contain_dontcare_label: bool = True
-    """Label 255 becomes one more class, number label_nc."""
+    """Treat label 255 as an additional class, "unknown", with the number label_nc."""
     no_instance: _No = False
     """Do not add the instance boundary plane to the condition."""
     ade20k_shift: bool = False
-    """ade20k: classes 1..150 become 0..149 and 0 becomes unknown, as the paper meant. Off: ids as stored, which is what
-    the original's released weights were trained with."""
+    """ade20k: map ids 1..150 to classes 0..149 and id 0 to unknown, as the paper intends. Without this flag, ids are
+    used as stored; the original's released weights were trained in this way."""
     preprocess_mode: PreprocessMode = "resize_and_crop"
     """How images are resized and cropped at load time."""
     load_size: int = 286
-    """Resize to this size before cropping (train)."""
+    """Size in pixels (width, or short side) to which training images are resized before they are cropped."""
     crop_size: int = 256
-    """Crop to this width, in pixels; the generator's output width."""
+    """Width in pixels of the crop and of generated images."""
     aspect_ratio: float = 1.0
     """Width / height of the generated image."""
     output_nc: Literal[1, 3] = 3
-    """Channels of photographs and generated images: 3, RGB; or 1, grey. Photographs of the other kind are converted."""
+    """Channels of photographs and generated images: 3 (RGB) or 1 (grey). Photographs with the other number of channels
+    are converted."""
     image_bits: Literal[8, 16] = 8
-    """Bits of each channel of photographs and generated images. 16 needs --output_nc 1; photographs of 8 bits then keep
-    their brightness."""
+    """Bits per channel of photographs and generated images. 16 needs --output_nc 1; the levels of 8-bit photographs are
+    then scaled to the 16-bit range."""
     no_flip: _No = False
-    """Do not mirror training images at random."""
+    """Do not flip training images horizontally at random."""
     batch_size: int = 1
     """Images per process and step."""
     num_workers: int = 0
-    """Loader processes per training process."""
+    """Data-loader worker processes per training process."""
     serial_batches: bool = False
     """Take training images in order instead of shuffling."""
     max_dataset_size: int = 2**31 - 1
@@ -103,16 +103,16 @@ class DataConfig:
     coco_no_portraits: bool = False
     """coco: leave out the *_portrait folders."""
     seed: int = 0
-    """Seeds weights, style vectors, shuffling, augmentation and the toy images."""
+    """Random seed for weights, style vectors, shuffling, augmentation and the toy images."""
 
     @property
     def num_labels(self) -> int:
-        """Label classes including the unknown class; 0 for a dense (RGB) condition."""
+        """Number of label classes including the unknown class; 0 for an RGB condition."""
         return self.label_nc + int(self.contain_dontcare_label) if self.label_nc else 0
 
     @property
     def semantic_nc(self) -> int:
-        """Channels of the condition as the networks count them: classes (or RGB), plus the instance boundary plane."""
+        """Number of condition channels: one per class (or three for RGB), plus one for instance boundaries if used."""
         return (self.num_labels or 3) + int(not self.no_instance)
 
     @property
@@ -123,19 +123,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks' shapes."""
+    """Options for the architecture of the networks."""
 
     netG: Annotated[str, _name("netG")] = "spade"
-    """Generator."""
+    """Generator architecture."""
     ngf: int = 64
-    """Generator width: channels before the last convolution."""
+    """Base number of channels of the generator and the encoder."""
     norm_G: str = "spectralspadesyncbatch3x3"
-    """Generator normalization: [spectral]spade<instance|batch|syncbatch><k>x<k>; pix2pixhd (default: instance):
-    [spectral]<none|instance|batch|syncbatch>."""
+    """Generator normalization. spade: [spectral]spade<instance|batch|syncbatch><k>x<k>. pix2pixhd:
+    [spectral]<none|instance|batch|syncbatch>, by default instance."""
     num_upsampling_layers: Literal["normal", "more", "most"] = "normal"
-    """spade: 5, 6 or 7 doublings between the first feature map and the image; `most` adds a residual block."""
+    """spade: 5, 6 or 7 upsampling steps by a factor of 2. `most` also adds a residual block."""
     use_vae: bool = False
-    """Encode a style image into the generator's input vector."""
+    """Train an encoder that maps a style image to the generator's input vector."""
     z_dim: int = 256
     """Length of the style vector."""
     resnet_n_downsample: int = 4
@@ -143,19 +143,19 @@ class ModelConfig:
     resnet_n_blocks: int = 9
     """pix2pixhd: number of residual blocks."""
     resnet_kernel_size: int = 3
-    """pix2pixhd: kernel of the residual blocks."""
+    """pix2pixhd: kernel size of the residual blocks."""
     resnet_initial_kernel_size: int = 7
-    """pix2pixhd: kernel of the first and last convolution."""
+    """pix2pixhd: kernel size of the first and last convolution."""
     norm_E: str = "spectralinstance"
     """Encoder normalization."""
     ndf: int = 64
-    """Discriminator width."""
+    """Discriminator width: channels of its first layer."""
     norm_D: str = "spectralinstance"
     """Discriminator normalization."""
     num_D: int = 2
-    """Discriminator scales."""
+    """Number of discriminator scales."""
     n_layers_D: int = 4
-    """Convolutions of each discriminator scale before its output."""
+    """Number of convolutions at each discriminator scale, without the output convolution."""
     init_type: Literal["xavier", "xavier_uniform", "normal", "kaiming", "orthogonal", "none"] = "xavier"
     """Weight initialisation."""
     init_variance: float = 0.02
@@ -164,31 +164,32 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """Options of a training run."""
 
     name: str = "label2coco"
-    """The run's name: its folder under checkpoints_dir."""
+    """Name of the run, and of its folder under checkpoints_dir."""
     checkpoints_dir: str = "./checkpoints"
-    """Folder of all runs."""
+    """Folder that contains the folders of all runs."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     continue_train: bool = False
-    """Go on from the run's saved state, in the middle of an epoch if it stopped there."""
+    """Resume the run from a checkpoint, in the middle of an epoch if it was saved there."""
     which_epoch: str = "latest"
-    """With --continue_train: `latest` or an epoch number that was saved."""
+    """Checkpoint to resume from with --continue_train: `latest`, or the number of a saved epoch."""
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: cuda when there is one."""
+    """`cpu`, `cuda`, `cuda:<number>`, or `auto`, which is cuda if available."""
     niter: int = 50
-    """Epochs at the first learning rate."""
+    """Epochs at the initial learning rate."""
     niter_decay: int = 0
-    """Epochs of linear decay to zero after that."""
+    """Further epochs in which the learning rate decays linearly to zero."""
     max_steps: int = 0
     """Stop after this many steps; 0: no limit."""
     lr: float = 0.0002
-    """Learning rate of Adam. With TTUR the generator gets half of it and the discriminator twice."""
+    """Learning rate of Adam. With TTUR (two time-scale update rule) the generator uses half of it and the
+    discriminator double."""
     no_TTUR: _No = False
-    """Same learning rate for both, and --beta1, --beta2 default to 0.5 and 0.999."""
+    """Same learning rate for generator and discriminator; --beta1 and --beta2 then default to 0.5 and 0.999."""
     beta1: float = 0.0
     """Adam's first moment decay."""
     beta2: float = 0.9
@@ -196,11 +197,11 @@ class TrainConfig:
     D_steps_per_G: int = 1
     """Discriminator steps for each generator step."""
     accumulate: int = 1
-    """Batches whose gradients are added up before an optimizer step."""
+    """Number of batches over which gradients are averaged for each optimizer step."""
     gan_mode: Literal["hinge", "ls", "original", "w"] = "hinge"
-    """Adversarial loss. `w` (Wasserstein) does not bound the discriminator's slope by itself: add --r1_gamma."""
+    """Adversarial loss. `w` (Wasserstein) does not limit the discriminator's gradients: use it with --r1_gamma."""
     r1_gamma: float = 0.0
-    """Weight of the R1 gradient penalty on photographs, which holds the discriminator's slope down; 0: none."""
+    """Weight of the R1 gradient penalty, which limits the discriminator's gradients on photographs; 0 turns it off."""
     lambda_feat: float = 10.0
     """Weight of the discriminator feature matching loss."""
     no_ganFeat_loss: _No = False
@@ -208,15 +209,15 @@ class TrainConfig:
     lambda_vgg: float = 10.0
     """Weight of the VGG perceptual loss."""
     no_vgg_loss: _No = False
-    """Train without the VGG loss (it needs a weights file)."""
+    """Train without the VGG loss, which needs a file of weights."""
     vgg_weights: str = ""
-    """VGG19 weights file; default: torch's download cache."""
+    """File of VGG19 weights; by default it is taken from torch's download cache."""
     lambda_kld: float = 0.05
     """Weight of the encoder's KL divergence."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the generator's weights; 0: none is kept."""
+    """Decay of the exponential moving average (EMA) of the generator's weights; 0 turns it off."""
     ema_bn_batches: int = 30
-    """Batches over which the averaged generator's batch-norm statistics are re-estimated before it is saved."""
+    """Number of batches over which the EMA generator's batch-norm statistics are re-estimated before each save."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of forward passes; weights stay fp32."""
     compile: bool = False
@@ -228,7 +229,7 @@ class TrainConfig:
     save_latest_freq: int = 5000
     """Steps between saves of the latest state."""
     save_epoch_freq: int = 10
-    """Epochs between kept snapshots."""
+    """Epochs between checkpoints that are kept under their epoch number."""
     no_html: _No = False
     """Do not write the page of samples."""
     tensorboard: bool = False
@@ -240,13 +241,13 @@ class TrainConfig:
 
 
 def default_data_config(dataset_mode: str) -> DataConfig:
-    """The data set's own defaults. Raises UserError for a name that is not a data set."""
+    """Returns the default options of a data set. Raises UserError for an unknown `dataset_mode`."""
     check_choices(DataConfig(dataset_mode=dataset_mode))
     return dataclasses.replace(_registries()["dataset_mode"][dataset_mode].defaults, dataset_mode=dataset_mode)
 
 
 def default_train_config(dataset_mode: str, no_TTUR: bool = False, netG: str = "spade") -> TrainConfig:
-    """The options of a run for which nothing else is given. Raises UserError for an unknown data set or generator."""
+    """Returns the default training options. Raises UserError for an unknown data set or generator."""
     check_choices(ModelConfig(netG=netG))
     model = dataclasses.replace(_registries()["netG"][netG].defaults, netG=netG)
     betas: dict[str, Any] = {"beta1": 0.5, "beta2": 0.999} if no_TTUR else {}
@@ -254,7 +255,7 @@ def default_train_config(dataset_mode: str, no_TTUR: bool = False, netG: str = "
 
 
 def check_train_config(config: TrainConfig) -> None:
-    """Raises UserError for values a run cannot use; the message names option, value and range."""
+    """Raises UserError for values out of range; the message names the option, its value and its range."""
     for part in (config, config.data, config.model):
         check_choices(part)
     least = {"niter": 0, "niter_decay": 0, "max_steps": 0, "D_steps_per_G": 1, "accumulate": 1, "ema_bn_batches": 0}
@@ -272,26 +273,26 @@ def check_train_config(config: TrainConfig) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raises UserError when an option of a config, all of whose values are known, has another value."""
+    """Raises UserError when an option with a fixed set of values has a value outside that set."""
     for name, choices in _choices(type(config)).items():
         if getattr(config, name) not in choices:
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {_listed(choices)}")
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a run name that would lead out of its parent folder."""
+    """Raises UserError unless the run's name is that of a single folder; a path could leave checkpoints_dir."""
     if name in ("", "..") or Path(name).name != name:
         raise UserError(f"--name {name!r} must be a plain folder name; the folder around it is --checkpoints_dir")
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes the config as JSON, replacing the file as a whole. Raises OSError when it cannot."""
+    """Writes the config as JSON and replaces the file atomically. Raises OSError when the file cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads what `save_config` wrote. Raises UserError when the file is missing, damaged, or has unknown options."""
+    """Reads a config of `save_config`. Raises UserError for a missing or damaged file and for unknown options."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -302,7 +303,10 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def config_from_dict(values: Any, source: str) -> TrainConfig:
-    """A TrainConfig from nested dicts, as in a checkpoint or a JSON file; missing options get their defaults."""
+    """Builds a TrainConfig from the nested dicts of a checkpoint or a JSON file; missing options get their defaults.
+
+    Raises UserError, naming `source`, for unknown options and for values of a wrong type or outside the choices.
+    """
     rest = dict(_require_dict(values, "the config", source))
     data = _build(DataConfig, rest.pop("data", {}), source)
     model = _build(ModelConfig, rest.pop("model", {}), source)
@@ -343,7 +347,7 @@ def _listed(choices: tuple[Any, ...]) -> str:
 
 
 def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The values of each option of a config class that has a fixed set of them."""
+    """Returns the allowed values of each option that has a fixed set of values."""
     hints = get_type_hints(cls)
     fixed = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     return fixed | {name: tuple(registry) for name, registry in _registries().items() if name in hints}

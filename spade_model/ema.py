@@ -11,11 +11,11 @@ from spade_kernels.condition import Segmap
 
 
 class EMA:
-    """A second generator whose parameters follow the trained one's.
+    """Keeps a second generator with the moving average of the trained generator's parameters.
 
     Args:
         network: a fresh network of the same architecture; it becomes the average.
-        source: the trained network. decay: share of the old average kept at each update.
+        source: the trained network. decay: fraction of the old average kept at each update.
     """
 
     def __init__(self, network: nn.Module, source: nn.Module, decay: float):
@@ -31,9 +31,9 @@ class EMA:
 
     @torch.no_grad()
     def reestimate(self, segmaps: Iterable[Segmap]) -> None:
-        """Batch-norm statistics of the averaged weights: the plain mean over some batches.
+        """Re-estimates the batch-norm statistics of the averaged generator as their plain mean over the batches.
 
-        Random style vectors are drawn from a fork of the random state, so training does not notice.
+        Random style vectors are drawn from a fork of the random state, so training is not affected.
         """
         norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
         if not norms:

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: readers, and a crash, find either the old content or the new."""
+"""Atomic replacement of files: readers see either the old content or the new one, also after a crash."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _TEMPORARY = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it is flushed to the disk and renamed over `path` when the block ends well.
+    """Yields a temporary path beside `path`; at the end of the block the temporary file replaces `path`.
 
-    Makes the folder if needed. When anything fails, what was written is removed and `path` is as it was.
+    The temporary file is flushed to disk before it is renamed. The folder is created if needed. When anything fails,
+    the temporary file is removed and `path` stays unchanged.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -27,14 +28,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     except BaseException:
-        # The folder itself may be what cannot be used; that error must not take the place of the first.
+        # If the folder itself is unusable, this fails too; the second error must not hide the first one.
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes half-written files of a killed run."""
+    """Deletes the temporary files that a killed process left in a folder."""
     for path in folder.glob(f"*{_TEMPORARY}"):
         path.unlink(missing_ok=True)
 

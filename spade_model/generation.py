@@ -1,4 +1,4 @@
-"""Images from masks: `generate()` in Python, `spade generate` on the command line."""
+"""Generates images from masks: `generate()` in Python, `spade generate` on the command line."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ LabelFile = tuple[Path, Path | None]
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """One run of `spade generate`."""
+    """Options of `spade generate`."""
 
     name: str = "label2coco"
     """The training run whose model is used."""
     checkpoints_dir: str = "./checkpoints"
     """Folder of all runs."""
     which_epoch: str = "latest"
-    """`latest` or an epoch number that was saved."""
+    """Checkpoint of the run: `latest`, or the number of a saved epoch."""
     checkpoint: str = ""
-    """A file instead of a run: a .safetensors of this project, or the original's *_net_G.pth."""
+    """Checkpoint file to use instead of a run's: a .safetensors of this project, or the original's *_net_G.pth."""
     last_weights: bool = False
-    """Use the last weights although the checkpoint holds an average."""
+    """Use the last weights even if the checkpoint also holds averaged (EMA) weights."""
     label: str = ""
     """A label image or a folder of them; default: the data set's val split."""
     instance: str = ""
@@ -62,11 +62,11 @@ class GenerateConfig:
     samples: int = 1
     """VAE models: images per mask, each with its own style."""
     results_dir: str = "./results"
-    """Where the images and the page go, in a new folder: <run>/<epoch>, then <run>/<epoch>_2 and so on."""
+    """Folder for images and their page. They go into a new subfolder: <run>/<epoch>, then <run>/<epoch>_2 and so on."""
     how_many: int = 2**31 - 1
     """Stop after this many masks."""
     overlay: bool = False
-    """Also write the image with the label colours over it."""
+    """Also write each image with the label colours laid over it."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -75,9 +75,9 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen generator, with what it was trained on.
+    """A generator ready for inference, with its encoder and the configs it was trained with.
 
-    encoder is None without use_vae, or when the file holds none.
+    `encoder` is None without use_vae, or when the checkpoint holds no encoder.
     """
 
     generator: nn.Module
@@ -88,9 +88,10 @@ class LoadedModel:
 
     @torch.no_grad()
     def style(self, image: Image.Image | str | Path) -> tuple[Tensor, Tensor]:
-        """mu and logvar, (1, z_dim) each, of a photograph or its file.
+        """Encodes a photograph, given as an image or a file; returns mu and logvar, each (1, z_dim).
 
-        Raises UserError when the model has no encoder, and for a bad file or one of more bits than `data.image_bits`.
+        Raises UserError when the model has no encoder, and for bad files and photographs with more bits than
+        `data.image_bits`.
         """
         encoder = _require_encoder(self, "a style image")
         kind = self.data.output_nc, self.data.image_bits
@@ -102,7 +103,10 @@ class LoadedModel:
 
     @torch.no_grad()
     def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
-        """Images (N, output_nc, H, W) in [-1, 1] of a condition, with style vectors (N, z_dim) for VAE models."""
+        """Returns images, float32 (N, output_nc, H, W) in [-1, 1], for a condition.
+
+        VAE models take style vectors z (N, z_dim).
+        """
         return self.generator(segmap.to(self.device), None if z is None else z.to(self.device)).float()
 
 
@@ -118,14 +122,15 @@ def generate(
     data: DataConfig | None = None,
     model: ModelConfig | None = None,
 ) -> list[Image.Image]:
-    """Images of one label image, in the mode of the photographs that the model was trained on: RGB, L or I;16.
+    """Generates images from one label image, in the mode of the training photographs: RGB, L or I;16.
 
     Args:
         checkpoint_file: a checkpoint of this project, or the original's *_net_G.pth.
         label: the label image. instance: its instance image, for models trained with instances.
-        style_image: VAE models: a photograph whose style is taken; otherwise styles are drawn from `seed`.
+        style_image: a photograph that gives the style, for VAE models; without it, styles are drawn from `seed`.
         samples: number of images.
-        data, model: for the original's files, what their weights do not say (dataset mode, crop_size, ...).
+        data, model: configs that replace those of the checkpoint; for the original's files, the options that their
+            weights do not determine (dataset mode, crop_size, ...).
 
     Raises:
         UserError: a file is missing, damaged, of another architecture, or does not fit the model.
@@ -144,10 +149,14 @@ def load_model(
     last_weights: bool = False,
     device: str = "auto",
 ) -> LoadedModel:
-    """The model in a checkpoint of this project or in the original's *_net_G.pth (its *_net_E.pth beside it is used).
+    """Loads the model of a checkpoint of this project or of the original's *_net_G.pth.
+
+    For VAE models of the original, the *_net_E.pth in the same folder is loaded too.
 
     Args:
-        data, model: replace what the checkpoint says; for the original's files, what their weights do not say.
+        data, model: configs that replace those of the checkpoint; for the original's files, the options that their
+            weights do not determine.
+        last_weights: use the last weights even if the checkpoint also holds averaged (EMA) weights.
 
     Raises:
         UserError: the file is missing, damaged, or of another architecture; the generator cannot make images of the
@@ -172,7 +181,7 @@ def load_model(
         )
     check_choices(data)
     check_choices(model)
-    # Two images: in eval mode no batch norm needs more than one value.
+    # A batch of two skips a check for training: in eval mode batch norm accepts one value per channel.
     check_generator(data, model, batch=2)
     generator = build_generator(data, model)
     checkpoint.load_into(generator, complete(weights, generator.state_dict()), str(path))
@@ -190,10 +199,10 @@ def load_model(
 
 
 def run_generate(config: GenerateConfig) -> tuple[Path, int]:
-    """`spade generate`: writes every image and a page of them; returns the page and the number of masks.
+    """Runs `spade generate`: writes all images and their page; returns the page's path and the number of masks.
 
     Raises:
-        UserError: as `generate`; or the results cannot be written. Images made until then are kept.
+        UserError: see `generate`; or the results cannot be written. Images written before the error are kept.
     """
     for name in ("samples", "how_many"):
         if getattr(config, name) < 1:
@@ -217,7 +226,7 @@ def run_generate(config: GenerateConfig) -> tuple[Path, int]:
 
 
 def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile]) -> Iterator[PageRow]:
-    """The page's rows, one mask at a time."""
+    """Yields the page's rows, one per mask."""
     for batch in _conditions(config, loaded.data, files):
         label = condition_image(batch.segmap, 0)
         pictures: list[Image.Image | None] = [label]
@@ -229,7 +238,7 @@ def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile
 
 
 def checkpoint_path(config: GenerateConfig) -> Path:
-    """The file a GenerateConfig names. Raises UserError for a run name that is no folder name."""
+    """Returns the path of the checkpoint to use. Raises UserError for a run name that is no plain folder name."""
     if config.checkpoint:
         return Path(config.checkpoint)
     check_name(config.name)
@@ -237,20 +246,20 @@ def checkpoint_path(config: GenerateConfig) -> Path:
 
 
 def _run_and_stem(file: Path) -> tuple[str, str]:
-    """A name that tells a checkpoint from others: its folder's, which is the run's, and its own."""
-    # Not resolved: a link to a run has a name of its own.
+    """Returns the name of the checkpoint's folder, which is the run's name, and the file's name without suffix."""
+    # Links are not resolved: a link to a run keeps its own name.
     file = Path(os.path.abspath(file))
     return file.parent.name or "checkpoint", file.stem
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, or the first of folder_2, folder_3, ... that does not exist: results of two runs never mix."""
+    """Returns the first of folder, folder_2, folder_3, ... that does not exist, so that results never mix."""
     numbered = (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
 
 def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
-    """The config in the state of a training run. Raises UserError when the state has none, or a damaged one."""
+    """Returns the config in a training run's state. Raises UserError if the config is missing or damaged."""
     if "config" not in state:
         raise UserError(
             f"{path} holds no config, so it is not a training checkpoint; pass a file that `spade train` wrote"
@@ -259,7 +268,7 @@ def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
 
 
 def _conditions(config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile]) -> Iterator[Batch]:
-    """The masks of the files, or of the validation split, one at a time, without photographs."""
+    """Yields the masks of the files, or of the validation split, as batches of one without photographs."""
     if config.label:
         for label, instance in files:
             yield load_condition(label, data, instance)
@@ -292,9 +301,9 @@ def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:
 
 
 def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples: int, seed: int) -> Iterator[Tensor]:
-    """`samples` images (1, output_nc, H, W).
+    """Yields `samples` images, each (1, output_nc, H, W).
 
-    With a style image the first takes its mean style, the others vary around it.
+    With a style image, the first image uses the mean of its style distribution, and the others use random samples.
     """
     noise = torch.Generator().manual_seed(seed)
     if style_image:
@@ -311,7 +320,7 @@ def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples:
 
 
 def _require_mask_size(image: Tensor, batch: Batch) -> None:
-    """Raises UserError when an image is not as large as its mask: then it shows a squeezed or stretched one."""
+    """Raises UserError if an image and its mask differ in size, because the image would be distorted."""
     made, mask = (f"{t.shape[-1]}x{t.shape[-2]}" for t in (image, batch.segmap))
     if made != mask:
         raise UserError(
@@ -340,6 +349,6 @@ def _require_encoder(loaded: LoadedModel, what: str) -> nn.Module:
 
 
 def _encoder_shape(model: ModelConfig, state: dict[str, Tensor]) -> ModelConfig:
-    """The encoder's own width: the original's files are told by their shapes."""
+    """Returns the model config with the encoder's width, read from its weights: the original's files have no config."""
     first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4), None)
     return model if first is None else replace(model, ngf=first.shape[0])

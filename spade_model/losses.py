@@ -19,8 +19,8 @@ def gan_loss(results: Sequence[Features], gan_mode: str, *, is_real: bool, for_d
     Args:
         results: `MultiscaleDiscriminator`'s output; the last feature of each scale is its score.
         gan_mode: "hinge", "ls" (least squares), "original" (cross entropy) or "w" (Wasserstein).
-        is_real: the images are photographs, or should pass for such (the generator's side).
-        for_discriminator: the hinge applies to the discriminator only.
+        is_real: True for photographs, and for generated images in the generator's loss.
+        for_discriminator: True for the discriminator's loss; gan_mode "hinge" clips only that one.
     """
     scores = [features[-1].float() for features in results]
     return torch.stack([_score_loss(s, gan_mode, is_real, for_discriminator) for s in scores]).mean()
@@ -41,7 +41,7 @@ def _score_loss(score: Tensor, gan_mode: str, is_real: bool, for_discriminator: 
 
 
 def r1_penalty(results: Sequence[Features], image: Tensor) -> Tensor:
-    """Half the squared gradient of an image's score, averaged over the images (R1, Mescheder et al. 2018).
+    """Half the squared norm of each image's score gradient, averaged over images (R1, Mescheder et al. 2018).
 
     An image's score is the mean over its patches and the discriminator's scales, as `gan_loss` averages them.
 

@@ -1,4 +1,4 @@
-"""Generators saved by the original implementation: what their weights say about the network they belong to."""
+"""Infers the configs of the original implementation's generators from their weights."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from spade_model.config import DataConfig, ModelConfig
 from spade_model.errors import UserError
 
 _NEEDED = {"fc.weight": (2, 4), "conv_img.weight": (4,), "head_0.norm_0.mlp_shared.0.weight": (4,)}
-"""Parameters of every SPADE generator, and how many dimensions they have."""
+"""Parameters of every SPADE generator, and their possible numbers of dimensions."""
 
 
 def infer_generator(
     state: Mapping[str, Tensor], data: DataConfig, model: ModelConfig, source: str
 ) -> tuple[DataConfig, ModelConfig]:
-    """The configs a `*_net_G.pth` needs, read from its shapes.
+    """Infers the configs of a `*_net_G.pth` from the shapes of its weights.
 
-    ngf, channels of condition and image, norm, kernel size, VAE, z_dim and the `most` upsampling mode are certain. For
-    a VAE the first linear layer also gives crop size and upsampling mode together with the aspect ratio; for other
-    networks `normal` and `more` have the same weights, and `data.crop_size` and `model.num_upsampling_layers` are kept
+    The shapes determine ngf, the channels of condition and image, norm, kernel size, VAE, z_dim and the `most`
+    upsampling mode. With a VAE, crop size and upsampling mode follow from the first linear layer and the aspect ratio.
+    Without one, `normal` and `more` have equal shapes, so `data.crop_size` and `model.num_upsampling_layers` are kept
     as given.
 
     Args:
-        state: parameter names and tensors. data, model: what cannot be inferred is taken from these.
+        state: parameter names and tensors. data, model: configs with the options that cannot be inferred.
         source: where the state comes from, for messages.
 
     Raises:
-        UserError: not a SPADE generator, one of images that are neither grey nor RGB, or its condition channels
+        UserError: the state is not a SPADE generator's, its images are neither grey nor RGB, or its condition channels
             contradict label_nc and no_instance.
     """
     for name, ranks in _NEEDED.items():
@@ -58,9 +58,10 @@ def infer_generator(
 
 
 def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as current versions save it.
+    """Converts a state dict of an old PyTorch version to the current format.
 
-    Old ones lack spectral norm's second vector and batch-norm counters, and hold the normalized weight besides.
+    Old state dicts lack spectral norm's second vector and batch norm's counters, and also hold the normalized weight.
+    `wanted` is the state dict of the network that will load the result.
     """
     result = {k: v for k, v in state.items() if not (k.endswith(".weight") and f"{k}_orig" in state)}
     for name, value in wanted.items():
@@ -76,7 +77,7 @@ def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
 
 
 def _other_network(state: Mapping[str, Tensor]) -> str:
-    """The end of a message: the network that the state belongs to instead of a generator, if it can be told."""
+    """Returns the end of an error message, which names the network that the state belongs to, if recognised."""
     if any(name.startswith("discriminator_") for name in state):
         return "; these are a discriminator's weights"
     return "; these are an encoder's weights" if "fc_mu.weight" in state else ""
@@ -89,14 +90,14 @@ def _norm(state: Mapping[str, Tensor], kernel_size: int) -> str:
 
 
 def _fit_image(data: DataConfig, channels: int, source: str) -> DataConfig:
-    """The config with as many image channels."""
+    """Returns the config with `channels` image channels."""
     if channels not in (1, 3):
         raise UserError(f"{source} makes images of {channels} channels; only grey (1) and RGB (3) ones can be written")
     return replace(data, output_nc=channels)  # type: ignore[arg-type]
 
 
 def _fit_channels(data: DataConfig, channels: int, source: str) -> DataConfig:
-    """The config with as many condition channels: as given, or with the one change of flags that fits."""
+    """Returns the config with `channels` condition channels; flips no_instance or contain_dontcare_label if needed."""
     if data.semantic_nc == channels:
         return data
     for no_instance in (data.no_instance, not data.no_instance):
@@ -113,7 +114,7 @@ def _fit_channels(data: DataConfig, channels: int, source: str) -> DataConfig:
 def _fit_start(
     data: DataConfig, fixed_mode: str | None, preferred: str, pixels: int, source: str
 ) -> tuple[str, DataConfig]:
-    """The upsampling mode and crop size whose first feature map has `pixels` pixels."""
+    """Returns the upsampling mode and crop size for which the first feature map has `pixels` pixels."""
     from spade_model.networks.generator import start_size
 
     modes = [fixed_mode] if fixed_mode else [preferred, *(m for m in ("normal", "more") if m != preferred)]

@@ -25,7 +25,7 @@ PageRow = tuple[str, Sequence[Image.Image | None]]
 """A caption, and one picture (or none) for each column."""
 
 LOSSES_FILE = "losses.png"
-"""Where a `SamplePage` looks for the loss curves, in its folder."""
+"""Name of the file with the loss curves in a `SamplePage`'s folder."""
 
 _REFRESH_SECONDS = 30
 # A long run has thousands of samples; a page that reloads itself cannot show them all.
@@ -35,7 +35,7 @@ _SHOWN_SAMPLES = 100
 class _Picture(TypedDict):
     file: str
     preview: str
-    """The file that the page shows; another one when the file has 16 bits. Missing in what earlier versions wrote."""
+    """The file that the page shows; for 16-bit pictures an 8-bit copy. Manifests of earlier versions lack it."""
     width: int
     height: int
 
@@ -54,10 +54,10 @@ class _Sample(TypedDict):
 def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: Iterable[PageRow]) -> Path:
     """Saves pictures as folder/images/<column>/<caption>.png and a page that shows them.
 
-    Of pictures of 16 bits the page shows copies of 8 bits, which are in folder/previews, and links to the pictures.
+    For 16-bit pictures the page shows 8-bit copies from folder/previews, which link to the pictures.
 
-    File names are the captions with unsafe characters replaced, numbered where two would be the same. Files of an
-    earlier page with the same names are replaced, others stay. `rows` is read once, so it may be a generator.
+    File names are the captions with unsafe characters replaced, numbered where two would be equal. Files of an
+    earlier page with the same names are replaced; others are kept. `rows` is read once, so it may be a generator.
 
     Returns:
         The page, folder/index.html.
@@ -74,8 +74,8 @@ def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: I
 class SamplePage:
     """The page of a training run: loss curves on top, then samples, newest first. It reloads itself until `finish`.
 
-    A resumed run goes on with the samples listed in folder/samples.json. The curves are `LOSSES_FILE` in the folder,
-    where `plot_losses` can put them. Every file is replaced as a whole, so a reader never sees half of one.
+    A resumed run keeps the samples listed in folder/samples.json. The loss curves are the file `LOSSES_FILE` in the
+    folder, which `plot_losses` can write. Every file is replaced atomically, so a browser never reads a partial file.
 
     Raises (every method and the constructor):
         UserError: the folder cannot be written, or samples.json is damaged.
@@ -88,7 +88,7 @@ class SamplePage:
         self._write()
 
     def add(self, step: int, columns: Sequence[str], rows: Iterable[PageRow]) -> None:
-        """Adds the sample of a step, in place of an earlier one of the same step.
+        """Adds the sample of a step, or replaces an earlier sample of this step.
 
         Raises:
             ValueError: a row has more or fewer pictures than there are columns.
@@ -100,7 +100,7 @@ class SamplePage:
         self._write()
 
     def rewind(self, step: int) -> None:
-        """Drops the samples after a step, and their pictures: those of a run that goes on from that step."""
+        """Removes the samples after a step, and their pictures, for a run that resumes at that step."""
         dropped = [sample["step"] for sample in self._samples if sample["step"] > step]
         self._samples = [sample for sample in self._samples if sample["step"] <= step]
         self._write()
@@ -108,7 +108,7 @@ class SamplePage:
             shutil.rmtree(self._folder / _step_folder(later), ignore_errors=True)
 
     def finish(self) -> None:
-        """Training is over: the page no longer reloads itself."""
+        """Stops the page from reloading itself, at the end of training."""
         self._training = False
         self._write()
 
@@ -135,12 +135,12 @@ class SamplePage:
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws every loss over the steps, smoothed over its faint raw curve, as a PNG.
+    """Plots every loss over the steps as a PNG: a smoothed curve above the raw curve in a lighter shade.
 
     Args:
-        records: what `RunLog.records` returns. Losses are the entries whose names begin with a capital letter; those
-            of the discriminator begin with "D_" and have their own panel. None and NaN are gaps.
-        path: the picture, replaced as a whole.
+        records: the result of `RunLog.records`. Losses are the entries whose names begin with a capital letter; those
+            of the discriminator begin with "D_" and have their own panel. None and NaN are skipped.
+        path: path of the PNG, which is replaced atomically.
 
     Raises:
         UserError: the picture cannot be written.
@@ -156,7 +156,7 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _curve(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a loss; records without it, or with NaN, leave none."""
+    """Returns the steps and values of a loss; records without a finite value are skipped."""
     points = np.array([(r["step"], r[name]) for r in records if r.get(name) is not None], dtype=float).reshape(-1, 2)
     steps, values = points[np.isfinite(points).all(1)].T
     return steps, values
@@ -182,7 +182,7 @@ def _draw_curves(axes: Axes, title: str, curves: dict[str, tuple[np.ndarray, np.
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the curve, cut short at its ends."""
+    """Returns the moving average over a twentieth of the curve; the window is shorter at the ends."""
     window = np.ones(max(1, len(values) // 20))
     if not len(values):
         return values
@@ -220,7 +220,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _file_name(text: str, taken: set[str]) -> str:
-    """A file name that every system accepts, different from those taken even where case does not count."""
+    """Returns a file name that is valid on every system and, ignoring case, not in `taken`; adds it to `taken`."""
     # 60 characters of four bytes each, a number and a suffix stay below the usual limit of 255 bytes.
     safe = re.sub(r"[^\w.-]+", "_", text)[:60].strip("._-") or "image"
     name, number = safe, 1
@@ -262,7 +262,7 @@ def _write_page(folder: Path, **content: Any) -> Path:
 
 
 def _replace_file(path: Path, content: bytes) -> Path:
-    """Writes a file so that readers find either the old one or the new one, whole."""
+    """Replaces a file atomically. Raises UserError when it cannot be written."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from spade_model.config import DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from spade_model.config import DataConfig, ModelConfig
     from spade_model.data import Layout, SpadeDataset
+
+_BUILT_IN = ("spade_model.data", "spade_model.networks")
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,9 @@ class GeneratorSpec:
 
 DATASETS: dict[str, DatasetSpec] = {}
 GENERATORS: dict[str, GeneratorSpec] = {}
+
+
+def load() -> None:
+    """Imports the modules that register this package's own data sets and generators, which takes torch's import."""
+    for module in _BUILT_IN:
+        import_module(module)

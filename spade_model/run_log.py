@@ -1,4 +1,4 @@
-"""The numbers of a training run: one JSON line each time, the progress bar, and TensorBoard."""
+"""Logs the losses of a training run: as JSON lines, in a progress bar, and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ _logger = logging.getLogger("spade_model")
 
 
 class RunLog:
-    """Writes a run's losses to folder/log.jsonl and shows how far it is. A context manager that closes what it opened.
+    """Writes a run's losses to folder/log.jsonl and shows its progress.
+
+    It is a context manager and closes its files at the end.
 
     Args:
         folder: the run's folder, created if needed.
         total_steps: steps of the whole run, for the bar.
-        first_step: steps already done. Lines of later steps (a crashed run's tail, or all of an earlier run when
-            this is 0) are dropped from the log, and hidden in TensorBoard.
+        first_step: number of steps already done. Log lines of later steps, which a crashed or an earlier run left, are
+            removed, and hidden in TensorBoard.
         tensorboard: also write event files under folder/tensorboard.
-        progress: show a bar. Off, or when the output is not a terminal, `step` and `write` go to the logger
-            "spade_model" as INFO lines instead.
-        quiet: do nothing at all, no files and no output; for the processes beside the first.
+        progress: show a progress bar. If False, or if stderr is not a terminal, `step` and `write` send INFO lines to
+            the logger "spade_model" instead.
+        quiet: write no files and no output; for all processes but the first.
 
     Raises:
-        UserError: the folder cannot be written, or tensorboard is wanted and not installed.
+        UserError: the folder cannot be written, or `tensorboard` is True but the package is not installed.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class RunLog:
     def step(self, step: int, losses: dict[str, float], **extra: Any) -> None:
         """Logs the losses of a step, and any other JSON values (epoch, learning rate) beside them.
 
-        Numbers that are not finite are null in the log. Raises UserError when it cannot be written.
+        Numbers that are not finite are null in the log. Raises UserError when the log cannot be written.
         """
         if self._quiet:
             return
@@ -87,13 +89,16 @@ class RunLog:
             _logger.info("step %d/%d%s  %s", step, self._total_steps, self._pace(step), shown)
 
     def advance(self, n: int = 1) -> None:
-        """Moves the bar by n steps; without one, the pace that the next line shows counts them."""
+        """Counts n more steps, in the progress bar and for the pace in the next log line."""
         self._new_steps += n
         if self._bar is not None:
             self._bar.update(n)
 
     def _pace(self, step: int) -> str:
-        """Seconds per step since the last line, all included, and what is left at that pace; nothing without steps."""
+        """Returns a text with the seconds per step since the last line and the remaining time at that pace.
+
+        The seconds include everything, such as saving. The text is empty if no step was counted.
+        """
         now = time.monotonic()
         seconds, steps = now - self._since, self._new_steps
         self._since, self._new_steps = now, 0
@@ -103,14 +108,14 @@ class RunLog:
         return f"  {_short(seconds / steps)} s/step, {left} left"
 
     def write(self, message: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the progress bar, or logs it if there is no bar."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         elif not self._quiet:
             _logger.info("%s", message)
 
     def records(self) -> list[dict[str, Any]]:
-        """Every line of the log, oldest first; damaged lines are left out. Raises UserError when it cannot be read."""
+        """Returns the log's records, oldest first, without damaged lines. Raises UserError for an unreadable log."""
         if self._quiet:
             return []
         with _disk_errors(self._path), self._path.open("rb") as file:
@@ -132,7 +137,7 @@ class RunLog:
 
 
 def _drop_after(last_step: int, path: Path) -> None:
-    """Cuts the log after the last whole line of a step up to `last_step`; creates it if there is none."""
+    """Truncates the log after its last complete record with a step <= `last_step`; creates a missing log."""
     with path.open("a+b") as file:
         file.seek(0)
         position = end = 0
@@ -145,7 +150,7 @@ def _drop_after(last_step: int, path: Path) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None for one that a crash cut short or that is no record."""
+    """Returns the record of a line; None if the line is incomplete or not a record."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -167,7 +172,7 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(f"--tensorboard needs a package that is not here ({error}); pip install tensorboard") from error
+        raise UserError(f"--tensorboard needs a missing package ({error}); pip install tensorboard") from error
     with _disk_errors(folder):
         return SummaryWriter(str(folder), purge_step=first_step + 1)
 

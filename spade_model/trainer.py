@@ -1,4 +1,4 @@
-"""One training step: networks, optimizers, losses. `training.py` has the loop around it."""
+"""The networks, optimizers and losses of one training step; `training.py` contains the training loop."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """The generator (with its encoder) and the discriminator, trained against each other.
+    """Trains the generator (with its encoder) and the discriminator against each other.
 
-    With an initialised process group the networks are wrapped in DistributedDataParallel: a step then equals one
-    process's step over all the processes' batches.
+    With an initialised process group the networks are wrapped in DistributedDataParallel: a step then equals the
+    step of a single process over the batches of all processes.
 
     Args:
-        config: the run. device: where the networks live.
+        config: options of the run. device: device of the networks.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu"):
@@ -77,13 +77,15 @@ class Trainer:
                 group["lr"] = rate
 
     def step(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        """One step over `config.accumulate` batches: the generator (every D_steps_per_G-th time), the discriminator.
+        """Takes one optimizer step over `config.accumulate` batches.
+
+        Every D_steps_per_G-th call updates the generator first; every call updates the discriminator.
 
         Returns:
-            The losses, weighted as they were optimized and averaged over the batches; and the last generated images.
+            The weighted losses by name, averaged over the batches, and the generated images of the last batch.
 
         Raises:
-            UserError: the photographs have another size than the generated images.
+            UserError: photographs and generated images differ in size.
         """
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         reports: list[dict[str, Tensor]] = []
@@ -97,7 +99,7 @@ class Trainer:
         return {name: value for report in reports for name, value in report.items()}, fake
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on bitwise."""
+        """Returns the state of networks, optimizers and gradient scalers, and the number of steps."""
         state: dict[str, Any] = {
             "G": self.generator.state_dict(),
             "D": self.discriminator.state_dict(),
@@ -114,18 +116,18 @@ class Trainer:
         return state
 
     def first_nonfinite(self) -> str | None:
-        """The first weight or norm statistic that is not finite, by network and name; None when all are."""
+        """Returns the network and name of the first weight or buffer that is not finite; None if all are finite."""
         networks = nn.ModuleDict({"G": self.generator, "D": self.discriminator})
         if self.encoder is not None:
             networks["E"] = self.encoder
         return next((name for name, value in networks.state_dict().items() if not value.isfinite().all()), None)
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Takes up a saved state. Raises UserError when it is incomplete or belongs to other networks."""
+        """Loads a state that `state_dict` returned. Raises UserError if it is incomplete or of other networks."""
         for name in ("optimizer_G", "optimizer_D", "scaler_G", "scaler_D", "steps"):
             if name not in state:
                 raise UserError(
-                    f"{source} holds no {name}, so no run can go on from it; pass a file that `spade train` wrote"
+                    f"{source} holds no {name}, so no run can be resumed from it; pass a file that `spade train` wrote"
                 )
         if self.encoder is None and "E" in state:
             raise UserError(f"{source} was trained with --use_vae; continue with it")
@@ -141,7 +143,7 @@ class Trainer:
         self.optimizer_G.load_state_dict(state["optimizer_G"])
         self.optimizer_D.load_state_dict(state["optimizer_D"])
         for scaler, saved in ((self.scaler_G, state["scaler_G"]), (self.scaler_D, state["scaler_D"])):
-            # Empty unless the state was trained with --precision fp16; a scaler then starts anew.
+            # The saved state is empty unless the run used fp16; the new scaler then keeps its initial state.
             if saved:
                 scaler.load_state_dict(saved)
         self.steps = state["steps"]
@@ -190,7 +192,7 @@ class Trainer:
         if self._parallel_encoder is not None:
             mu, logvar = self._parallel_encoder(batch.image)
             z = _sample(mu, logvar)
-            # The divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
+            # The KL divergence is a sum over the batch; gradients are averaged over processes and accumulated batches.
             terms["KLD"] = losses.kld_loss(mu, logvar) * config.lambda_kld * world_size() * config.accumulate
         fake = self._parallel_generator(batch.segmap, z)
         on_fake, on_real = self._discriminate(self.discriminator, fake, batch)
@@ -204,11 +206,11 @@ class Trainer:
         return terms
 
     def _r1_penalty(self, batch: Batch) -> Tensor:
-        """The R1 penalty on the photographs, in float32 whatever the precision."""
+        """Returns the R1 penalty on the photographs, computed in float32 for every --precision."""
         assert batch.image is not None
         image = batch.image.detach().requires_grad_()
-        # The network itself: compiled code cannot be differentiated twice, and DistributedDataParallel, whose hooks are
-        # the parameters', averages the gradients of this pass with those of its own.
+        # This calls the plain network, because compiled code cannot be differentiated twice. DistributedDataParallel
+        # averages these gradients too, because its hooks belong to the parameters.
         with torch.autocast(self.device.type, enabled=False):
             return losses.r1_penalty(self.discriminator(batch.segmap, image), image)
 
@@ -226,12 +228,12 @@ class Trainer:
             network = torch.compile(network)  # type: ignore[assignment]
         if world_size() == 1:
             return network
-        # Buffers stay equal by themselves: spectral vectors follow the weights, norm statistics are synchronized.
+        # Buffers are equal in all processes: spectral vectors depend on the weights, and statistics are synchronized.
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, **{_BUFFER_OPTION: False})  # type: ignore[arg-type]
 
     def _last_only(self, networks: Sequence[nn.Module | None], last: bool):
-        """Exchanges gradients between processes in the last accumulated batch only."""
+        """Returns a context in which processes exchange gradients only if this is the last accumulated batch."""
         stack = ExitStack()
         for network in networks:
             if isinstance(network, DistributedDataParallel) and not last:
@@ -244,7 +246,10 @@ class Trainer:
 
 
 def learning_rates(config: TrainConfig, epoch: int) -> tuple[float, float]:
-    """(generator's, discriminator's) learning rate in an epoch counted from 1: constant, then linear decay to zero."""
+    """Returns the learning rates of generator and discriminator in an epoch, counted from 1.
+
+    They are constant for niter epochs and then decay linearly to zero over niter_decay epochs.
+    """
     lr = config.lr
     if config.niter_decay:
         lr -= max(0, epoch - 1 - config.niter) * (config.lr / config.niter_decay)
@@ -256,7 +261,7 @@ def _size_error(fake: Tensor, batch: Batch) -> UserError:
     (height, width), (made_height, made_width) = batch.image.shape[2:], fake.shape[2:]
     return UserError(
         f"{batch.names[0]} is {width}x{height} pixels after preprocessing, but the generator makes "
-        f"{made_width}x{made_height} of it. Choose --crop_size and --aspect_ratio for the images' size, or a "
+        f"{made_width}x{made_height}. Choose --crop_size and --aspect_ratio for the images' size, or a "
         "--preprocess_mode that gives them this size (resize_and_crop, fixed)"
     )
 

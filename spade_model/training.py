@@ -1,4 +1,4 @@
-"""The training loop: data in, steps, logs and samples out, state saved so that a run can stop anywhere."""
+"""The training loop, with logs, sample images and checkpoints; a run can stop and resume at any step."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from spade_model.visualize import condition_image, to_image
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
-    """Trains as the config says, alone or as one of torchrun's processes, and returns the run's folder.
+    """Trains a model, in a single process or as one of torchrun's processes, and returns the run's folder.
 
-    The state is saved every save_latest_freq steps, at kept epochs, at the end, and on Ctrl-C or SIGTERM; training
-    then goes on from there with continue_train, bitwise as if it had not stopped.
+    The state is saved every save_latest_freq steps, every save_epoch_freq epochs, at the end, and on Ctrl-C or SIGTERM.
+    With continue_train, training resumes from the saved state, with results bitwise equal to an uninterrupted run.
 
     Raises:
         UserError: the config, the data, or the state to continue from cannot be used; the disk is full; or the losses
-            diverged. What was saved before stays.
+            diverged. Earlier checkpoints are kept.
     """
     check_train_config(config)
     with _processes(config.device) as (rank, world_size):
@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
 
 class _Run:
-    """A training run in one process: its data, its trainer, and where in the data it is."""
+    """A training run in one process: the data, the trainer and the position in the data."""
 
     def __init__(self, config: TrainConfig, rank: int, world_size: int):
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -99,7 +99,7 @@ class _Run:
             self.page.rewind(self.trainer.steps)
 
     def loop(self, log: RunLog) -> None:
-        """Steps until the last epoch, the step limit, or a signal to stop."""
+        """Trains until the last epoch, the step limit, or a signal to stop."""
         config, saved_at = self.config, self.trainer.steps
         if saved_at >= self.total_steps:
             what = "all steps" if config.max_steps == self.total_steps else "all epochs"
@@ -135,7 +135,7 @@ class _Run:
             )
 
     def close(self) -> None:
-        """However the run ended, its page must not reload itself any longer."""
+        """Stops the sample page from reloading itself, however the run ended."""
         if self.page is not None:
             with suppress(UserError):
                 self.page.finish()
@@ -154,7 +154,7 @@ class _Run:
         )
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        """The batches of each remaining step of the epoch; batches that do not fill a step are left out."""
+        """Yields the batches of each remaining step of the epoch; batches that do not fill a step are dropped."""
         self.trainer.set_epoch(self.epoch)
         loader = iter(self._loader(self.epoch, self.batches_done))
         while len(batches := self._next_batches(loader)) == self.config.accumulate:
@@ -167,7 +167,7 @@ class _Run:
             message = str(error)
             if isinstance(error, DataError):
                 message += "\n`spade doctor` with the same options for the data lists every bad file"
-            # Between two steps the state is whole. Several processes cannot save it without the one that failed.
+            # Between steps the state is consistent. With several processes, saving needs the process that failed, too.
             if self.world_size == 1 and self.trainer.steps:
                 self._save("latest")
                 message += (
@@ -239,7 +239,7 @@ class _Run:
         missing = [name for name in ("config", "epoch", "batches_done", "random") if name not in state]
         if missing:
             raise UserError(
-                f"{path} holds no {missing[0]}, so no run can go on from it; pass a file that `spade train` wrote"
+                f"{path} holds no {missing[0]}, so no run can be resumed from it; pass a file that `spade train` wrote"
             )
         before = config_from_dict(state["config"], str(path))
         for name, old, new in (
@@ -265,9 +265,9 @@ class _Run:
 
 
 class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one acts as usual.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one has its usual effect.
 
-    `requested` is what the last `check` said, and thereby the same in all processes.
+    `requested` is the result of the last `check`, so it is equal in all processes.
     """
 
     def __init__(self, device: torch.device, world_size: int):
@@ -277,7 +277,7 @@ class _StopSignal:
 
     def __enter__(self) -> _StopSignal:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread only, and lets no other set handlers.
+            return self  # Only the main thread receives signals and can set handlers.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self
@@ -287,7 +287,7 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> bool:
-        """True if any process was asked to stop; all processes get the same answer."""
+        """Returns True if any process was asked to stop; the result is equal in all processes."""
         self.requested = self._received
         if self._world_size > 1:
             flag = torch.tensor(float(self._received), device=self._device)
@@ -302,9 +302,9 @@ class _StopSignal:
 
 @contextmanager
 def _processes(device: str) -> Iterator[tuple[int, int]]:
-    """(rank, world size); joins torchrun's processes when it started this one.
+    """Yields (rank, world size); joins torchrun's process group if torchrun started this process.
 
-    Raises UserError when the environment is only half of torchrun's.
+    Raises UserError when WORLD_SIZE is set but other variables that torchrun sets are missing or wrong.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -321,17 +321,17 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
         ) from error
     try:
         yield dist.get_rank(), dist.get_world_size()
-        # Gloo's thread frees the tensors of a collective when the next one comes, and needs Python's lock for it: freed
-        # by the destruction of the group, whose caller holds that lock, they would block it for ever.
+        # Gloo's thread frees a collective's tensors at the next collective, and needs the GIL for that. Without this
+        # barrier, destroying the group would free them while its caller holds the GIL: a deadlock.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def index_builder(generator: nn.Module, scales: int) -> Callable[[LabelMap], None]:
-    """Returns a function that builds the window indexes of a label map for training with so many scales.
+    """Returns a function that builds the window indexes of a label map, for `scales` discriminator scales.
 
-    The loader's workers get it: it holds no network.
+    The function is sent to the loader's workers, so it holds no reference to a network.
     """
     sizes, kernel_size = [], 3
     if isinstance(generator, SPADEGenerator):
@@ -345,7 +345,7 @@ def _build_indexes(label_map: LabelMap, sizes: list[tuple[int, int]], kernel_siz
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `--device` names; "auto" is cuda when there is one. Raises UserError when it cannot be used."""
+    """Returns the device that `name` stands for; "auto" is cuda if available. Raises UserError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -362,7 +362,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _gather_random_states(device: torch.device, world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Every process's random state, by rank."""
+    """Returns the random states of all processes, ordered by rank."""
     mine = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         mine["cuda"] = torch.cuda.get_rng_state(device)

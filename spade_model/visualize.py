@@ -1,4 +1,4 @@
-"""Tensors as pictures: photographs, label maps, and the conditions the networks see."""
+"""Converts tensors to pictures: photographs, label maps and the networks' conditions."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ _EDGE_BRIGHTNESS = 0.55
 
 @lru_cache(maxsize=8)
 def label_colours(num_labels: int) -> np.ndarray:
-    """Read-only uint8 (num_labels, 3): the RGB colour of every label, always the same for the same number.
+    """Returns the RGB colours of all labels, read-only uint8 (num_labels, 3), which depend only on `num_labels`.
 
-    35 labels have the Cityscapes colours (where some classes share one), 7 the natural colours of the toy landscapes.
-    Others have generated colours, as far apart as they can be; beyond about two thousand they repeat.
+    35 labels have the Cityscapes colours, where some classes share a colour; 7 labels have the natural colours of the
+    toy landscapes. Other numbers of labels have generated colours that are as far apart as possible; beyond about two
+    thousand labels, colours repeat.
     """
     palette = _WELL_KNOWN.get(num_labels)
     colours = _spread_colours(num_labels) if palette is None else np.array(palette, dtype=np.uint8)
@@ -55,7 +56,7 @@ def label_colours(num_labels: int) -> np.ndarray:
 
 
 def colour_labels(labels: torch.Tensor | np.ndarray, num_labels: int) -> Image.Image:
-    """RGB picture of an integer (H, W) label map. Labels outside 0..num_labels-1 (no class) are black.
+    """Draws an integer label map (H, W) as an RGB picture. Labels outside 0..num_labels-1 (no class) are black.
 
     Raises:
         ValueError: labels are not (H, W).
@@ -64,16 +65,16 @@ def colour_labels(labels: torch.Tensor | np.ndarray, num_labels: int) -> Image.I
 
 
 def to_image(image: torch.Tensor, bits: int = 8) -> Image.Image:
-    """Picture of a floating point (3, H, W) or (1, H, W) tensor of any precision, on any device: RGB or grey.
+    """Converts a floating-point tensor (3, H, W) or (1, H, W), on any device, to an RGB or grey picture.
 
-    -1 is black and 1 full; values beyond are clamped. Pixels with a NaN are magenta, so that they are seen; a grey
-    picture that has some is RGB.
+    -1 is black and 1 is full brightness; values outside are clamped. Pixels with NaN are magenta, so that they are
+    visible; a grey picture with such pixels becomes RGB.
 
     Args:
-        bits: 8, or 16 of a grey picture, which then has mode I;16 and black pixels for NaN.
+        bits: 8, or 16 for grey pictures, which then have mode I;16 and black pixels for NaN.
 
     Raises:
-        ValueError: the tensor is neither (3, H, W) nor (1, H, W), or 16 bits are asked of three channels.
+        ValueError: the tensor is neither (3, H, W) nor (1, H, W), or has three channels with `bits` 16.
     """
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"expected an image (1, H, W) or (3, H, W), got shape {tuple(image.shape)}")
@@ -91,19 +92,19 @@ def to_image(image: torch.Tensor, bits: int = 8) -> Image.Image:
 
 
 def preview(image: Image.Image) -> Image.Image:
-    """A picture of mode I;16 with 8 bits, mode L."""
+    """Converts a picture of mode I;16 to 8 bits, mode L."""
     # Pillow's own conversion clips at 255.
     return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
 
 
 def condition_image(segmap: LabelMap | torch.Tensor, index: int) -> Image.Image:
-    """RGB picture of one image's condition.
+    """Draws the condition of one image of a batch as an RGB picture.
 
     Args:
-        segmap: a label map, drawn in the colours of its labels, darker on instance edges; or a dense floating point
-            condition (N, C, H, W), of which the first three channels are shown as `to_image` does, or the first one
-            in grey when there are fewer.
-        index: which image of the batch.
+        segmap: a label map, drawn in the colours of its labels and darker on instance edges; or a floating-point
+            condition (N, C, H, W), of which `to_image` shows the first three channels, or the first channel in grey
+            if C < 3.
+        index: index of the image in the batch.
     """
     if not isinstance(segmap, LabelMap):
         planes = segmap[index]
@@ -116,9 +117,9 @@ def condition_image(segmap: LabelMap | torch.Tensor, index: int) -> Image.Image:
 
 
 def overlay(image: Image.Image, labels: Image.Image, alpha: float = 0.5) -> Image.Image:
-    """`image` with the label picture laid over it: 0 shows the image alone, 1 the labels alone.
+    """Blends `image` with the label picture: `alpha` 0 shows only the image, 1 only the labels.
 
-    The labels are brought to the image's size without mixing their colours.
+    The labels are resized to the image's size by nearest-neighbour sampling, so that colours do not mix.
     """
     labels = labels.convert("RGB").resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image.convert("RGB"), labels, alpha)
@@ -133,7 +134,7 @@ def _paint(labels: torch.Tensor | np.ndarray, num_labels: int) -> np.ndarray:
 
 
 def _spread_colours(count: int) -> np.ndarray:
-    """uint8 (count, 3): farthest-point sampling of the colours that are neither gloomy, washed out nor glaring."""
+    """Returns uint8 (count, 3), a farthest-point sample of the colours with medium lightness and chroma."""
     levels = np.arange(25, 250, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
     lab = _oklab(candidates)
@@ -149,7 +150,7 @@ def _spread_colours(count: int) -> np.ndarray:
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """Oklab coordinates, in which Euclidean distance is how different two colours look, of sRGB in 0..255 (n, 3)."""
+    """Converts sRGB (n, 3) in 0..255 to Oklab, where Euclidean distance approximates perceived difference."""
     encoded = rgb / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     cones = np.array(

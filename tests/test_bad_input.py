@@ -228,7 +228,11 @@ BAD_TENSORS: dict[str, tuple[type[Exception], Attempt, list[str]]] = {
     "discriminator: image channels": (ValueError, lambda: judge(LABELS, X), ["(N, 3, H, W)", "(2, 4, 8, 8)"]),
     "discriminator: image rank": (ValueError, lambda: judge(LABELS, IMAGES[0]), ["(N, 3, H, W)", "(3, 8, 8)"]),
     "discriminator: image integer": (ValueError, lambda: judge(LABELS, IMAGES.byte()), ["float", "torch.uint8"]),
-    "discriminator: batch": (ValueError, lambda: judge(LABELS, IMAGES[:1]), ["2 images", "of which 1 is no multiple"]),
+    "discriminator: batch": (
+        ValueError,
+        lambda: judge(LABELS, IMAGES[:1]),
+        ["1 images", "not a multiple of the 2 masks"],
+    ),
     "encoder: channels": (ValueError, lambda: ConvEncoder(ngf=2, z_dim=4)(X), ["(N, 3, H, W)", "(2, 4, 8, 8)"]),
     "norm": (UserError, lambda: MultiscaleDiscriminator(3, norm_D="layer"), ["'layer'", "instance, batch"]),
     "init_type": (UserError, lambda: initialize(torch.nn.Linear(1, 1), "lecun"), ["'lecun'", "xavier"]),

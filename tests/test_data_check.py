@@ -269,7 +269,7 @@ class TestBadFolders:
     def test_two_label_images_for_one_photograph(self, tmp_path):
         config = make_coco(tmp_path)
         save(tmp_path / "train_label/1.bmp", ids())
-        with pytest.raises(UserError, match=r"1\.(png|bmp): pairs like 1\.(png|bmp).*Rename or remove"):
+        with pytest.raises(UserError, match=r"1\.(png|bmp): has the same pairing name as 1\.(png|bmp).*Rename"):
             create_dataset(config, "train")
 
     def test_links_in_a_circle(self, tmp_path):
@@ -340,22 +340,22 @@ class TestCheckDataset:
         assert str(error).startswith(f"{tmp_path}/train_img/1.jpg: the image is 30x40, but its label image")
         assert "Apply its EXIF orientation" in error.fix
         assert (warning.path, warning.is_warning) == (tmp_path / "train_img/0.jpg", True)
-        assert "has an EXIF orientation, as 2 file(s) in all" in warning.what
+        assert "has an EXIF orientation (2 file(s) in total)" in warning.what
 
     @pytest.mark.parametrize(
         ("photographs", "options", "warnings"),
         [
-            ([rgb(), ids()], {}, ["1 is grey, as 1 photograph(s)"]),
-            ([rgb(), ids()], {"output_nc": 1}, ["0 is stored with colours, as 1 photograph(s)"]),
+            ([rgb(), ids()], {}, ["1 is grey (1 photograph(s)"]),
+            ([rgb(), ids()], {"output_nc": 1}, ["0 has colours (1 photograph(s)"]),
             (
                 [ids(40000, np.uint16), ids(200)],
                 {"output_nc": 1, "image_bits": 16},
-                ["1 has 8 bits, as 1 photograph(s)"],
+                ["1 has 8 bits (1 photograph(s)"],
             ),
             (
                 [ids(9, np.uint16), ids(4095, np.uint16)],
                 {"output_nc": 1, "image_bits": 16},
-                ["1 its highest level, 4095"],
+                ["1 no photograph has a higher level than this one, 4095"],
             ),
             ([ids(9, np.uint16), ids(50000, np.uint16)], {"output_nc": 1, "image_bits": 16}, []),
         ],

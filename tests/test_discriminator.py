@@ -25,5 +25,5 @@ def test_batches_are_judged_as_each_alone(dense):
 
 def test_images_that_leave_some_without_a_mask():
     network = MultiscaleDiscriminator(3, ndf=2)
-    with pytest.raises(ValueError, match="segmap holds 2 images, of which 3 is no multiple"):
+    with pytest.raises(ValueError, match="image holds 3 images, not a multiple of the 2 masks"):
         network(random_label_map("blobs", (2, 16, 16), 3), torch.randn(3, 3, 16, 16))

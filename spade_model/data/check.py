@@ -1,4 +1,4 @@
-"""Finds everything that is wrong with a data set at once, by reading each file as training would."""
+"""Finds all problems of a data set in one pass, by reading each file as training does."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def check_dataset(
     num_threads: int = 8,
     progress: Callable[..., Iterable[Any]] | None = None,
 ) -> list[Problem]:
-    """Every problem of the split "train" or "val", warnings last; an empty list when the data set is sound.
+    """Returns all problems of the split "train" or "val", warnings last; the list is empty if there are none.
 
     Args:
-        need_images: also check the photographs and that they pair; otherwise labels and instances alone.
-        num_threads: files read at a time.
+        need_images: also check photographs and their pairing; otherwise only labels and instances are checked.
+        num_threads: number of threads that read files.
         progress: wraps the iterable of checked items and takes its length as `total`, like `tqdm.tqdm`.
 
-    Never raises for bad data: a configuration that fits no data set is a problem without a path.
+    It never raises for bad data or options: wrong options are a problem without a path.
     """
     try:
         check_config(config)
@@ -79,16 +79,16 @@ def check_dataset(
 
 @dataclass
 class _Report:
-    """The findings about one item's files."""
+    """The problems and remarks found in one item's files."""
 
     problems: list[Problem] = field(default_factory=list)
     remarks: list[tuple[str, Path]] = field(default_factory=list)
     """Keys of `_WARNINGS` and the files they apply to."""
     brightest: float = -1
-    """The highest level of a photograph of 16 bits."""
+    """The highest level of the photograph with image_bits 16; otherwise -1."""
 
     def attempt(self, action: Callable[[], _Result]) -> _Result | None:
-        """The action's result; or None, when it finds a problem."""
+        """Returns the action's result; if it raises DataError, stores the problem and returns None."""
         try:
             return action()
         except DataError as error:
@@ -99,12 +99,12 @@ class _Report:
 def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
     report = _Report()
     report.attempt(partial(read_condition, files.label, config))
-    # From the header, so that a label image with bad ids does not hide problems of size.
+    # Mode and size come from the header, so that sizes are checked even if the ids are bad.
     mode, size = read_header(files.label) or ("", None)
     if mode == "P" and config.label_nc:
         report.remarks.append(("palette", files.label))
     if size is not None:
-        # The corner of the crop does not matter: it fits everywhere or nowhere.
+        # The random position of the crop does not matter: the check concerns only its size.
         random = np.random.default_rng(0) if split == "train" else None
         report.attempt(partial(plan_geometry, size, config, random, files.label))
     read_image = partial(read_photograph, channels=config.output_nc, bits=config.image_bits)
@@ -121,7 +121,7 @@ def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
 
 
 def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig, report: _Report) -> None:
-    """Reports how its file differs from what the options say; `photograph` is what training makes of it."""
+    """Adds remarks where the file's mode differs from the options; `photograph` is the converted image."""
     mode, _ = read_header(path) or ("", None)
     is_grey = mode in GREY_MODES
     if is_grey != (config.output_nc == 1):
@@ -133,7 +133,7 @@ def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig,
 
 
 def _missing_folders(config: DataConfig) -> list[Problem]:
-    """Problems for folders that the options name and that do not exist."""
+    """Returns a problem for each folder that an option names and that does not exist."""
     options = DATASETS[config.dataset_mode].folder_options if config.dataset_mode in DATASETS else ()
     folders = {option: Path(getattr(config, option)) for option in options if getattr(config, option)}
     return [Problem(p, "no such folder", f"Check --{option}") for option, p in folders.items() if not p.is_dir()]
@@ -146,27 +146,27 @@ def _stray(path: Path) -> Problem:
 
 _WARNINGS = {
     "palette": (
-        "has a palette, as {} label image(s) in all: the palette's indexes are used as ids",
+        "has a palette ({} label image(s) in total): the palette's indexes are used as ids",
         "Check that the indexes, not the colours, are the classes",
     ),
     "turned": (
-        "has an EXIF orientation, as {} file(s) in all: viewers turn it, training reads it as it is stored",
-        "Apply the tag to the pixels (PIL.ImageOps.exif_transpose), unless mask and photograph fit as they are stored",
+        "has an EXIF orientation ({} file(s) in total): viewers rotate the image, training reads it as stored",
+        "Apply the tag to the pixels (PIL.ImageOps.exif_transpose), unless mask and photograph match as stored",
     ),
     "grey": (
-        "is grey, as {} photograph(s) in all: its channel becomes red, green and blue",
+        "is grey ({} photograph(s) in total): its channel is repeated for red, green and blue",
         "Pass --output_nc 1 to train on grey images",
     ),
     "colour": (
-        "is stored with colours, as {} photograph(s) in all: training reads their luma",
+        "has colours ({} photograph(s) in total): training converts them to grey (luma)",
         "Leave --output_nc 1 out to train on colours",
     ),
     "8 bits": (
-        "has 8 bits, as {} photograph(s) in all: its levels are spread over the range of 16 bits",
-        "Export it with 16 bits, unless white is meant to be as bright as in the others",
+        "has 8 bits ({} photograph(s) in total): its levels are scaled to the 16-bit range",
+        "Export it with 16 bits, unless its white should be as bright as in 16-bit photographs",
     ),
 }
-"""Properties of files that may be meant, and what to do if they are not; one warning for all such files."""
+"""Properties that may be intended, and the fix if they are not. Files with the same property share one warning."""
 
 
 def _warning(remark: str, paths: list[Path]) -> Problem:
@@ -175,7 +175,7 @@ def _warning(remark: str, paths: list[Path]) -> Problem:
 
 
 def _dark_warning(level: float, path: Path) -> Problem:
-    what = f"its highest level, {level:.0f} of {FULL_16}, is the highest of all photographs: they are almost black"
+    what = f"no photograph has a higher level than this one, {level:.0f} of {FULL_16}: all are almost black"
     return Problem(
         path, what, "Scale the levels of all photographs by the same factor, up to 65535 or close to it", True
     )

@@ -1,4 +1,4 @@
-"""From the ids in a label file to the classes of the model: the only place that knows the rules."""
+"""Converts the ids in a label file to the classes of the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from spade_model.data.problem import DataError, data_error
 from spade_model.registry import DATASETS
 
 UNKNOWN_ID = 255
-"""The id that label files use for "no class"."""
+"""The id that stands for "no class" in label files."""
 
 
 def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
-    """Classes 0..config.num_labels-1 of the ids of one label file; both int32 (H, W).
+    """Converts the ids of a label file, int32 (H, W), to classes 0..config.num_labels-1, int32 (H, W).
 
-    With contain_dontcare_label, 255 becomes class label_nc. With ade20k_shift, so does 0, and ids 1.. become classes
-    0... Raises DataError naming the worst id, its first pixel and the number of pixels at fault.
+    With contain_dontcare_label, id 255 becomes class label_nc. With ade20k_shift, id 0 becomes class label_nc too, and
+    every other id is reduced by 1. Raises DataError with the largest wrong id, its first pixel and the number of wrong
+    pixels.
     """
     unknown = ids == UNKNOWN_ID if config.contain_dontcare_label else np.zeros_like(ids, dtype=bool)
     classes = ids
@@ -44,7 +45,7 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
 
 
 def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
-    """(The fix, the least label_nc with a place for the ids, 0 if more classes would not help)."""
+    """Returns the fix, and the smallest label_nc that includes the ids, or 0 if more classes would not help."""
     spec = DATASETS[config.dataset_mode]
     if worst > UNKNOWN_ID and spec.byte_ids:
         return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0

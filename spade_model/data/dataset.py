@@ -1,4 +1,4 @@
-"""The data sets: an item is a pure function of (configuration, split, epoch, index)."""
+"""The data sets. An item depends only on the configuration, the split, the epoch and the index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ItemKey = int | tuple[int, int]
 
 
 class SpadeDataset(Dataset[Sample]):
-    """The interface between a data set and the loader. Validation items are the same in every epoch.
+    """Base class of all data sets. Validation items are the same in every epoch.
 
     Subclasses define `__len__` and `sample`. Without `need_images` samples do not need a photograph.
     """
@@ -36,7 +36,7 @@ class SpadeDataset(Dataset[Sample]):
         raise NotImplementedError
 
     def __getitem__(self, key: ItemKey) -> Sample:
-        """The item; raises IndexError beyond the end and DataError for bad files."""
+        """Returns the item; raises IndexError for an index out of range and DataError for bad files."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
@@ -65,10 +65,10 @@ class FolderDataset(SpadeDataset):
 
 
 def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) -> SpadeDataset:
-    """The data set of the split "train" or "val"; without photographs unless `need_images`.
+    """Creates the data set of the split "train" or "val"; without `need_images` its samples have no photographs.
 
-    Raises UserError when the configuration does not fit the data set, folders are missing or empty, or files lack
-    their partner.
+    Raises UserError when the configuration does not fit the data set, folders are missing or empty, or a label image
+    has no photograph or instance image, or the reverse.
     """
     check_config(config)
     if split not in SPLITS:
@@ -77,18 +77,18 @@ def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) 
 
 
 def load_condition(label: str | Path, config: DataConfig, instance: str | Path | None = None) -> Batch:
-    """A batch of one, without photograph, from a label image (with label_nc 0: an RGB image) and its instance image.
+    """Reads a label image (an RGB image if label_nc is 0) and its instance image as a batch of one without photograph.
 
-    Preprocessed like a validation item; for a data set without files, resized to the size the generator makes.
-    Raises UserError when the instance image is missing though the configuration uses instances, when it is there though
-    the configuration does not, and for bad files.
+    The images are preprocessed like validation items; for a data set without files, they are resized to the size of
+    generated images. Raises UserError for bad files, when `instance` is missing although the configuration uses
+    instances, and when `instance` is given although the configuration does not use them.
     """
     check_config(config)
     if instance is None and not config.no_instance:
         raise UserError(
             f"{label}: the model takes instance boundaries, but there is no instance image. "
-            "Give one with --instance (instance=... in Python); an image of the same size with one value everywhere "
-            "means: no boundaries."
+            "Give one with --instance (instance=... in Python); an image of the same size with a single value has no "
+            "boundaries."
         )
     if instance is not None and config.no_instance:
         raise UserError(
@@ -102,7 +102,7 @@ def load_condition(label: str | Path, config: DataConfig, instance: str | Path |
 
 
 def check_config(config: DataConfig) -> None:
-    """Raises UserError for values that no data set can be read with, or that do not fit this one."""
+    """Raises UserError for options that are out of range, contradict each other or do not fit this data set."""
     check_choices(config)
     spec = DATASETS[config.dataset_mode]
     least = {"label_nc": 0, "load_size": 1, "crop_size": 1, "batch_size": 1, "num_workers": 0}

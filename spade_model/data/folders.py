@@ -1,4 +1,4 @@
-"""Finding the files of a data set and pairing label images with photographs and instance images."""
+"""Finds the files of a data set, and pairs label images with photographs and instance images."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _SHOWN_PROBLEMS = 5
 
 @dataclass
 class Listing:
-    """The contents of the folders."""
+    """The files of a data set, and the problems found while its folders were read."""
 
     items: list[ItemFiles] = field(default_factory=list)
-    """One for each label image, in natural order ("9" before "10"), at most max_dataset_size. A partner that was not
-    found, or is not needed, is None."""
+    """One item for each label image, in natural order ("9" before "10"), at most max_dataset_size. A photograph or
+    instance image that is missing or not needed is None."""
     problems: list[Problem] = field(default_factory=list)
     """Missing and empty folders, and files without a partner."""
     strays: list[Path] = field(default_factory=list)
-    """Files that are not images, in folders that should hold nothing else."""
+    """Files that are not images, in folders that should contain only images."""
 
 
 def list_files(config: DataConfig, split: str, *, need_images: bool) -> Listing:
-    """Pairs the files of the split "train" or "val"; reports all that is wrong with folders and names.
+    """Pairs the files of the split "train" or "val" and lists all problems of folders and names.
 
-    Raises UserError only when the configuration itself cannot be met (`data_layout`).
+    Raises UserError only for a configuration that `data_layout` refuses.
     """
     layout = data_layout(config, split, need_images=need_images)
     listing = Listing()
@@ -44,7 +44,7 @@ def list_files(config: DataConfig, split: str, *, need_images: bool) -> Listing:
     labels = found[layout.labels.role]
     for group in layout.groups[1:]:
         files = found[group.role]
-        # An empty group is a problem of its own already; not one more for each file of the other group.
+        # An empty group has already been reported once; do not report it again for each file of the other group.
         if labels and files:
             listing.problems += _unpaired(layout.labels, labels, group, files, by_name=not config.no_pairing_check)
             listing.problems += _unpaired(group, files, layout.labels, labels, by_name=not config.no_pairing_check)
@@ -56,7 +56,7 @@ def list_files(config: DataConfig, split: str, *, need_images: bool) -> Listing:
 
 
 def find_items(config: DataConfig, split: str, *, need_images: bool) -> list[ItemFiles]:
-    """The paired files of a split. Raises UserError naming the first few problems when anything is wrong."""
+    """Returns the paired files of a split. Raises UserError with the first few problems if there are any."""
     listing = list_files(config, split, need_images=need_images)
     if listing.problems:
         lines = [str(problem) for problem in listing.problems[:_SHOWN_PROBLEMS]]
@@ -67,11 +67,11 @@ def find_items(config: DataConfig, split: str, *, need_images: bool) -> list[Ite
 
 
 _Key = tuple[int, str]
-"""Number of the folder in its group, and the layout's pairing key."""
+"""Index of the folder within its group, and the pairing key."""
 
 
 def _scan(group: FileGroup, pairing_key: Callable[[str], str], listing: Listing) -> dict[_Key, Path]:
-    """The group's files by key, in natural order. Adds to the listing's problems and strays."""
+    """Returns the group's files by key, in natural order; adds problems and strays to the listing."""
     files: dict[_Key, Path] = {}
     for number, folder in enumerate(group.folders):
         if not folder.is_dir():
@@ -87,7 +87,7 @@ def _scan(group: FileGroup, pairing_key: Callable[[str], str], listing: Listing)
                 continue
             key = (number, pairing_key(relative))
             if key in files:
-                what = f"pairs like {files[key].name}, which is also a {group.role}"
+                what = f"has the same pairing name as {files[key].name}, another {group.role}"
                 listing.problems.append(Problem(path, what, "Rename or remove one of the two"))
             else:
                 files[key] = path
@@ -99,7 +99,10 @@ def _scan(group: FileGroup, pairing_key: Callable[[str], str], listing: Listing)
 
 
 def _walk(folder: Path, listing: Listing) -> Iterator[str]:
-    """All files below the folder, relative to it, through links to folders; no hidden ones and no folder twice."""
+    """Yields the paths of all files below the folder, relative to it.
+
+    It follows links to folders, but visits no folder twice; it skips hidden files and folders.
+    """
     visited = set()
 
     def report(error: OSError) -> None:
@@ -119,7 +122,7 @@ def _walk(folder: Path, listing: Listing) -> Iterator[str]:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key that orders runs of digits by value."""
+    """Returns a sort key that orders runs of digits by value."""
     return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -130,10 +133,10 @@ def _by_position(files: dict[_Key, Path]) -> dict[_Key, Path]:
 def _unpaired(
     group: FileGroup, files: dict[_Key, Path], other: FileGroup, other_files: dict[_Key, Path], *, by_name: bool
 ) -> Iterator[Problem]:
-    """A problem for every file of the group without a partner in the other group."""
+    """Yields a problem for every file of the group without a partner in the other group."""
     fix = "Add the missing file, remove this one, or pass --no_pairing_check to pair by order"
     if not by_name:
-        fix = "Pairing by order needs as many files of each kind"
+        fix = "Pairing by order needs equal numbers of both kinds of files"
     for key, path in files.items():
         if key not in other_files:
             folder = other.folders[min(key[0], len(other.folders) - 1)]

@@ -1,4 +1,4 @@
-"""Reading image files: photographs in RGB or grey, id images as integers. Every fault of a file is a `DataError`."""
+"""Reads image files: photographs in RGB or grey, id images as integers. Unusable files raise `DataError`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 8192 * 8192
 """Larger images are refused: decoding one would take gigabytes (a "decompression bomb")."""
 
-# Decoders report damaged data with all of these.
+# Pillow's decoders raise any of these exceptions for damaged data.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, ArithmeticError, LookupError, TypeError)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 GREY_MODES = ("1", "L", "LA", *WIDE_MODES)
 FULL_16 = 2**16 - 1
-"""The highest level of 16 bits."""
+"""The highest 16-bit level."""
 
 _SAVE_AS = (
-    "Save it with 8 bits a channel; grey photographs of 16 bits are read in full with --output_nc 1 --image_bits 16"
+    "Save it with 8 bits a channel; 16-bit grey photographs are kept as they are with --output_nc 1 --image_bits 16"
 )
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded image, in the file's own mode.
+    """Decodes an image file and keeps its mode.
 
     Raises DataError when the file is missing, empty, not an image of IMAGE_FORMATS, larger than MAX_PIXELS, truncated
-    or corrupt, and when Pillow would drop half of its bits.
+    or corrupt, and when it has 16 bits a channel of which Pillow would read only 8.
     """
     try:
         if path.stat().st_size == 0:
@@ -60,21 +60,23 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_photograph(path: Path, channels: int = 3, bits: int = 8) -> Image.Image:
-    """The photograph in a file, as `to_photograph` makes it. Orientation tags are ignored: label images have none.
+    """Reads a file and converts it with `to_photograph`.
 
-    Raises DataError as `open_image` and `to_photograph`.
+    EXIF orientation is ignored, so that photographs match their label images, which have no such tag.
+
+    Raises DataError for the reasons given at `open_image` and `to_photograph`.
     """
     return to_photograph(open_image(path), channels, bits, path)
 
 
 def to_photograph(image: Image.Image, channels: int, bits: int, path: Path | None = None) -> Image.Image:
-    """The image in mode RGB (3 channels) or L (1 channel), or with 16 bits in mode F with levels of 0..65535.
+    """Converts an image to mode RGB (3 channels) or L (1 channel), or with 16 bits to mode F with levels 0..65535.
 
-    Colours become grey by their luma, and grey becomes RGB with equal channels. With 16 bits, levels of 8 bits are
-    spread over the whole range: 255 becomes 65535.
+    Colours become grey by their luma, and grey becomes RGB with equal channels. With 16 bits, 8-bit levels
+    are scaled to the 16-bit range: 255 becomes 65535.
 
-    Raises DataError, naming `path`, for images of more bits than `bits`, for floating point, and for levels outside
-    0..65535.
+    Raises DataError, naming `path`, for images with more than `bits` bits, for floating-point images, and for levels
+    outside 0..65535.
     """
     if image.mode == "F":
         raise data_error(path, "a grey image of floating point numbers (mode F)", _SAVE_AS)
@@ -88,16 +90,16 @@ def to_photograph(image: Image.Image, channels: int, bits: int, path: Path | Non
     image = image.convert("RGB")
     if channels == 3:
         return image
-    # The luma of three equal channels is their level exactly.
+    # The luma of three equal channels equals their level exactly.
     grey = image.convert("L")
     return grey if bits == 8 else Image.fromarray(np.asarray(grey, dtype=np.float32) * (FULL_16 // 255))
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Integer ids, int32 (H, W), exactly as stored: grey levels of 1, 8, 16 or 32 bits, or palette indexes.
+    """Reads ids exactly as stored, int32 (H, W): grey levels of 1, 8, 16 or 32 bits, or palette indexes.
 
-    Raises DataError as `open_image`, and for images whose pixels are not ids: colours, transparency, floating point,
-    and JPEG, whose compression changes ids.
+    Raises DataError for the reasons given at `open_image`, and for images whose pixels are not ids: colours,
+    transparency, floating point, and JPEG, whose compression changes ids.
     """
     image = open_image(path)
     if image.format == "JPEG":
@@ -115,7 +117,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def orientation(path: Path) -> int:
-    """The EXIF orientation of an image file: 1 is upright, and what files without the tag and unreadable ones have."""
+    """Returns the EXIF orientation of an image file; it is 1 (upright) without the tag and for unreadable files."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -124,7 +126,7 @@ def orientation(path: Path) -> int:
 
 
 def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
-    """Mode and (width, height) of an image without decoding it; None for a file that is not a readable image."""
+    """Returns mode and (width, height) of an image without decoding it; None if the file is not a readable image."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return (image.mode, image.size) if min(image.size) > 0 else None
@@ -133,8 +135,8 @@ def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
 
 
 def _require_all_bits(image: ImageFile.ImageFile, path: Path) -> None:
-    """Raises DataError for an image, not decoded yet, that Pillow has no mode for: it would keep 8 of 16 bits."""
-    # Raw modes such as RGB;16B and LA;16B; not BGR;16, which is 16 bits for all channels together.
+    """Raises DataError if Pillow would read only 8 of 16 bits a channel. The image must not be decoded yet."""
+    # This matches raw modes such as RGB;16B and LA;16B, but not BGR;16, which has 16 bits for all channels together.
     raw_modes = " ".join(str(tile[3]) for tile in image.tile)
     if image.mode not in WIDE_MODES and re.search(r";16[BLN]\b", raw_modes):
         what = "colours or transparency with 16 bits a channel, of which only 8 could be read"
@@ -168,7 +170,7 @@ def _require_opaque(alpha: np.ndarray, path: Path) -> None:
 
 
 def _why_not_ids(image: Image.Image) -> tuple[str, str]:
-    """(The problem with an image that has no ids, the fix)."""
+    """Returns the reason why an image has no ids, and the fix."""
     what = f"mode {image.mode} has colours or fractions, not ids"
     if image.mode not in ("RGB", "RGBA", "RGBX"):
         return what, "Save it as a grey PNG whose pixel values are the ids"
@@ -177,6 +179,6 @@ def _why_not_ids(image: Image.Image) -> tuple[str, str]:
         return what + " (its three channels are equal)", "Convert it to one channel: save it as a grey PNG"
     return (
         what + " (a colour map shows ids, it does not store them)",
-        "Use the file that stores one id a pixel, or translate the colours to ids; "
-        "for a colour image as the condition itself use --label_nc 0",
+        "Use the file that stores one id per pixel, or convert the colours to ids; "
+        "to use the colour image itself as the condition, pass --label_nc 0",
     )

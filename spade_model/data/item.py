@@ -1,4 +1,4 @@
-"""Reading the files of one item: used by the data set, by the check of a data set and for single images."""
+"""Reads the files of one item, for data sets, for checks of data sets and for single images."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class ItemFiles:
 
 
 def read_condition(path: Path, config: DataConfig) -> Image.Image:
-    """The classes of a label file (mode I), or with label_nc 0 the RGB image. Raises DataError for a bad file."""
+    """Reads a label file as classes (mode I), or as an RGB image if label_nc is 0. Raises DataError for a bad file."""
     if config.label_nc == 0:
         return read_photograph(path)
     return Image.fromarray(to_classes(read_ids(path), config, path))
 
 
 def read_instances(path: Path) -> Image.Image:
-    """The instance ids of a file (mode I). Raises DataError for a bad file."""
+    """Reads the instance ids of a file (mode I). Raises DataError for a bad file."""
     return Image.fromarray(read_ids(path))
 
 
 def require_size(size: tuple[int, int], path: Path, label_size: tuple[int, int], label_path: Path) -> None:
-    """Raises DataError when a file of an item is not as large as the item's label image; sizes are (width, height)."""
+    """Raises DataError if a file's size differs from that of the item's label image. Sizes are (width, height)."""
     if size != label_size:
         what = "the image is {}x{}, but its label image {} is {}x{}".format(*size, label_path, *label_size)
         fix = "Make both the same size (resize labels with nearest-neighbour sampling)"
         if size == label_size[::-1] and orientation(path) != 1:
-            fix = "Apply its EXIF orientation to its pixels: viewers turn the image, training does not"
+            fix = "Apply its EXIF orientation to its pixels: viewers rotate the image, training does not"
         raise data_error(path, what, fix)
 
 
 def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generator | None) -> Sample:
-    """Reads and preprocesses an item; `random` as for `plan_geometry`. Raises DataError for bad files."""
+    """Reads and preprocesses an item; `random` is passed to `plan_geometry`. Raises DataError for bad files."""
     condition = read_condition(files.label, config)
     geometry = plan_geometry(condition.size, config, random, files.label)
     edges = image = None
@@ -67,10 +67,10 @@ def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generato
 
 
 def photograph_to_tensor(photograph: Image.Image) -> torch.Tensor:
-    """float32 (3 or 1, H, W) in [-1, 1] of what `to_photograph` returns, also once it is resized."""
+    """Converts an image from `to_photograph`, resized or not, to float32 (3 or 1, H, W) in [-1, 1]."""
     levels, full = np.atleast_3d(np.asarray(photograph)), 255
     if photograph.mode == "F":
-        # Bicubic sampling goes beyond the darkest and brightest levels; Pillow clips only those of 8 bits.
+        # Bicubic resampling can exceed the range of levels; Pillow clips them only in 8-bit images.
         levels, full = levels.clip(0, FULL_16), FULL_16
     planes = np.ascontiguousarray(levels.transpose(2, 0, 1), dtype=np.float32)
     return torch.from_numpy(planes / np.float32(full / 2) - np.float32(1))

@@ -1,4 +1,4 @@
-"""The data sets that are folders of image files: where each keeps label images, photographs and instance images."""
+"""The folders and file names of each data set's label images, photographs and instance images."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from spade_model.registry import DATASETS, DatasetSpec
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Files of one role."""
+    """The files of one role, such as photographs."""
 
     role: str
-    """The name of one such file in messages."""
+    """Name of the role in messages, in the singular."""
     options: str
-    """The command line options that lead to them, or do without them."""
+    """Command line options that name the folders, or make these files unnecessary."""
     folders: tuple[Path, ...]
-    """Searched with their subfolders, in order. The first must exist."""
+    """Folders that are searched, with their subfolders, in this order. The first one must exist."""
     name_pattern: str = ""
-    """Regular expression that file names must contain; empty: every image file belongs."""
+    """Regular expression that is searched for in file names; if empty, every image file is accepted."""
 
     def accepts(self, name: str) -> bool:
         return name.lower().endswith(IMAGE_SUFFIXES) and re.search(self.name_pattern, name) is not None
@@ -38,13 +38,13 @@ def relative_stem(path: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of files of a data set and how they pair. A group is None when it does not exist or is not needed."""
+    """The groups of files of a data set and their pairing. A group is None when it does not exist or is not needed."""
 
     labels: FileGroup
     images: FileGroup | None
     instances: FileGroup | None = None
     pairing_key: Callable[[str], str] = relative_stem
-    """From a path (with slashes) relative to its group's folder to what files of one item have in common."""
+    """Maps a path, relative to its group's folder and with slashes, to a key that all files of one item share."""
 
     @property
     def groups(self) -> tuple[FileGroup, ...]:
@@ -52,7 +52,7 @@ class Layout:
 
 
 def data_layout(config: DataConfig, split: str, *, need_images: bool) -> Layout:
-    """The files of `config.dataset_mode` that the split "train" or "val" needs.
+    """Returns the layout of `config.dataset_mode` for the split "train" or "val".
 
     Raises UserError when the configuration asks for files that the data set does not have, or names no folder for them.
     """

@@ -1,4 +1,6 @@
-"""Batches in an order that depends on nothing but (seed, epoch): not on workers, ranks or where a run was resumed."""
+"""Loads batches in an order that depends only on (seed, epoch), not on workers, ranks or
+the step at which a run was resumed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from spade_model.registry import DATASETS, DatasetSpec
 
 
 class Loader:
-    """The batches of one epoch, from `first_batch` on. `len()` counts the batches that it yields."""
+    """The batches of one epoch, from `first_batch` on. `len()` is their number."""
 
     def __init__(self, loader: DataLoader, num_batches: int) -> None:
         self._loader = loader
@@ -51,19 +53,20 @@ def create_loader(
     pin_memory: bool = False,
     prepare: Callable[[LabelMap], object] | None = None,
 ) -> Loader:
-    """The batches of one process in one epoch.
+    """Creates the loader of one process for one epoch.
 
-    The batch of step k over all ranks is the single process's batch of step k with world_size times the batch size;
-    rank r has its r-th part. Without drop_last the last batch can be smaller, and missing on the last ranks.
+    Together, the batches of all ranks at step k are the batch that a single process with world_size times the batch
+    size would get at step k; rank r gets the r-th part. Without drop_last, the last batch can be smaller, and the last
+    ranks can get one batch fewer.
 
     Args:
         shuffle: take items in the random order of (config.seed, epoch), unless config.serial_batches.
-        first_batch: number of batches to skip: where a resumed run goes on.
-        prepare: called with the label map of each batch in the process that reads it, to build what the training step
-            needs of it; must pickle, for workers that are spawned.
+        first_batch: number of batches to skip when a run is resumed.
+        prepare: function that is called with the label map of each batch, in the process that loads the batch, to build
+            indexes ahead of the training step. It must be picklable for spawned workers.
 
     Raises:
-        UserError: fewer items than one batch with drop_last, or no such first_batch.
+        UserError: there are fewer items than one batch with drop_last, or first_batch is beyond the end of the epoch.
     """
     batches = batch_keys(
         len(dataset),
@@ -76,8 +79,8 @@ def create_loader(
     )
     if first_batch > len(batches):
         raise UserError(
-            f"cannot go on at batch {first_batch} of an epoch of {len(batches)} batches: the data set, --batch_size or "
-            "the number of processes changed since the state was saved. Restore them or start anew."
+            f"cannot resume at batch {first_batch} of an epoch of {len(batches)} batches: the data set, --batch_size "
+            "or the number of processes changed since the state was saved. Restore them or start anew."
         )
     remaining = batches[first_batch:]
     loader: DataLoader = DataLoader(
@@ -87,7 +90,7 @@ def create_loader(
         num_workers=config.num_workers,
         worker_init_fn=partial(_start_worker, datasets=DATASETS),
         pin_memory=pin_memory,
-        # DataLoader draws its workers' seeds from here and not from the global generator.
+        # With its own generator, DataLoader does not draw its workers' seeds from the global one.
         generator=torch.Generator(),
     )
     return Loader(loader, len(remaining))
@@ -96,7 +99,7 @@ def create_loader(
 def batch_keys(
     num_items: int, config: DataConfig, *, shuffle: bool, epoch: int, rank: int, world_size: int, drop_last: bool
 ) -> list[list[tuple[int, int]]]:
-    """The (epoch, index) pairs of every batch of one rank."""
+    """Returns the (epoch, index) pairs of every batch of one rank."""
     global_batch = config.batch_size * world_size
     end = count_batches(num_items, config, world_size) * global_batch if drop_last else num_items
     order = np.arange(num_items)
@@ -120,7 +123,7 @@ def count_batches(num_items: int, config: DataConfig, world_size: int) -> int:
 
 
 class _ReportingDataset:
-    """Returns an item's UserError in place of the item: raised in a worker it would arrive as a traceback."""
+    """Returns an item's UserError instead of raising it: a worker's exception would reach the user as a traceback."""
 
     def __init__(self, dataset: SpadeDataset) -> None:
         self._dataset = dataset
@@ -153,6 +156,6 @@ def _start_worker(worker: int, datasets: dict[str, DatasetSpec]) -> None:
     # A worker that is spawned has imported the data sets of this package only.
     DATASETS.update(datasets)
     torch.set_num_threads(1)
-    # A signal to stop can reach the whole process group; only the training process answers it, and ends its workers.
+    # A stop signal can reach the whole process group. Workers ignore it, because the training process ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The geometry of the eight preprocess modes: one resize, one crop, one flip, the same for all images of an item."""
+"""Resizing, cropping and flipping in the eight preprocess modes, in the same way for all images of an item."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from spade_model.data.images import MAX_PIXELS
 from spade_model.data.problem import DataError, data_error
 
 _SIZE_MULTIPLE = 32
-"""Mode `none` rounds sides to this: the generator's smallest feature map is 1/32 of the image."""
+"""Mode `none` rounds sides to multiples of this: the generator's smallest feature map is 1/32 of the image."""
 
 _LARGEST_LOAD_SIZE = 2**24
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The geometric changes to every image of one item. Sizes are (width, height) in pixels, as in Pillow."""
+    """The size, crop and flip of all images of one item. Sizes are (width, height) in pixels, as in Pillow."""
 
     size: tuple[int, int]
-    """Size to resize to."""
+    """Size after resizing."""
     crop: tuple[int, int, int, int] | None
-    """(left, top, right, bottom) within the resized image; None: all of it."""
+    """(left, top, right, bottom) within the resized image; None for no crop."""
     flip: bool
-    """Mirror left to right, last."""
+    """Flip left to right, after the crop."""
 
     def apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
-        """The resized, cropped and flipped image. Ids need NEAREST, photographs BICUBIC."""
+        """Returns the resized, cropped and flipped image. Ids need NEAREST, photographs BICUBIC."""
         if image.size != self.size:
             image = image.resize(self.size, resample)
         if self.crop is not None:
@@ -42,11 +42,12 @@ class Geometry:
 def plan_geometry(
     size: tuple[int, int], config: DataConfig, random: np.random.Generator | None, path: Path
 ) -> Geometry:
-    """The geometry of an item whose files have `size` (width, height).
+    """Returns the geometry of an item whose files have `size` (width, height).
 
     `random` places the crop and decides the flip, for training. Without it (validation and inference) the crop is
-    centred, nothing is flipped, and images are scaled to crop_size in place of load_size.
-    Raises DataError, naming `path`, when the crop does not fit into the resized image or that would be enormous.
+    centred, nothing is flipped, and images are scaled to crop_size instead of load_size.
+    Raises DataError, naming `path`, when the crop does not fit into the resized image, or when the resized image would
+    have more than MAX_PIXELS pixels.
     """
     load_size = config.load_size if random is not None else config.crop_size
     resized = _resized(size, config, load_size)

@@ -1,4 +1,4 @@
-"""A problem of one file or folder, and the error that reports it."""
+"""A problem of a data set, and the exception that reports it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from spade_model.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault in a data set. `str()` is one line: where, what, what to do."""
+    """A problem of a data set. `str()` gives one line with the path, the problem and the fix."""
 
     path: Path | None
-    """The file or folder at fault; None: the options are."""
+    """The file or folder with the problem; None if the options are wrong."""
     what: str
-    """The problem, without a full stop; it names pixels and values."""
+    """Description of the problem, with pixels and values, without a final full stop."""
     fix: str
-    """The fix, without a full stop."""
+    """Instruction to fix the problem, without a final full stop."""
     is_warning: bool = False
-    """The data set can be used as it is, but perhaps not as meant."""
+    """True if the data set can be used as it is, although the user may not intend this."""
     label_nc: int = 0
-    """The least --label_nc that has a place for the file's ids, where that would mend it; otherwise 0."""
+    """The smallest --label_nc that includes all ids of the file, if this would fix the problem; otherwise 0."""
 
     def __str__(self) -> str:
         where = "" if self.path is None else f"{self.path}: "
@@ -29,7 +29,7 @@ class Problem:
 
 
 class DataError(UserError):
-    """A `Problem` that stops the reading of an item."""
+    """Raised when an item cannot be read because of a `Problem`."""
 
     def __init__(self, problem: Problem) -> None:
         # The problem is the only argument, so that the error survives pickling between loader processes.

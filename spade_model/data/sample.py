@@ -1,4 +1,4 @@
-"""One item of a data set, a batch of them, and how the one becomes the other."""
+"""A sample of a data set, a batch, and the function that builds a batch from samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spade_model.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One item, ready for the networks."""
+    """A preprocessed item of a data set."""
 
     condition: torch.Tensor
     """int64 (H, W) classes; or, when label_nc is 0, a float32 (3, H, W) RGB image in [-1, 1]."""
@@ -30,8 +30,8 @@ class Batch:
     """Several items of the same size."""
 
     segmap: LabelMap | torch.Tensor
-    """The condition: a label map; or, when label_nc is 0, float32 (N, semantic_nc, H, W): RGB in [-1, 1], and the
-    edge plane (0 or 1) last when instances are used."""
+    """The condition: a label map; or, when label_nc is 0, float32 (N, semantic_nc, H, W) with RGB in [-1, 1], followed
+    by the plane of instance edges (0 or 1) when instances are used."""
     image: torch.Tensor | None
     """float32 (N, output_nc, H, W) in [-1, 1]; None when the data set has no photographs."""
     names: list[str]
@@ -43,12 +43,12 @@ class Batch:
         return Batch(self.segmap.to(device, non_blocking=non_blocking), image, self.names)
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory."""
+        """Returns a copy in pinned (page-locked) memory."""
         return Batch(self.segmap.pin_memory(), None if self.image is None else self.image.pin_memory(), self.names)
 
 
 def collate(samples: Sequence[Sample], num_labels: int) -> Batch:
-    """A batch of samples; `num_labels` 0 means that their conditions are RGB images.
+    """Builds a batch from samples. With `num_labels` 0 the samples' conditions are RGB images.
 
     Raises UserError when the samples' sizes differ.
     """

@@ -1,4 +1,4 @@
-"""Independent random streams: every random choice is a pure function of the seed and what it is for."""
+"""Independent random streams, which depend only on the seed, a purpose and a key."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ TOY_IMAGE = 2
 
 
 def random_stream(seed: int, purpose: int, *key: int) -> np.random.Generator:
-    """The generator of one purpose (a constant above) and key, such as (epoch, index); all not negative."""
+    """Returns the generator for a purpose (a constant above) and a key such as (epoch, index).
+
+    No argument may be negative.
+    """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *key)))

@@ -1,4 +1,4 @@
-"""The networks, under the original's module and parameter names."""
+"""The networks, with the module and parameter names of the original implementation."""
 
 from spade_model.networks.build import build_discriminator, build_encoder, build_generator
 from spade_model.networks.discriminator import MultiscaleDiscriminator

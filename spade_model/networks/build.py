@@ -1,4 +1,4 @@
-"""The networks a config describes."""
+"""Builds the networks from the configs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def build_generator(data: DataConfig, model: ModelConfig) -> nn.Module:
-    """The generator that model.netG names. Raises UserError for an unknown name."""
+    """Builds the generator that model.netG names. Raises UserError for an unknown name."""
     check_choices(model)
     return _build(GENERATORS[model.netG].network, data, model)
 
@@ -27,7 +27,7 @@ def build_discriminator(data: DataConfig, model: ModelConfig) -> MultiscaleDiscr
 
 
 def build_encoder(data: DataConfig, model: ModelConfig) -> ConvEncoder | None:
-    """The style encoder; None without use_vae."""
+    """Builds the style encoder; returns None without use_vae."""
     return _build(ConvEncoder, data, model) if model.use_vae else None
 
 

@@ -12,11 +12,11 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
     """Checks the networks' options against each other and against the images' size.
 
     Args:
-        batch: images of all processes in one step.
+        batch: number of images per step over all processes.
 
     Raises:
-        UserError: a norm does not exist, a size does not fit, or a normalization would see one value per channel,
-            where a variance does not exist. The message names the option.
+        UserError: a norm does not exist, a size does not fit, or a normalization would get one value per channel, which
+            has no variance. The message names the option.
     """
     check_generator(data, model, batch)
     if "instance" in model.norm_D and min(data.image_size) <= 2 ** (model.num_D - 1):
@@ -27,7 +27,7 @@ def check_networks(data: DataConfig, model: ModelConfig, batch: int) -> None:
 
 
 def check_generator(data: DataConfig, model: ModelConfig, batch: int) -> None:
-    """The part of `check_networks` that generating needs too: the norms and the size of the generator's images."""
+    """Checks that the generator can be built and makes images of the data's size; part of `check_networks`."""
     GENERATORS[model.netG].check(data, model, batch)
     check_norm(model.norm_D, "--norm_D")
     check_norm(model.norm_E, "--norm_E")

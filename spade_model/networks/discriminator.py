@@ -1,4 +1,4 @@
-"""The multi-scale patch discriminator (pix2pixHD, as SPADE uses it: appendix A, figure 13)."""
+"""The multi-scale patch discriminator of pix2pixHD, as SPADE uses it (Park et al. 2019, appendix A, figure 13)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIRST = 4, 2, 2  # kernel size, stride and padding of the convolution that read
 
 
 class NLayerDiscriminator(nn.Module):
-    """One scale: n_layers_D strided 4x4 convolutions and a one-channel output.
+    """The discriminator of one scale: n_layers_D 4x4 convolutions and an output convolution with one channel.
 
     Args:
         semantic_nc: condition channels. See `MultiscaleDiscriminator` for the others.
@@ -43,14 +43,17 @@ class NLayerDiscriminator(nn.Module):
         self.add_module(f"model{n_layers_D}", nn.Sequential(nn.Conv2d(width, 1, 4, padding=2)))
 
     def forward(self, segmap: Segmap, image: torch.Tensor) -> Features:
-        """Every layer's output, the per-patch score (N, 1, h, w) last."""
+        """Returns the output of every layer; the last is the score of each patch, (N, 1, h, w)."""
         features = [self._first(segmap, image)]
         for n in range(1, self.depth):
             features.append(self.get_submodule(f"model{n}")(features[-1]))
         return features
 
     def _first(self, segmap: Segmap, image: torch.Tensor) -> torch.Tensor:
-        """model0 of both, whose convolution reads a label map without one-hot planes unless it was replaced."""
+        """Applies model0 to mask and image.
+
+        A label map is read without one-hot planes, unless model0 was hooked, wrapped or replaced.
+        """
         first = _first_as_built(self.model0)
         if first is None:
             planes = as_planes(segmap, image.dtype)
@@ -62,7 +65,7 @@ class NLayerDiscriminator(nn.Module):
 
 
 def _first_as_built(model0: nn.Module) -> nn.Conv2d | None:
-    """The convolution of model0; None where there is more to a call of it than its weight and the activation."""
+    """Returns the convolution of model0; None if model0 was hooked, wrapped or replaced and must be called as it is."""
     if type(model0) is not nn.Sequential or len(model0) != 2 or has_hooks(model0):
         return None
     first = model0[0]
@@ -73,12 +76,13 @@ def _first_as_built(model0: nn.Module) -> nn.Conv2d | None:
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """Judges (mask, image) pairs patch by patch at several scales.
+    """Scores each patch of (mask, image) pairs at several scales.
 
     Args:
-        semantic_nc: condition channels. ndf: width of the first layer, doubled up to 512.
+        semantic_nc: condition channels. ndf: channels of the first layer; they double with each layer, up to 512.
         norm_D: [spectral]<none|instance|batch|syncbatch> of the inner layers.
-        num_D: scales, each half the size of the one before. n_layers_D: convolutions before the output.
+        num_D: number of scales, each at half the resolution of the previous one.
+        n_layers_D: number of convolutions before the output convolution.
         output_nc: image channels.
     """
 
@@ -99,11 +103,12 @@ class MultiscaleDiscriminator(nn.Module):
             self.add_module(f"discriminator_{i}", scale)
 
     def forward(self, segmap: Segmap, image: torch.Tensor) -> list[Features]:
-        """For each scale, every layer's output.
+        """Returns for each scale the outputs of all layers, the score last.
 
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W), of the image's size.
-            image: (N, output_nc, H, W), or several such batches in one: their N-th images have the N-th mask.
+            image: (N, output_nc, H, W), or (k * N, output_nc, H, W) for k batches that share the N masks: image i has
+                mask i % N.
 
         Raises:
             TypeError, ValueError: the segmap (see `as_condition`) or the image does not fit.
@@ -111,7 +116,9 @@ class MultiscaleDiscriminator(nn.Module):
         require_images(image, self.output_nc)
         segmap = as_condition(segmap, self.semantic_nc)
         if not 0 < segmap.shape[0] <= len(image) or len(image) % segmap.shape[0]:
-            raise ValueError(f"segmap holds {segmap.shape[0]} images, of which {len(image)} is no multiple")
+            raise ValueError(
+                f"image holds {len(image)} images, not a multiple of the {segmap.shape[0]} masks in segmap"
+            )
         segmap = as_condition(segmap, self.semantic_nc, like=image[: segmap.shape[0]])
         if tuple(segmap.shape[-2:]) != tuple(image.shape[-2:]):
             raise ValueError(
@@ -126,7 +133,7 @@ class MultiscaleDiscriminator(nn.Module):
 
 
 def build_windows(segmap: LabelMap, scales: int) -> None:
-    """Builds what the training of a `MultiscaleDiscriminator` with so many scales needs of a label map, ahead of it."""
+    """Builds the window indexes of a label map for training a `MultiscaleDiscriminator` with `scales` scales."""
     for scale in range(scales):
         segmap = segmap.avg_pool() if scale else segmap
         windows = [segmap.windows(segmap.shape[1:], *_FIRST)]

@@ -18,7 +18,7 @@ class ConvEncoder(nn.Module):
     Args:
         ngf: width of the first layer. norm_E: [spectral]<none|instance|batch|syncbatch>.
         crop_size: width of the training images. z_dim: length of the style vector.
-        output_nc: image channels, named as the generator's.
+        output_nc: image channels.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(before * 16, z_dim)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and logvar, each (N, z_dim), of images (N, output_nc, H, W) in [-1, 1].
+        """Encodes images, float (N, output_nc, H, W) in [-1, 1]; returns mu and logvar, each (N, z_dim).
 
-        Raises ValueError for anything else.
+        Raises ValueError for other shapes and integer dtypes.
         """
         require_images(image, self.output_nc)
         x = image

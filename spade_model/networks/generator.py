@@ -21,13 +21,13 @@ from spade_model.registry import GeneratorSpec
 
 _NEGATIVE_SLOPE = 0.2
 DOUBLINGS = {"normal": 5, "more": 6, "most": 7}
-"""How often each `num_upsampling_layers` doubles the first feature map."""
+"""Number of times that the first feature map is doubled in size, for each `num_upsampling_layers`."""
 
 
 class SPADEResnetBlock(nn.Module):
-    """Residual block of two SPADE layers, with a third in the shortcut where the width changes.
+    """Residual block with two SPADE layers, and a third one in the shortcut if fin != fout.
 
-    Its modules can be wrapped, hooked or replaced: others than its own are called as they are; see `spade_conv`.
+    Its modules can be wrapped, hooked or replaced: the block then calls them as ordinary modules (see `spade_conv`).
 
     Args:
         fin, fout: channels in and out. norm_G: [spectral]spade<norm><k>x<k>. semantic_nc: condition channels.
@@ -47,7 +47,10 @@ class SPADEResnetBlock(nn.Module):
             self.norm_s = SPADE(norm_G, fin, semantic_nc)
 
     def forward(self, x: torch.Tensor, segmap: Segmap, upsample: int = 1) -> torch.Tensor:
-        """(N, fin, h, w) -> (N, fout, upsample * h, upsample * w); upsample 2 as if x had been upsampled (nearest)."""
+        """Maps (N, fin, h, w) to (N, fout, upsample * h, upsample * w).
+
+        With `upsample` 2 the result is that of x after nearest-neighbour upsampling.
+        """
         x = channels_last(x)
         taken = moments(self.norm_0.param_free_norm, x) if isinstance(self.norm_0, SPADE) else None
         common: dict[str, Any] = {"upsample": upsample, "moments": taken}
@@ -60,19 +63,19 @@ class SPADEResnetBlock(nn.Module):
 
 
 class SPADEGenerator(nn.Module):
-    """Turns a segmentation mask, and a style vector with `use_vae`, into an image.
+    """Generates images from segmentation masks, and with `use_vae` also from style vectors.
 
     Args:
         semantic_nc: condition channels (classes, unknown class, instance edges).
         ngf: width; the first feature map has 16 * ngf channels.
         norm_G: [spectral]spade<norm><k>x<k> of all blocks.
-        num_upsampling_layers: "normal", "more", "most": 5, 6, 7 doublings; "most" adds a block.
+        num_upsampling_layers: "normal", "more" or "most", for 5, 6 or 7 doublings; "most" also adds a block.
         crop_size: image width in pixels; aspect_ratio: width / height.
         use_vae: start from a style vector of length z_dim instead of the downsampled mask.
         output_nc: image channels.
 
     Raises:
-        UserError: a size the doublings cannot reach, or an unknown option.
+        UserError: the image is too small for the doublings, or num_upsampling_layers is unknown.
     """
 
     def __init__(
@@ -114,13 +117,14 @@ class SPADEGenerator(nn.Module):
             last = ngf // 2
         self.conv_img = Conv2d(last, output_nc, 3, padding=1)
         self.kernel_size: int = self.head_0.norm_0.mlp_gamma.kernel_size[0]
-        """The kernel size of the SPADE layers' convolutions, as built."""
+        """Kernel size of the SPADE layers' convolutions at construction."""
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
-        """The image, (N, output_nc, H, W) in [-1, 1].
+        """Returns images (N, output_nc, H, W) in [-1, 1].
 
         Args:
-            segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); resized to each layer.
+            segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); each layer
+                resizes it to the size of its input.
             z: (N, z_dim) style vectors with `use_vae`; drawn from a standard normal when None.
 
         Raises:
@@ -139,7 +143,7 @@ class SPADEGenerator(nn.Module):
         return self.conv_img(F.leaky_relu(x, _NEGATIVE_SLOPE)).tanh()
 
     def freeze(self) -> None:
-        """For inference: eval mode, spectral norm folded, weights packed. Undone by `train()`; see `freeze`."""
+        """Sets eval mode, folds spectral norm and packs weights. `train()` undoes it; see `spade_kernels.freeze`."""
         freeze(self)
 
     def _start(self, segmap: Segmap, z: torch.Tensor | None) -> torch.Tensor:
@@ -162,16 +166,16 @@ class SPADEGenerator(nn.Module):
         return self.fc(F.interpolate(planes, self.start_size))
 
     def resolutions(self) -> list[tuple[int, int]]:
-        """(height, width) of every feature map that SPADE layers modulate, from the smallest."""
+        """Returns (height, width) of every feature map that SPADE layers modulate, smallest first."""
         height, width = self.start_size
         return [(height << n, width << n) for n in range(DOUBLINGS[self.num_upsampling_layers] + 1)]
 
 
 def start_size(num_upsampling_layers: str, crop_size: int, aspect_ratio: float) -> tuple[int, int]:
-    """(height, width) of the first feature map.
+    """Returns (height, width) of the first feature map.
 
     Raises:
-        UserError: unknown option, or the image would be smaller than the doublings make it.
+        UserError: num_upsampling_layers is unknown, or the image is too small for its doublings.
     """
     if num_upsampling_layers not in DOUBLINGS:
         raise UserError(f"num_upsampling_layers {num_upsampling_layers!r} is not one of {', '.join(DOUBLINGS)}")

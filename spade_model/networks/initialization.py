@@ -1,4 +1,4 @@
-"""Weight initialisation by the original's names."""
+"""Weight initialisation, selected by the original's option values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from spade_model.errors import UserError
 
 
 def initialize(network: nn.Module, init_type: str = "xavier", gain: float = 0.02) -> nn.Module:
-    """Draws the weights of all convolutions and linear layers anew; biases become 0, batch-norm scales N(1, gain).
+    """Draws new weights for all convolutions and linear layers, in place, and returns the network.
+
+    Biases become 0. Batch-norm scales are drawn with mean 1 and standard deviation `gain`.
 
     Args:
         init_type: "xavier", "xavier_uniform", "normal" (standard deviation `gain`), "kaiming", "orthogonal", or "none"

@@ -1,4 +1,4 @@
-"""Normalization of plain convolutions, chosen by the original's names."""
+"""Normalization of plain convolutions, selected by the original's option values."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NORMS = {
 
 
 def normalized(layer: nn.Conv2d | nn.ConvTranspose2d, norm: str) -> nn.Module:
-    """The convolution with spectral norm and followed by a norm layer, as `norm` says.
+    """Adds the spectral norm and the normalization layer that `norm` names to a convolution.
 
     Args:
-        norm: [spectral]<none|instance|batch|syncbatch>. A norm layer takes over the convolution's bias.
+        norm: [spectral]<none|instance|batch|syncbatch>. With a norm layer, the convolution's bias is removed.
 
     Raises:
-        UserError: not a norm.
+        UserError: `norm` is unknown.
     """
     check_norm(norm)
     name = norm.removeprefix("spectral")

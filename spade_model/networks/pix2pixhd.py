@@ -15,7 +15,7 @@ from spade_model.registry import GeneratorSpec
 
 
 class ResnetBlock(nn.Module):
-    """x + two reflection-padded convolutions."""
+    """Residual block of two reflection-padded convolutions."""
 
     def __init__(self, width: int, norm: str, kernel_size: int):
         super().__init__()
@@ -33,13 +33,14 @@ class ResnetBlock(nn.Module):
 
 
 class Pix2PixHDGenerator(nn.Module):
-    """Downsampling, residual blocks, upsampling. It reads the mask as one-hot planes at full size.
+    """Downsamples the mask, as one-hot planes at full size, applies residual blocks, and upsamples the result.
 
     Args:
         semantic_nc: condition channels. ngf: width before downsampling.
         norm_G: [spectral]<none|instance|batch|syncbatch>.
-        resnet_n_downsample: stride-2 convolutions. resnet_n_blocks: residual blocks between.
-        resnet_kernel_size: of the blocks. resnet_initial_kernel_size: of the first and last convolution.
+        resnet_n_downsample: number of stride-2 convolutions. resnet_n_blocks: number of residual blocks.
+        resnet_kernel_size: kernel size of the residual blocks.
+        resnet_initial_kernel_size: kernel size of the first and last convolution.
         output_nc: image channels.
     """
 
@@ -58,7 +59,7 @@ class Pix2PixHDGenerator(nn.Module):
         super().__init__()
         self.semantic_nc = semantic_nc
         border = resnet_initial_kernel_size // 2
-        # The input of the blocks must be larger than their reflected border, and have more than one pixel to normalize.
+        # The blocks' input must be larger than their reflection padding, and have more than one pixel to normalize.
         in_blocks = max(1, resnet_kernel_size // 2)
         self.least_side = max(border, in_blocks * 2**resnet_n_downsample) + 1
         first = nn.Conv2d(semantic_nc, ngf, resnet_initial_kernel_size)
@@ -76,11 +77,11 @@ class Pix2PixHDGenerator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
-        """The image, (N, output_nc, H, W) in [-1, 1]. `z` is accepted for symmetry with SPADE and not used.
+        """Returns images (N, output_nc, H, W) in [-1, 1]. `z` is ignored; SPADEGenerator has the same signature.
 
         Raises:
             UserError: the mask is smaller than the padded convolutions need.
-            TypeError, ValueError: the segmap does not fit otherwise (see `as_condition`).
+            TypeError, ValueError: the segmap is invalid (see `as_condition`).
         """
         segmap = as_condition(segmap, self.semantic_nc)
         height, width = segmap.shape[-2:]

@@ -1,4 +1,4 @@
-"""VGG19 features for the perceptual loss. The weights are the user's: a file, or torch's download cache."""
+"""VGG19 features for the perceptual loss. The weights come from the user's file or torch's download cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ WEIGHTS_URL_NAME = "vgg19-dcbb9e9d.pth"
 class VGG19Features(nn.Module):
     """Activations relu1_1, relu2_1, relu3_1, relu4_1, relu5_1 of VGG19 (Simonyan & Zisserman 2015).
 
-    Parameter names are those of the common `vgg19` state dict (`features.<i>.weight`), of which the rest is ignored.
+    Parameter names are those of the common `vgg19` state dict (`features.<i>.weight`); its other entries are
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class VGG19Features(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Five feature maps of images (N, 3, H, W), as the original feeds them: in [-1, 1], not re-normalized.
+        """Returns five feature maps of images (N, 3, H, W) in [-1, 1], not normalized further, as in the original.
 
         Grey images (N, 1, H, W) are taken as RGB of three equal channels.
         """
@@ -64,13 +65,13 @@ class VGG19Features(nn.Module):
 
 
 def load_vgg19(path: str = "") -> VGG19Features:
-    """VGG19 with weights, frozen.
+    """Loads VGG19 in eval mode, with weights that require no gradients.
 
     Args:
-        path: a `vgg19` state dict, .pth or .safetensors; empty: torch's download cache.
+        path: a `vgg19` state dict, .pth or .safetensors; if empty, torch's download cache is searched.
 
     Raises:
-        UserError: no such file, or it does not hold VGG19's weights; the message says where to get them.
+        UserError: the file is missing or does not hold VGG19's weights; the message says where to get the weights.
     """
     from spade_model.checkpoint import read_state_dict
 

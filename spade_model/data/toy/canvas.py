@@ -27,7 +27,7 @@ class Canvas:
         self._instance_count = 0
 
     def region(self, left: float, top: float, right: float, bottom: float) -> Region:
-        """The pixels that a box can touch; empty when the box is outside the image."""
+        """Returns the region of the pixels that a box can touch; it is empty when the box is outside the image."""
         rows = slice(self._clip(top, self.height), self._clip(bottom, self.height, 1))
         return rows, slice(self._clip(left, self.width), self._clip(right, self.width, 1))
 
@@ -47,13 +47,13 @@ class Canvas:
         self.retouch(mask, colour, region)
 
     def retouch(self, mask: np.ndarray, colour: np.ndarray, region: Region) -> None:
-        """Changes colours only."""
+        """Changes the colours of the pixels of `mask`, but not their labels and instances."""
         target = self.colour[region]
         np.copyto(target, colour, where=mask[..., None])
 
 
 def noise(random: np.random.Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
-    """Smooth noise, float32 (height, width) in 0..1, with about rows x columns bumps."""
+    """Returns smooth noise, float32 (height, width) in 0..1, with about rows x columns bumps."""
     grid = random.random((rows + 1, columns + 1), dtype=np.float32)
     top, down = _lattice(height, rows)
     left, across = _lattice(width, columns)
@@ -64,7 +64,7 @@ def noise(random: np.random.Generator, height: int, width: int, rows: int, colum
 
 
 def profile(random: np.random.Generator, width: int, bumps: int, octaves: int = 4) -> np.ndarray:
-    """A rough line, float32 (width,) in about -1..1: noise of `bumps` bumps and its finer octaves."""
+    """Returns a rough line, float32 (width,) in about -1..1: the sum of noise with `bumps` bumps and finer octaves."""
     line = np.zeros(width, dtype=np.float32)
     for octave in range(octaves):
         line += (noise(random, 1, width, 1, bumps << octave)[0] - 0.5) * 0.5**octave
@@ -72,12 +72,12 @@ def profile(random: np.random.Generator, width: int, bumps: int, octaves: int = 
 
 
 def blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(..., 3): the first colour where the weight (...) is 0, the second where it is 1."""
+    """Interpolates two colours (..., 3) with weights (...): 0 gives the first colour, 1 the second."""
     return first + (second - first) * weight[..., None]
 
 
 def _lattice(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel its cell, and its eased position in the cell, 0..1."""
+    """Returns each pixel's cell, int64 (size,), and its smoothstep position in the cell, float32 (size,) in 0..1."""
     position = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(cells / size)
     cell = np.minimum(position.astype(np.int64), cells - 1)
     offset = position - cell.astype(np.float32)

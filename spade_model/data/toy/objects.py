@@ -1,4 +1,4 @@
-"""The single things that stand on a toy landscape: trees and buildings, each its own instance."""
+"""The objects of a toy landscape: trees and buildings, each with its own instance id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAF_LIGHT = np.asarray((0.8, 1.0, 0.7), dtype=np.float32)
 def paint_tree(
     canvas: Canvas, palette: Palette, random: np.random.Generator, x: float, foot: float, size: float
 ) -> None:
-    """A tree of height `size` with its foot at (x, foot): a conifer, or a round crown on a trunk."""
+    """Paints a tree of height `size` with its foot at (x, foot): a conifer, or a round crown on a trunk."""
     region = canvas.region(x - size, foot - size, x + size, foot)
     columns, rows = canvas.x[:, region[1]], canvas.y[region[0]]
     if not columns.size or not rows.size:
@@ -34,7 +34,7 @@ def paint_tree(
 
 
 def _conifer(across: np.ndarray, up: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The crown's mask and its light (-1..1): a triangle of tiers."""
+    """Returns the mask and the shading (-1..1) of a triangular crown of tiers."""
     tiers = random.integers(2, 5)
     width = random.uniform(0.24, 0.34)
     within_tier = (1 - up) * tiers % 1
@@ -44,7 +44,7 @@ def _conifer(across: np.ndarray, up: np.ndarray, random: np.random.Generator) ->
 
 
 def _round_crown(across: np.ndarray, up: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The crown's mask and its light (-1..1): a few overlapping discs."""
+    """Returns the mask and the shading (-1..1) of a crown of overlapping discs."""
     crown = np.zeros(np.broadcast_shapes(across.shape, up.shape), dtype=bool)
     light = np.full(crown.shape, -1, dtype=np.float32)
     for _ in range(4):
@@ -59,7 +59,7 @@ def _round_crown(across: np.ndarray, up: np.ndarray, random: np.random.Generator
 def paint_building(
     canvas: Canvas, palette: Palette, random: np.random.Generator, x: float, foot: float, size: float
 ) -> None:
-    """A building about `size` high around x: a house with a gable roof, or a tower with a flat one."""
+    """Paints a building about `size` high around x: a house with a gable roof, or a tower with a flat one."""
     is_house = random.random() < 0.5
     walls = size * random.uniform(0.45, 0.65) if is_house else size * random.uniform(0.9, 1.5)
     half_width = size * (random.uniform(0.4, 0.6) if is_house else random.uniform(0.22, 0.36))
@@ -84,7 +84,7 @@ def paint_building(
 def _windows(
     columns: np.ndarray, rows: np.ndarray, half_width: float, walls: float, random: np.random.Generator
 ) -> np.ndarray:
-    """A grid of windows over the walls."""
+    """Returns the mask of a grid of windows over the walls."""
     across = max(2, round(2 * half_width / 0.045))
     storeys = max(1, round(walls / 0.055))
     column_phase = (columns + half_width) / (2 * half_width) * across % 1

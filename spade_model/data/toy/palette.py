@@ -1,4 +1,4 @@
-"""Colours of the toy landscapes: one palette an image, from its time of day and season."""
+"""The colours of the toy landscapes: each image has a palette, drawn from a time of day and a season."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Colour = np.ndarray
 
 @dataclass(frozen=True)
 class Palette:
-    """Class colours keep apart from each other in every palette, so that colour tells the class of a pixel."""
+    """The colours of one image. They differ enough between classes that a pixel's colour identifies its class."""
 
     sky_top: Colour
     sky_horizon: Colour
@@ -30,7 +30,7 @@ class Palette:
     roof: Colour
     window: Colour
     light: Colour
-    """Factor on every colour."""
+    """Factor by which all colours of the image are multiplied."""
 
 
 # Day, golden hour, dusk.
@@ -48,7 +48,7 @@ _CROWN = ((44, 112, 48), (30, 94, 44), (62, 98, 34))
 
 
 def draw_palette(random: np.random.Generator) -> Palette:
-    """A palette between the hours and seasons above."""
+    """Draws a palette between the times of day and seasons above."""
     hour = random.choice(3, p=(0.5, 0.3, 0.2)) + random.uniform(-0.3, 0.3)
     season = random.uniform(0, 2)
 
@@ -76,6 +76,6 @@ def draw_palette(random: np.random.Generator) -> Palette:
 
 
 def _between(colours: tuple[tuple[float, float, float], ...], position: float) -> Colour:
-    """Linear interpolation in a list of colours, held at its ends."""
+    """Interpolates linearly in a list of colours; beyond its ends the first or last colour is used."""
     columns = np.asarray(colours, dtype=np.float32).T
     return np.asarray([np.interp(position, range(len(colours)), column) for column in columns], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A toy landscape as a whole: where things are, painted from back to front."""
+"""Composes a toy landscape: places its parts and paints them from back to front."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spade_model.data.toy.palette import Palette, draw_palette
 from spade_model.data.toy.scenery import paint_field, paint_mountains, paint_sea, paint_sky, paint_sun
 
 SMALLEST_SIDE = 32
-"""Smallest height and width, in pixels, at which the things of a landscape can be told apart."""
+"""Smallest height and width, in pixels, at which the objects of a landscape can be recognised."""
 
 _SPLIT_NUMBERS = {"train": 0, "val": 1}
 
@@ -25,13 +25,13 @@ class ToyImage:
     labels: np.ndarray
     """uint8 (H, W), positions in TOY_CLASSES."""
     instances: np.ndarray
-    """int32 (H, W), from 1; every tree, building and mountain has its own, as has each other area."""
+    """int32 (H, W), ids from 1; every tree, building, mountain and other area has its own id."""
     image: np.ndarray
     """uint8 (H, W, 3), RGB."""
 
 
 def draw_toy(seed: int, split: str, index: int, height: int, width: int) -> ToyImage:
-    """Landscape number `index` of a split ("train" or "val"); the same arguments give the same pixels.
+    """Draws landscape number `index` of a split ("train" or "val"); equal arguments give equal pixels.
 
     Raises ValueError for another split and for sides below SMALLEST_SIDE pixels.
     """
@@ -57,7 +57,7 @@ def draw_toy(seed: int, split: str, index: int, height: int, width: int) -> ToyI
 
 
 def _land_edge(canvas: Canvas, random: np.random.Generator, horizon: float, has_sea: bool) -> np.ndarray:
-    """y at which the land begins, for each column: the hills of an inland view, or a coast."""
+    """Returns for each column the y at which the land begins: the hills of an inland view, or a coast."""
     line = profile(random, canvas.width, 3, octaves=3)
     if not has_sea:
         return horizon + 0.03 * line
@@ -69,7 +69,7 @@ def _land_edge(canvas: Canvas, random: np.random.Generator, horizon: float, has_
 def _paint_objects(
     canvas: Canvas, palette: Palette, random: np.random.Generator, edge: np.ndarray, horizon: float
 ) -> None:
-    """Buildings and trees on the land, the far ones first and smaller."""
+    """Paints buildings and trees on the land; distant ones are painted first and are smaller."""
     placed = []
     village_x = random.uniform(0, canvas.aspect)
     for _ in range(int(random.integers(0, 7))):
@@ -84,6 +84,6 @@ def _paint_objects(
 
 
 def _foot(canvas: Canvas, random: np.random.Generator, x: float, edge: np.ndarray, reach: float) -> float:
-    """y on the land at x; `reach` is the part of the way to the viewer that is used."""
+    """Draws a y on the land at x; `reach` (0..1) limits how near to the viewer it can be."""
     top = float(edge[min(int(x * canvas.height), canvas.width - 1)])
     return top + 0.02 + random.uniform(0, reach) * max(0.0, 1 - top)

@@ -14,7 +14,7 @@ _FOAM = np.asarray((0.75, 0.95, 1.0), dtype=np.float32)
 
 
 def paint_sky(canvas: Canvas, palette: Palette, random: np.random.Generator, horizon: float) -> None:
-    """A gradient down to the horizon, with clouds stretched sideways."""
+    """Paints a gradient down to the horizon, with clouds stretched sideways."""
     height, width = canvas.height, canvas.width
     depth = np.clip(canvas.y / horizon, 0, 1) ** 1.4
     colour = blend(palette.sky_top, palette.sky_horizon, np.broadcast_to(depth, (height, width)))
@@ -27,7 +27,7 @@ def paint_sky(canvas: Canvas, palette: Palette, random: np.random.Generator, hor
 
 
 def paint_sun(canvas: Canvas, palette: Palette, random: np.random.Generator, horizon: float) -> float:
-    """A disc with a glow around it; half the suns stand low. Returns the sun's x."""
+    """Paints a disc with a glow, near the horizon in about a third of the images. Returns the sun's x."""
     radius = random.uniform(0.075, 0.12)
     x = random.uniform(0.12, 0.88) * canvas.aspect
     low = random.random() < 0.35
@@ -42,7 +42,7 @@ def paint_sun(canvas: Canvas, palette: Palette, random: np.random.Generator, hor
 
 
 def paint_mountains(canvas: Canvas, palette: Palette, random: np.random.Generator, horizon: float) -> None:
-    """One to five peaks, the far ones first, with light on one side of their ridges."""
+    """Paints one to five mountains, distant ones first, with light on one side of their ridges."""
     count = int(random.integers(1, 6))
     light_side = random.choice((-1.0, 1.0))
     for order in range(count):
@@ -61,7 +61,7 @@ def _paint_mountain(
     nearness: float,
     light_side: float,
 ) -> None:
-    """`shape`: x of the peak, y of the foot, half the width of the foot, height."""
+    """Paints a mountain; `shape` is (x of the peak, y of the foot, half the width of the foot, height)."""
     centre, foot, half_width, peak = shape
     region = canvas.region(centre - half_width, foot - 1.3 * peak, centre + half_width, foot)
     x, y = canvas.x[:, region[1]], canvas.y[region[0]]
@@ -81,7 +81,7 @@ def _paint_mountain(
 
 
 def paint_sea(canvas: Canvas, palette: Palette, random: np.random.Generator, horizon: float, sun_x: float) -> None:
-    """Water from the horizon down, with waves that grow towards the viewer and the sun's glitter."""
+    """Paints water below the horizon, with the sun's glitter and with waves that grow towards the viewer."""
     region = (slice(int(horizon * canvas.height), canvas.height), slice(None))
     y = canvas.y[region[0]]
     depth = (y - horizon) / (1 - horizon)
@@ -98,7 +98,7 @@ def paint_sea(canvas: Canvas, palette: Palette, random: np.random.Generator, hor
 def paint_field(
     canvas: Canvas, palette: Palette, random: np.random.Generator, edge: np.ndarray, horizon: float
 ) -> None:
-    """Land below `edge` (y for each column), one or two fields of furrows that meet on the horizon."""
+    """Paints land below `edge` (y for each column): one or two fields, with furrows that meet on the horizon."""
     everything = (slice(None), slice(None))
     land = canvas.y >= edge[None, :]
     border = canvas.aspect * (random.uniform(0.25, 0.75) + random.uniform(-0.4, 0.4) * (canvas.y - edge.mean()))
