@@ -332,15 +332,16 @@ def read_constant_and_one_hot(planes: torch.Tensor) -> LabelMap | None:
     count = int(constant.long().cumprod(0).sum())
     if count in (0, planes.shape[1]):
         return None
-    labels = read_one_hot(planes[:, count:], edges=False)
+    labels = read_one_hot(planes[:, count:], edges=planes.shape[1] > count + 1)
     if labels is None:
         return None
-    images, classes = planes.shape[0], labels.num_labels + 1
-    first = torch.arange(images, device=planes.device).view(-1, 1, 1) * classes
-    one_hot = torch.eye(classes, labels.num_labels, dtype=torch.float64, device=planes.device)
-    noise = planes[:, :count, 0, 0].to(one_hot.dtype)
-    codebook = torch.cat((noise.repeat_interleave(classes, 0), one_hot.repeat(images, 1)), 1)
+    vectors = labels.codebook(torch.float64)[1:]
+    images, states = planes.shape[0], vectors.shape[0]
+    first = torch.arange(images, device=planes.device).view(-1, 1, 1) * states
+    noise = planes[:, :count, 0, 0].to(vectors.dtype).repeat_interleave(states, 0)
+    codebook = torch.cat((noise, vectors.repeat(images, 1)), 1)
     label_map = labels._with_codes(labels.codes + first, F.pad(codebook, (0, 0, 1, 0)))
+    label_map.edges = None
     label_map.num_labels = planes.shape[1]
     return label_map
 

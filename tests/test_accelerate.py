@@ -302,6 +302,8 @@ def test_noise_before_the_labels_is_a_code_book_of_each_image():
     sk.accelerate(fast)
     expected, found = (results(one, dense, torch.float64) for one in (layer, fast))
     assert all(relative_error(found[key], value) < 1e-10 for key, value in expected.items())
+    edges = torch.cat((noise, planes(), (torch.rand(2, 1, *SIZE) < 0.2).float()), 1)
+    assert torch.equal(as_condition(edges, 4 + CLASSES).one_hot(), edges)
     # Noise that differs from pixel to pixel is dense.
     assert isinstance(as_condition(torch.cat((torch.randn(2, 3, *SIZE), planes()), 1), 3 + CLASSES), Tensor)
 
