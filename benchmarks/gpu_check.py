@@ -61,7 +61,7 @@ TESTS = (
 COMPILED = "tests/test_compiled.py"
 REPEATED = "hundred_times_under_load"  # in the names of the tests that are a step of their own
 _FAST_TESTS = 1  # comparisons and sanitizers run the others' kernels, too
-# As ids begin: what the backends for CPU tensors do is tested elsewhere.
+# Beginnings of test ids: the backends for CPU tensors are tested elsewhere.
 CHOSEN = ("-k", f"not {REPEATED} and not [cpu and not [reference")
 _KEPT, _FAST_KEPT = 0.4, 0.3  # of the time, for measuring, whatever the steps before take
 _MINUTES, _FAST_MINUTES = 8.0, 3.0
@@ -177,7 +177,7 @@ def tests(fast: bool) -> list[Job]:
 def pytest(name: str, *arguments: object) -> Job:
     """Returns a job of pytest. It names each test as soon as it is over, for runs that are cut."""
     command = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments)
-    # What tests start must find the package, too.
+    # Processes that tests start must find the package, too.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return Job(name, command, 240, {"PYTHONPATH": path}, judge=tests_passed, needs=("pytest", "hypothesis"))
 

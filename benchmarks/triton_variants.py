@@ -36,7 +36,7 @@ def layer_variants() -> list[Variant]:
 def _layer(channels: int, side: int, upsample: int, dtype: torch.dtype) -> None:
     table_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     pixels = _BATCH * side**2
-    # What real masks come to, roughly; a few pixels all have windows of their own.
+    # The numbers are roughly those of real masks; a few pixels all have windows of their own.
     rows, num_hidden = max(64, pixels // 5), max(64, pixels // 10)
     x = _empty(_BATCH, channels, side // upsample, side // upsample, dtype=dtype)
     grad = _empty(_BATCH, channels, side, side, dtype=dtype)

@@ -123,7 +123,7 @@ def _warn_if_missing(device: torch.device) -> None:
     """Warns once per process that CPU tensors have no compiled kernels, unless the caller chose the reference."""
     global _has_warned
     worker = torch.utils.data.get_worker_info()
-    # Of the workers of a data loader, only the first one warns.
+    # Only the first worker of a data loader warns.
     if _has_warned or device.type != "cpu" or _cpu or _chosen == "reference" or (worker and worker.id > 0):
         return
     _has_warned = True

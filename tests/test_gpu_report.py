@@ -24,7 +24,7 @@ STEPS = [steps.Step(name, "passed", 3.0, "well") for name in ("determinism", "sa
 
 @pytest.fixture
 def run(monkeypatch) -> BenchRun:
-    # As where nothing is built.
+    # Nothing is built.
     monkeypatch.setattr(targets.backends, "kernels_on", lambda device: defaultdict(lambda: "reference"))
     case, size = "real, bf16, batch 8", "64 x 256 x 256, bf16, batch 8"
     lines = [

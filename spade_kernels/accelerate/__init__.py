@@ -95,7 +95,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False)
         name, layer, reason = report.left[0]
         raise ValueError(f"{len(report.left)} layers cannot be accelerated; {name or 'the model'} ({layer}): {reason}")
     for (module, family, choice), entry in zip(found, report.replaced, strict=True):
-        swap_class(module, AcceleratedLayer, _family=family, _choice=choice)
+        swap_class(module, AcceleratedLayer, _spade_family=family, _spade_choice=choice)
         if measure:
             entry.speedup = speedup(module)
     _accelerate_blocks(model, report)
@@ -113,7 +113,7 @@ def _accelerate_blocks(model: nn.Module, report: Report) -> None:
         answer = probed[key]
         if answer is not None:
             report.replaced.append(Replaced(name, type(module).__name__, ResidualBlock.name, answer[1]))
-            swap_class(module, AcceleratedBlock, _choice=answer[0])
+            swap_class(module, AcceleratedBlock, _spade_choice=answer[0])
 
 
 def _probed_block(block: nn.Module) -> tuple[int, float] | None:
@@ -122,8 +122,9 @@ def _probed_block(block: nn.Module) -> tuple[int, float] | None:
 
     def change(copied: nn.Module, choice: int) -> None:
         for name, layer in layers.items():
-            swap_class(copied.get_submodule(name), AcceleratedLayer, _family=layer._family, _choice=layer._choice)
-        swap_class(copied, AcceleratedBlock, _choice=choice)
+            own = {"_spade_family": layer._spade_family, "_spade_choice": layer._spade_choice}
+            swap_class(copied.get_submodule(name), AcceleratedLayer, **own)
+        swap_class(copied, AcceleratedBlock, _spade_choice=choice)
 
     parts = layers["norm_0"].parts()
     assert parts is not None
@@ -188,7 +189,7 @@ def _probed(module: nn.Module, family: Family, candidates: list[Parts]) -> tuple
     """The candidate that equals the module, and the probe's error; or the reason why there is none."""
     reasons = []
     for choice, parts in enumerate(candidates):
-        change = partial(swap_class, base=AcceleratedLayer, _family=family, _choice=choice)
+        change = partial(swap_class, base=AcceleratedLayer, _spade_family=family, _spade_choice=choice)
         try:
             return choice, probe(module, change, family, parts.channels)
         except Differs as reason:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from spade_kernels.accelerate.layer import Accelerated, AcceleratedLayer, Family, in_layout_of, inspect_arguments
+from spade_kernels.accelerate.layer import Accelerated, AcceleratedLayer, Family, bound_arguments, in_layout_of
 from spade_kernels.condition import Segmap, as_condition
 from spade_kernels.convolution import PackedConv2d, convolve_channels_last, has_stride_1_and_zero_padding, is_plain
 from spade_kernels.modulation import DeferredModulation
@@ -45,7 +45,7 @@ def is_block(module: nn.Module) -> bool:
 class AcceleratedBlock(Accelerated):
     """A residual block whose layers share statistics and whose convolutions are packed when it is frozen."""
 
-    _choice: int
+    _spade_choice: int
     norm_0: AcceleratedLayer
     norm_1: AcceleratedLayer
     norm_s: AcceleratedLayer
@@ -54,7 +54,7 @@ class AcceleratedBlock(Accelerated):
     conv_s: nn.Conv2d
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = inspect_arguments(self, args, kwargs)
+        arguments = bound_arguments(self, args, kwargs)
         if len(arguments) != 2 or not is_block(self):
             return self._stock.forward(self, *args, **kwargs)
         x, condition = arguments
@@ -62,7 +62,7 @@ class AcceleratedBlock(Accelerated):
         if parts is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
             return self._stock.forward(self, *args, **kwargs)
         segmap = as_condition(condition, parts.channels[1], like=x)
-        pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._choice]
+        pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._spade_choice]
         taken = self._moments(pixels)
         shortcut = pixels
         if hasattr(self, "conv_s"):

@@ -20,7 +20,7 @@ from spade_kernels.modulation import DeferredModulation
 from spade_kernels.normalization import Moments, apply_norm, has_hooks
 
 # Attributes that only an accelerated module has.
-_OWN = ("_packed", "_family", "_choice")
+_OWN = ("_packed", "_spade_family", "_spade_choice")
 
 
 class Unsupported(Exception):
@@ -57,9 +57,10 @@ class Family:
     name = ""
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        """What the module may be: a probe finds out which one equals its forward. Empty if it is not of this family.
+        """Returns the formulas that the module may have; a probe finds the one that equals its forward.
 
-        It is called in every forward, with the module as it is then: it must be quick, and give the same order.
+        The list is empty if the module is not of this family. The method is called in every forward, with the module as
+        it is then, so it must be quick, and its order must not change.
 
         Raises:
             Unsupported: it is of this family, but a part of it is not supported.
@@ -67,18 +68,18 @@ class Family:
         raise NotImplementedError
 
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
-        """(x, condition) among the arguments of the module's forward.
+        """Returns (x, condition), taken from the arguments of the module's forward.
 
         Raises:
-            Unsupported: there are more; the module's own forward then takes the call.
+            Unsupported: there are others; the module's own forward then takes the call.
         """
-        x, condition, *others = inspect_arguments(module, args, kwargs)
-        if any(other is not None for other in others):
-            raise Unsupported("it was called with more than x and a condition")
-        return x, condition
+        arguments = bound_arguments(module, args, kwargs)
+        if len(arguments) < 2 or any(other is not None for other in arguments[2:]):
+            raise Unsupported("it was called with other arguments than x and a condition")
+        return arguments[0], arguments[1]
 
     def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """Arguments (args, kwargs) with which the module's forward takes this x and condition."""
+        """Returns the arguments (args, kwargs) with which the module's forward takes this x and condition."""
         return (x, condition), {}
 
     # One object serves all copies of a layer.
@@ -86,23 +87,23 @@ class Family:
         return self
 
 
-def inspect_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments of a call of the module's own forward, in the order of its parameters."""
+def bound_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the arguments of a call of the module's own forward, in the order of its parameters."""
     if not kwargs:
         return list(args)
     return list(inspect.signature(stock_class(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class that an accelerated module had before."""
+    """Returns the class that an accelerated module had before, and the class of any other module."""
     return type(module)._stock if isinstance(module, Accelerated) else type(module)
 
 
 class Accelerated(Freezable):
-    """First base of the class that an accelerated module gets; the second is the class it had.
+    """Base of the classes of accelerated modules; their second base is the class that the module had before.
 
-    Everything but `forward` is the module's own: parameters, buffers, hooks, state_dict. A forward that the kernels
-    cannot do is the module's own, too. Copies are accelerated; a pickled module is loaded as it was.
+    Only `forward` changes; parameters, buffers, hooks and state_dict do not. Calls that kernels do not support go to
+    the forward that the module had. Copies are accelerated, too; a pickled module is loaded with its former class.
     """
 
     _stock: type[nn.Module]
@@ -131,6 +132,7 @@ def swap_class(module: nn.Module, base: type[Accelerated], **attributes: Any) ->
 
 
 def restore_class(module: nn.Module) -> None:
+    """Gives an accelerated module the class that it had before."""
     for name in _OWN:
         module.__dict__.pop(name, None)
     module.__class__ = stock_class(module)
@@ -139,22 +141,22 @@ def restore_class(module: nn.Module) -> None:
 class AcceleratedLayer(Accelerated):
     """A SPADE layer whose forward is `functional.spade`."""
 
-    _family: Family
-    _choice: int
+    _spade_family: Family
+    _spade_choice: int
 
     def parts(self) -> Parts | None:
         """The layer's parts as they are now; None if they have become something that only its own forward can do."""
         try:
-            candidates = self._family.candidates(self)
+            candidates = self._spade_family.candidates(self)
         except Unsupported:
             return None
-        return candidates[self._choice] if self._choice < len(candidates) else None
+        return candidates[self._spade_choice] if self._spade_choice < len(candidates) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         deferred = self.defer(args, kwargs)
         if deferred is None:
             return self._stock.forward(self, *args, **kwargs)
-        x, _ = self._family.inputs(self, *args, **kwargs)
+        x, _ = self._spade_family.inputs(self, *args, **kwargs)
         return in_layout_of(x, deferred.tensor())
 
     def defer(
@@ -165,7 +167,7 @@ class AcceleratedLayer(Accelerated):
         if parts is None:
             return None
         try:
-            x, condition = self._family.inputs(self, *args, **kwargs)
+            x, condition = self._spade_family.inputs(self, *args, **kwargs)
         except Unsupported:
             return None
         if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):

@@ -24,7 +24,7 @@ class Replaced:
 
 @dataclass
 class Report:
-    """What `accelerate` did. Its text is a table.
+    """The result of `accelerate`. `print` shows it as a table.
 
     Attributes:
         replaced: the layers and blocks that are accelerated now.

@@ -28,7 +28,7 @@ def speedup(module: nn.Module) -> float:
         coarse = torch.rand(1, parts.channels[1], 16, 16)
         labels = F.interpolate(coarse, size=(64, 64), mode="bicubic").argmax(1)
         planes = F.one_hot(labels, parts.channels[1]).permute(0, 3, 1, 2).float()
-        args, kwargs = module._family.example(module, x, planes)
+        args, kwargs = module._spade_family.example(module, x, planes)
         times: dict[nn.Module, list[float]] = {stock: [], ours: []}
         for _ in range(_REPEATS):
             for layer, seconds in times.items():
