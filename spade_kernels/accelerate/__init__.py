@@ -185,11 +185,18 @@ def _require_usable(module: nn.Module) -> None:
         raise Unsupported("it is quantized")
 
 
+def _swap_layer(module: nn.Module, family: Family, choice: int) -> None:
+    swap_class(module, AcceleratedLayer, _spade_family=family, _spade_choice=choice)
+    assert isinstance(module, AcceleratedLayer)
+    if module.parts() is None:
+        raise Differs("its family does not recognize it once it is accelerated")
+
+
 def _probed(module: nn.Module, family: Family, candidates: list[Parts]) -> tuple[int, float] | str:
     """The candidate that equals the module, and the probe's error; or the reason why there is none."""
     reasons = []
     for choice, parts in enumerate(candidates):
-        change = partial(swap_class, base=AcceleratedLayer, _spade_family=family, _spade_choice=choice)
+        change = partial(_swap_layer, family=family, choice=choice)
         try:
             return choice, probe(module, change, family, parts.channels)
         except Differs as reason:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +12,12 @@ from spade_kernels.accelerate.layer import (
     Family,
     Parts,
     Unsupported,
+    bound_arguments,
     convolution,
     leaves,
     normed_convolution,
     shared_convolution,
+    stock_class,
 )
 from spade_kernels.condition import Segmap
 from spade_kernels.functional import Weights
@@ -63,19 +67,20 @@ class Original(Family):
 
 
 class StableSR(Family):
-    """StableSR: forward(x_dic, segmap_dic, size=None) takes the condition of x's width from a dict."""
+    """StableSR's layer: forward(x_dic, segmap_dic, size=None) finds the condition, and with a size also x, in a dict."""
 
     name = "StableSR SPADE"
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        if "segmap_dic" not in _parameters(module):
+        if "segmap_dic" not in _parameters(stock_class(module)):  # type: ignore[arg-type]
             return []
         return parts_of(module, "mlp_shared", "mlp_gamma", "mlp_beta")
 
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
-        x, conditions = args[0] if args else kwargs["x_dic"], args[1] if len(args) > 1 else kwargs["segmap_dic"]
-        size = args[2] if len(args) > 2 else kwargs.get("size")
-        return x, conditions[str(x.shape[-1] if size is None else size)]
+        x, conditions, *size = bound_arguments(module, args, kwargs)
+        if size and size[0] is not None:
+            return x[str(size[0])], conditions[str(size[0])]
+        return x, conditions[str(x.shape[-1])]
 
     def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
         return (x, {str(x.shape[-1]): condition}), {}
@@ -111,9 +116,10 @@ class Imaginaire(Family):
         return x, conditions[0]
 
 
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    code = getattr(type(module).forward, "__code__", None)
-    return () if code is None else code.co_varnames[: code.co_argcount]
+@functools.cache
+def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Returns the names of the parameters of a class's forward."""
+    return tuple(inspect.signature(module_class.forward).parameters)
 
 
 FAMILIES: list[Family] = [StableSR(), Imaginaire(), Original()]
