@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spade_kernels as sk
+from benchmarks import accelerate as bench
 from spade_kernels.accelerate import FAMILIES, Family, Parts, convolution, shared_convolution
 from spade_kernels.accelerate.block import AcceleratedBlock
 from spade_kernels.accelerate.layer import AcceleratedLayer
 from spade_kernels.condition import as_condition
 from spade_kernels.functional import Weights
 from spade_kernels.testing import random_label_map, relative_error
+from spade_model.benchmark.results import Result
 
 CHANNELS, CLASSES, HIDDEN = 8, 5, 6
 X, SIZE = (2, CHANNELS, 6, 8), (12, 16)
@@ -591,3 +593,30 @@ def test_a_family_from_outside():
         assert relative_error(layer(planes(dtype=x.dtype), x), stock(planes(dtype=x.dtype), x)) < 1e-12
     finally:
         FAMILIES.pop()
+
+
+def test_the_table_of_the_benchmark():
+    times = {
+        ("eager", "eval"): 10.0,
+        ("accelerated", "eval"): 4.0,
+        ("accelerated, frozen", "eval"): 2.0,
+        ("compiled", "eval"): 5.0,
+    }
+    times |= {("eager", "training"): 9.0, ("accelerated", "training"): 3.0}
+    results = [Result.of(suite, "model", provider, [ms]) for (provider, suite), ms in times.items()]
+    _, _, first, second = bench.table(results).splitlines()
+    assert first == "| model | eval | 10 | 2.50 | 5.00 | 2.50 |"
+    assert second == "| model | training | 9 | 3.00 |  |  |"
+
+
+def test_the_models_of_the_benchmark_are_accelerated():
+    for _, model, call, _ in bench.cases(random_label_map("blobs", (1, 64, 64), CLASSES).one_hot(), tiny=True):
+        stock = copy.deepcopy(model.eval())
+        sk.accelerate(model, strict=True)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            found = call(model)
+            torch.manual_seed(0)
+            expected = call(stock)
+        for one, other in zip(found, expected, strict=True):
+            assert relative_error(one, other) < 1e-4

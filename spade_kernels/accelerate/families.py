@@ -67,7 +67,7 @@ class Original(Family):
 
 
 class StableSR(Family):
-    """StableSR's layer: forward(x_dic, segmap_dic, size=None) finds the condition, and with a size also x, in a dict."""
+    """StableSR's layer: forward(x_dic, segmap_dic, size=None) finds the condition in a dict; with a size, x too."""
 
     name = "StableSR SPADE"
 
