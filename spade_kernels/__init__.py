@@ -1,7 +1,6 @@
 """spade_kernels: exact SPADE layers, evaluated once per distinct window of the label map."""
 
-__version__ = "0.1.0"
-
+from spade_kernels._version import __version__ as __version__
 from spade_kernels.accelerate import accelerate, restore
 from spade_kernels.backends import MissingKernelsWarning, build_info, use_backend
 from spade_kernels.freezing import freeze

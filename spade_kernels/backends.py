@@ -25,6 +25,7 @@ import torch
 
 from spade_kernels import reference
 from spade_kernels._sources import fingerprint
+from spade_kernels._version import __version__
 
 # The backends other than the reference that have kernels for tensors on a device.
 _ON_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -263,8 +264,6 @@ def current_backend() -> str:
 
 def build_info() -> dict[str, object]:
     """A dict of versions and devices, the kernels in use, and for each backend None or the reason it cannot run."""
-    from spade_kernels import __version__
-
     return {
         "spade_kernels": __version__,
         "python": platform.python_version(),

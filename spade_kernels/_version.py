@@ -1,0 +1,3 @@
+"""The package's version; pyproject.toml has it, too."""
+
+__version__ = "0.1.0"
