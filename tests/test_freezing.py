@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spade_kernels as sk
-from spade_kernels import LabelMap
+from spade_kernels import LabelMap, functional
 from spade_kernels.convolution import Conv2d
 from spade_kernels.freezing import Freezable
 from spade_kernels.testing import random_label_map, random_spade, relative_error
@@ -350,3 +350,25 @@ def test_a_copy_of_a_frozen_module_with_parametrized_weights():
     twin = copy.deepcopy(conv)
     assert twin.packed() is None
     assert relative_error(twin(x), expected) < LIMITS[torch.float32]
+
+
+def test_the_table_of_a_repeated_label_map_is_built_twice(monkeypatch):
+    """Samplers of diffusion models call with the same mask in every step."""
+    layer = random_spade("spadebatch3x3", 4, CLASSES).eval()
+    sk.freeze(layer)
+    built, modulation_table = [], functional.ops.modulation_table
+    monkeypatch.setattr(functional.ops, "modulation_table", lambda *args: built.append(1) or modulation_table(*args))
+    mask, other = (random_label_map("blobs", (1, 8, 8), CLASSES, seed=seed) for seed in (0, 1))
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        results = [layer(x, mask) for _ in range(4)]
+        assert len(built) == 2
+        assert all(torch.equal(y, results[0]) for y in results)
+        assert not torch.equal(layer(x, other), results[0])
+        assert torch.equal(layer(x, mask), results[0])
+        assert len(built) == 4
+        place = sk.StaticLabelMap(mask)
+        for _ in range(3):
+            layer(x, place.label_map)
+        place.copy_(other)
+        assert torch.equal(layer(x, place.label_map), layer(x, other)), "the place holds another label map now"
