@@ -532,6 +532,19 @@ def test_models_without_other_layers(model):
     assert str(sk.accelerate(model, strict=True)).startswith("accelerate: there is no")
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+    ids=["no grad", "inference", "autocast", "default device"],
+)
+def test_whatever_mode_the_caller_is_in(mode):
+    layer = Block(8, 4)
+    before = torch.get_rng_state()
+    with mode():
+        assert len(sk.accelerate(layer, strict=True).replaced) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"takes an nn\.Module, got str"):
         sk.accelerate("model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -35,7 +36,11 @@ def probe(
     Raises:
         Differs: the difference is more than rounding, or the module cannot be called.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    # Whatever mode the caller is in.
+    modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
+    with contextlib.ExitStack() as stack:
+        for mode in (*modes, torch.random.fork_rng(devices=[]), torch.device("cpu")):
+            stack.enter_context(mode)
         torch.manual_seed(0)
         copied = copy.deepcopy(module).cpu()
         for part in copied.modules():
