@@ -71,8 +71,8 @@ def _first_as_built(model0: nn.Module) -> nn.Conv2d | None:
     first = model0[0]
     if not runs_as(first, nn.Conv2d):
         return None
-    how = first.kernel_size, first.stride, first.padding, first.dilation, first.groups, first.padding_mode
-    return first if how == (*((side, side) for side in _FIRST), (1, 1), 1, "zeros") else None
+    settings = first.kernel_size, first.stride, first.padding, first.dilation, first.groups, first.padding_mode
+    return first if settings == (*((side, side) for side in _FIRST), (1, 1), 1, "zeros") else None
 
 
 class MultiscaleDiscriminator(nn.Module):
