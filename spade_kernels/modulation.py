@@ -41,16 +41,21 @@ class ModulationTable(NamedTuple):
         return ModulationTable(rows, *self[1:])
 
     def instance_normalized(self, images: int, eps: float) -> ModulationTable:
-        """The table whose columns are normalized over the pixels of each image, like `F.instance_norm` of both maps.
+        """Returns the table whose columns are normalized over the pixels of each image, like `F.instance_norm` of maps.
 
         Args:
             images: N.
         """
+        # Autocast would round the factors of the sums over rows.
+        with torch.autocast(self.rows.device.type, enabled=False):
+            return self.with_rows(self._instance_normalized(images, eps).to(self.rows.dtype))
+
+    def _instance_normalized(self, images: int, eps: float) -> Tensor:
         rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
         if self.pixel_row is None or self.image_offsets is None:
             maps = rows.view(images, -1, rows.shape[1])
             variance, mean = torch.var_mean(maps, 1, correction=0, keepdim=True)
-            return self.with_rows(((maps - mean) * (variance + eps).rsqrt()).flatten(0, 1).to(self.rows.dtype))
+            return ((maps - mean) * (variance + eps).rsqrt()).flatten(0, 1)
         flat = self.pixel_row.flatten()
         pixels = rows.new_zeros(len(rows)).scatter_add_(0, flat, torch.ones_like(flat, dtype=rows.dtype))
         every = torch.arange(len(rows), device=rows.device)
@@ -61,7 +66,7 @@ class ModulationTable(NamedTuple):
         # One image's statistics need no copy for each row.
         of_row = (lambda t: t) if images == 1 else (lambda t: t[image])
         centred = rows - of_row(shares @ rows)
-        return self.with_rows((centred * of_row((shares @ centred.square() + eps).rsqrt())).to(self.rows.dtype))
+        return centred * of_row((shares @ centred.square() + eps).rsqrt())
 
 
 class DeferredModulation(NamedTuple):

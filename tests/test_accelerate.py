@@ -389,6 +389,49 @@ def test_compiled():
         torch.testing.assert_close(got, layer(x, planes()))
 
 
+@pytest.mark.parametrize("name", ["original, instance", "MONAI", "affine group"])
+def test_autocast_errs_no_more_than_stock(name):
+    torch.manual_seed(0)
+    stock = LAYERS[name]().eval()
+    fast, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    sk.accelerate(fast)
+    x, condition = torch.randn(X), planes()
+    with torch.no_grad():
+        expected = exact(x.double(), condition.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            error, budget = (relative_error(layer(x, condition).double(), expected) for layer in (fast, stock))
+    assert error <= budget
+
+
+def test_a_compiled_model_is_accelerated_later():
+    torch.manual_seed(0)
+    stock = Block(8, 4, spectral=False).eval()
+    model = torch.compile(copy.deepcopy(stock), backend="aot_eager")
+    x, condition = torch.randn(X), planes()
+    with torch.no_grad():
+        before = model(x, condition)
+        assert len(sk.accelerate(model).replaced) == 4
+        after = model(x, condition)
+    assert relative_error(after, stock(x, condition)) < 1e-5
+    assert not torch.equal(after, before), "the compiled code is still the stock layers'"
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.manual_seed(0)
+    stock = Block(8, 4).double()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(copy.deepcopy(stock))
+        assert len(sk.accelerate(model).replaced) == 4
+        condition = planes(dtype=torch.float64)
+        expected, found = (results(one, condition, torch.float64) for one in (stock, model))
+    finally:
+        torch.distributed.destroy_process_group()
+    for key, value in expected.items():
+        other = found[key if key in found else f"module.{key}"]
+        assert relative_error(other, value) < 1e-9 or value.abs().max() < 1e-9, key
+
+
 def test_a_condition_for_one_of_many_images_takes_the_own_forward():
     layer = Original(nn.InstanceNorm2d(CHANNELS)).double()
     stock = copy.deepcopy(layer)

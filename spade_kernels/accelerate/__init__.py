@@ -9,6 +9,7 @@ before a layer is replaced. To add a family of your own, derive from `Family` an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -68,7 +69,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False)
     report = Report()
     found: list[tuple[nn.Module, Family, int]] = []
     probed: dict[tuple, tuple[int, float] | str] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if isinstance(module, (Accelerated, SPADE)):
             continue
         try:
@@ -102,9 +103,14 @@ def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False)
     return report
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields names and modules of a model, but for the wrappers of torch.compile, which look like what they wrap."""
+    return ((name, module) for name, module in model.named_modules() if "_orig_mod" not in module._modules)
+
+
 def _accelerate_blocks(model: nn.Module, report: Report) -> None:
     probed: dict[str, tuple[int, float] | None] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if isinstance(module, Accelerated) or not is_block(module):
             continue
         key = _structure(module)

@@ -101,7 +101,7 @@ def _modulated(
 ) -> Tensor | DeferredModulation:
     """leaky_relu(norm(x, segmap), negative_slope), deferred where the norm can do that."""
     if not has_hooks(norm):
-        deferred = norm.defer((x, segmap), {}, negative_slope, taken)
+        deferred = norm.defer(x, segmap, negative_slope, taken)
         if deferred is not None:
             return deferred
     y = norm(x, segmap if isinstance(segmap, Tensor) else segmap.one_hot(x.dtype))

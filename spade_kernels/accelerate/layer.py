@@ -153,16 +153,20 @@ class AcceleratedLayer(Accelerated):
         return candidates[self._spade_choice] if self._spade_choice < len(candidates) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        deferred = self.defer(args, kwargs)
-        if deferred is None:
+        call = self._call(args, kwargs)
+        if call is None:
             return self._stock.forward(self, *args, **kwargs)
-        x, _ = self._spade_family.inputs(self, *args, **kwargs)
-        return in_layout_of(x, deferred.tensor())
+        return in_layout_of(call[1], self._defer(*call).tensor())
 
     def defer(
-        self, args: tuple, kwargs: dict[str, Any], negative_slope: float = 1.0, moments: Moments | None = None
+        self, x: Tensor, condition: Segmap, negative_slope: float = 1.0, moments: Moments | None = None
     ) -> DeferredModulation | None:
         """`forward` without its last pass over x, followed by a leaky ReLU; None if only the own forward can do it."""
+        parts = self.parts()
+        return None if parts is None else self._defer(parts, x, condition, negative_slope, moments)
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Parts, Tensor, Segmap] | None:
+        """Returns the parts, x and the condition of a call; None if it goes to the own forward."""
         parts = self.parts()
         if parts is None:
             return None
@@ -170,8 +174,11 @@ class AcceleratedLayer(Accelerated):
             x, condition = self._spade_family.inputs(self, *args, **kwargs)
         except Unsupported:
             return None
-        if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
-            return None
+        return None if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x) else (parts, x, condition)
+
+    def _defer(
+        self, parts: Parts, x: Tensor, condition: Segmap, negative_slope: float = 1.0, moments: Moments | None = None
+    ) -> DeferredModulation:
         if parts.table_eps is None:
             return functional.defer_spade(
                 x,
