@@ -74,7 +74,7 @@ class LabelMap(Packable):
 
     @property
     def is_pooled(self) -> bool:
-        """True if codes stand for averages (`avg_pool`) and not for (label, edge) pairs."""
+        """True if the label map has a codebook of its own: of averages (`avg_pool`), or of noise before the labels."""
         return self._pooled_codebook is not None
 
     @property
