@@ -20,11 +20,19 @@ from torch import Tensor, nn
 
 from spade_kernels import ops
 from spade_kernels.condition import Segmap, Segments, as_condition, conv2d, resized, tap_responses
-from spade_kernels.convolution import convolve
+from spade_kernels.convolution import PackedConv2d, convolve
 from spade_kernels.label_map import LabelMap, WindowIndex, as_size
 from spade_kernels.modulation import DeferredModulation, ModulationTable, modulate
 from spade_kernels.normalization import Moments, Normalized, Statistics, apply_norm, check_input, statistics
-from spade_kernels.weights import PackedWeights, Weights, check_weights, joint_bias, joint_weight
+from spade_kernels.weights import (
+    PackedWeights,
+    Weights,
+    check_weights,
+    first_weight,
+    joint_bias,
+    joint_weight,
+    zero_padding,
+)
 
 __all__ = [
     "ModulationTable",
@@ -98,8 +106,8 @@ def modulation_table(
     """
     gain = as_gain(gain)
     check_weights(weights)
-    segmap = as_condition(segmap, weights.shared[0].shape[1])
-    return _table(segmap, as_size(size), weights, x_dtype or weights.shared[0].dtype, gain, packed)
+    segmap = as_condition(segmap, weights.channels)
+    return _table(segmap, as_size(size), weights, x_dtype or weights.dtype, gain, packed)
 
 
 def spade(
@@ -168,7 +176,7 @@ def defer_spade(
     check_input(x, weights.gamma[0].shape[0])
     check_weights(weights)
     check_upsample(upsample)
-    segmap = as_condition(segmap, weights.shared[0].shape[1], like=x)
+    segmap = as_condition(segmap, weights.channels, like=x)
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
     # The norm follows all checks: a call that raises must not have updated the running statistics.
     normalized = apply_norm(norm, x, moments, upsample)
@@ -235,13 +243,16 @@ def _table(
     gain: Gain | None,
     packed: PackedWeights | None,
 ) -> ModulationTable:
-    weight = weights.shared[0]
-    dtype = _table_dtype(x_dtype, weight)
-    if gain is not None or dtype != weight.dtype:
+    dtype = _table_dtype(x_dtype, weights.gamma[0])
+    if gain is not None or dtype != weights.dtype:
         packed = None
-    index = None if isinstance(segmap, Tensor) else segmap.window_index(size, weight.shape[-1])
-    if isinstance(segmap, Tensor) or index is None or _prefers_dense(index, packed is not None):
-        return ModulationTable(_dense_table(segmap, size, weights, gain, packed))
+    if isinstance(segmap, Tensor) or weights.padding_mode == "reflect":
+        return _dense_table(segmap, size, weights, gain, packed)
+    if weights.shared is None:
+        return _class_table(segmap, size, weights, gain, packed)
+    index = segmap.window_index(size, weights.kernel_size)
+    if _prefers_dense(index, packed is not None):
+        return _dense_table(segmap, size, weights, gain, packed)
     segments = index.segments() if torch.is_grad_enabled() else ((None, None),) * 3
 
     def build() -> Tensor:
@@ -282,6 +293,7 @@ def _window_table(
     if packed:
         responses, hidden_bias, bias = packed.tap_responses(segmap), packed.hidden_bias, packed.bias
     else:
+        assert weights.shared is not None
         responses, hidden_bias = tap_responses(segmap, weights.shared[0].to(dtype)), weights.shared[1].to(acc_dtype)
         bias = joint_bias(weights, acc_dtype)
     relu = weights.hidden_slope == 0
@@ -296,23 +308,76 @@ def _window_table(
     return ops.modulation_table(hidden, gamma, beta, bias, index.modulation.windows, packed_weight, *segments[1])
 
 
+def _class_table(
+    segmap: LabelMap, size: tuple[int, ...], weights: Weights, gain: Gain | None, packed: PackedWeights | None
+) -> ModulationTable:
+    """The table of a layer without a hidden layer: one row for each distinct k x k window of labels."""
+    k = weights.kernel_size
+    seen = segmap.windows(size, k, 1, k // 2)
+    uses: Segments = (None, None)
+    pixels: Segments = (None, None)
+    if torch.is_grad_enabled():
+        uses, pixels = seen.tap_segments, seen.row_segments
+    acc_dtype = torch.promote_types(weights.dtype, torch.float32)
+    responses = packed.tap_responses(segmap) if packed else tap_responses(segmap, first_weight(weights).to(acc_dtype))
+    bias = packed.bias if packed else joint_bias(weights, acc_dtype)
+    rows = ops.gather_sum(responses, bias, seen.windows, *uses, False)
+    return ModulationTable(times(rows, gain), seen.pixel_row, seen.image_offsets, *pixels)
+
+
 def _dense_table(
     segmap: Segmap, size: Sequence[int], weights: Weights, gain: Gain | None, packed: PackedWeights | None
-) -> Tensor:
-    """(N*h*w, 2C): scale and shift of every pixel, times gain, by one joint convolution for gamma and beta."""
-    padding = weights.shared[0].shape[-1] // 2
-    convolutions = packed.dense() if packed else None
-    if convolutions and isinstance(segmap, Tensor):
-        planes = resized(segmap, size).to(weights.shared[0].dtype)
-        hidden = convolutions[0](planes.contiguous(memory_format=torch.channels_last))
-        hidden = hidden if weights.hidden_slope == 0 else F.leaky_relu(hidden, weights.hidden_slope)
+) -> ModulationTable:
+    """The table with a row for every pixel, by one joint convolution for gamma and beta; all times gain.
+
+    A 1 x 1 convolution of a smaller condition has a row for every pixel of that condition.
+    """
+    shared, joint = packed.dense() if packed else (None, None)
+    if weights.shared is None:
+        planes = segmap if isinstance(segmap, Tensor) else segmap.one_hot(weights.dtype)
+        is_small = weights.kernel_size == 1 and planes.shape[2] * planes.shape[3] < math.prod(size)
+        hidden = (planes if is_small else resized(planes, size)).to(weights.dtype)
     else:
-        segmap = segmap.to(weights.shared[0].dtype) if isinstance(segmap, Tensor) else segmap
-        hidden = conv2d(segmap, *weights.shared, padding=padding, size=size)
-        hidden = F.leaky_relu(hidden, weights.hidden_slope) if weights.hidden_slope else hidden.relu()
-    if convolutions:
-        table = convolutions[1](hidden)
+        is_small, hidden = False, _dense_hidden(segmap, size, weights, shared)
+    hidden = _reflected(hidden, weights)
+    if joint:
+        maps = joint(hidden)
     else:
         weight, bias = joint_weight(weights), joint_bias(weights, weights.gamma[1].dtype)
-        table = convolve(hidden, times(weight, gain), times(bias, gain), [padding] * 2)
-    return table.permute(0, 2, 3, 1).flatten(0, 2)
+        maps = convolve(hidden, times(weight, gain), times(bias, gain), zero_padding(weights))
+    rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
+    return ModulationTable(rows, *_nearest(maps, size)) if is_small else ModulationTable(rows)
+
+
+def _dense_hidden(segmap: Segmap, size: Sequence[int], weights: Weights, packed: PackedConv2d | None) -> Tensor:
+    """(N, hidden, h, w): the hidden layer at every pixel."""
+    assert weights.shared is not None
+    if isinstance(segmap, LabelMap) and weights.padding_mode == "zeros":
+        hidden = conv2d(segmap, *weights.shared, padding=weights.kernel_size // 2, size=size)
+    else:
+        planes = segmap if isinstance(segmap, Tensor) else segmap.one_hot(weights.dtype)
+        planes = _reflected(resized(planes, size).to(weights.dtype), weights)
+        if packed:
+            hidden = packed(planes.contiguous(memory_format=torch.channels_last))
+            if weights.hidden_slope == 0:
+                return hidden
+        else:
+            hidden = convolve(planes, *weights.shared, zero_padding(weights))
+    return F.leaky_relu(hidden, weights.hidden_slope) if weights.hidden_slope else hidden.relu()
+
+
+def _reflected(maps: Tensor, weights: Weights) -> Tensor:
+    return F.pad(maps, [weights.kernel_size // 2] * 4, mode="reflect") if weights.padding_mode == "reflect" else maps
+
+
+def _nearest(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The last four attributes of a table whose rows are the pixels of maps (N, C, H, W), resized (nearest) to size."""
+    n, _, height, width = maps.shape
+    pixels = torch.arange(n * height * width, device=maps.device).view(n, height, width)
+    rows, columns = (
+        F.interpolate(torch.arange(old, dtype=torch.float64, device=maps.device).view(1, 1, -1), new).long().flatten()
+        for old, new in zip((height, width), size, strict=True)
+    )
+    pixel_row = pixels[:, rows][:, :, columns]
+    segments = ops.segments_by_value(pixel_row, pixels.numel()) if torch.is_grad_enabled() else (None, None)
+    return pixel_row, torch.arange(n + 1, device=maps.device) * (height * width), *segments

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -52,9 +53,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 _BATCH_NORMS, _SYNC_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm), (SyncBatchNorm2d, nn.SyncBatchNorm)
 
 
-def is_fusable(norm: nn.Module) -> bool:
-    """True if a call of the module is normalization by `statistics`, then perhaps an affine map, and nothing else."""
-    if has_hooks(norm):
+def is_fusable(norm: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Module]:
+    """True if a call of the norm is normalization by `statistics`, then perhaps an affine map, and nothing else."""
+    if not isinstance(norm, nn.Module) or has_hooks(norm):
         return False
     if type(norm) is nn.InstanceNorm2d:
         return not norm.track_running_stats
@@ -139,21 +140,23 @@ class Normalized(NamedTuple):
     bias: Tensor | None = None
 
 
-def apply_norm(norm: nn.Module | Statistics, x: Tensor, taken: Moments | None = None, upsample: int = 1) -> Normalized:
-    """Takes x's statistics under a norm that can be fused, or those given; calls any other module with x.
+def apply_norm(
+    norm: Callable[[Tensor], Tensor] | Statistics, x: Tensor, taken: Moments | None = None, upsample: int = 1
+) -> Normalized:
+    """Takes x's statistics under a norm that can be fused, or those given; calls any other module or function with x.
 
-    A module that is called gets x at its full size, and its result has the statistics that leave it as it is.
+    A norm that is called gets x at its full size, and its result has the statistics that leave it as it is.
 
     Args:
         taken, upsample: see `statistics`.
     """
-    if isinstance(norm, nn.Module) and not is_fusable(norm):
+    if isinstance(norm, Statistics):
+        return Normalized(channels_last(x), norm, upsample)
+    if not is_fusable(norm):
         x = channels_last(norm(F.interpolate(x, scale_factor=upsample) if upsample > 1 else x))
         return Normalized(x, identity_statistics(x))
     # Kernels read channels-last. One conversion here serves statistics, modulation and their gradients.
     x = channels_last(x)
-    if isinstance(norm, Statistics):
-        return Normalized(x, norm, upsample)
     stats = statistics(norm, x, taken, upsample)
     return Normalized(x, stats, upsample, getattr(norm, "weight", None), getattr(norm, "bias", None))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spade_kernels import backends, ops
 from spade_kernels.cache import Cache
@@ -20,27 +20,34 @@ class Weights(NamedTuple):
     """The three convolutions of a SPADE layer, each a pair of weight and bias, and how their results are used.
 
     Attributes:
-        shared: (hidden, channels, k, k) and (hidden,). gamma, beta: (C, hidden, k, k) and (C,). All have one odd k.
+        shared: (hidden, channels, k, k) and (hidden,); None for layers without a hidden layer, whose gamma and beta are
+            convolutions of the condition.
+        gamma, beta: (C, hidden, k, k) and (C,), or (C, channels, k, k) without a hidden layer. All have one odd k.
         hidden_slope: negative slope of the leaky ReLU after the shared convolution; 0 is the paper's ReLU.
         scale_offset: the scale is scale_offset + gamma; 1 in the paper.
+        padding_mode: "zeros" as in the paper, or "reflect": all convolutions see their input reflected at its border,
+            and are evaluated at every pixel.
     """
 
-    shared: tuple[Tensor, Tensor]
+    shared: tuple[Tensor, Tensor] | None
     gamma: tuple[Tensor, Tensor]
     beta: tuple[Tensor, Tensor]
     hidden_slope: float = 0.0
     scale_offset: float = 1.0
+    padding_mode: str = "zeros"
 
-    @classmethod
-    def of(
-        cls, shared: nn.Conv2d, gamma: nn.Conv2d, beta: nn.Conv2d, hidden_slope: float = 0.0, scale_offset: float = 1.0
-    ) -> Weights:
-        """The weights of three convolutions; those without a bias get one of zeros."""
+    @property
+    def channels(self) -> int:
+        """Channels of the condition."""
+        return (self.shared or self.gamma)[0].shape[1]
 
-        def pair(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-            return conv.weight, conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    @property
+    def kernel_size(self) -> int:
+        return self.gamma[0].shape[-1]
 
-        return cls(pair(shared), pair(gamma), pair(beta), hidden_slope, scale_offset)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gamma[0].dtype
 
 
 class PackedWeights:
@@ -50,11 +57,14 @@ class PackedWeights:
     """
 
     def __init__(self, weights: Weights):
-        self._weights = weights
-        self.packed_weight = ops.pack_modulation_weight(weights.gamma[0].detach(), weights.beta[0].detach())
+        self.weights = weights
         acc_dtype = torch.promote_types(weights.gamma[1].dtype, torch.float32)
-        self.hidden_bias = weights.shared[1].detach().to(acc_dtype, copy=True)
         self.bias = joint_bias(weights, acc_dtype)
+        self.hidden_bias: Tensor | None = None
+        self.packed_weight: Tensor | None = None
+        if weights.shared is not None:
+            self.hidden_bias = weights.shared[1].detach().to(acc_dtype, copy=True)
+            self.packed_weight = ops.pack_modulation_weight(weights.gamma[0].detach(), weights.beta[0].detach())
         self._cache = Cache(shared=True)
         self._last_call: tuple | None = None
         self._rows: Tensor | None = None
@@ -62,11 +72,11 @@ class PackedWeights:
     @property
     def is_traceable(self) -> bool:
         """True if calls do not change the object. The first calls of packed convolutions change it."""
-        return not is_packable(self._weights.shared[0])
+        return not is_packable(self.weights.gamma[0])
 
     def tap_responses(self, segmap: LabelMap) -> Tensor:
-        """The shared convolution's tap responses, equal for all label maps with the same classes and edges."""
-        weight = self._weights.shared[0]
+        """The tap responses of the first convolution, equal for all label maps with the same classes and edges."""
+        weight = first_weight(self.weights)
         if segmap.is_pooled:
             return tap_responses(segmap, weight)
         kind = (segmap.num_labels, segmap.edges is not None)
@@ -90,30 +100,47 @@ class PackedWeights:
             backends.synchronize(self._rows)
         return self._rows
 
-    def dense(self) -> tuple[PackedConv2d, PackedConv2d]:
+    def dense(self) -> tuple[PackedConv2d | None, PackedConv2d]:
         """The shared convolution, with its ReLU if it has one, and the joint one for gamma and beta, both packed."""
         return self._cache.get("dense", self._pack_dense, self.bias)
 
-    def _pack_dense(self) -> tuple[PackedConv2d, PackedConv2d]:
-        weight, bias = self._weights.shared
-        joint, padding = joint_weight(self._weights), [weight.shape[-1] // 2] * 2
-        relu = self._weights.hidden_slope == 0
-        return PackedConv2d(weight, bias, padding, relu=relu), PackedConv2d(joint, self.bias, padding)
+    def _pack_dense(self) -> tuple[PackedConv2d | None, PackedConv2d]:
+        padding, relu = zero_padding(self.weights), self.weights.hidden_slope == 0
+        shared = self.weights.shared
+        first = None if shared is None else PackedConv2d(*shared, padding, relu=relu)
+        return first, PackedConv2d(joint_weight(self.weights), self.bias, padding)
 
 
 def check_weights(weights: Weights) -> None:
     """Raises ValueError unless the shapes of the weights and biases fit together."""
-    shared, gamma, beta = (weight for weight, _ in weights[:3])
-    hidden, _, k, _ = shared.shape
-    wanted = (gamma.shape[0], hidden, k, k)
-    if k % 2 == 0 or shared.shape[3] != k or gamma.shape != wanted or beta.shape != wanted:
+    pairs = {"gamma": weights.gamma, "beta": weights.beta}
+    if weights.shared is not None:
+        pairs = {"shared": weights.shared} | pairs
+    gamma, k = weights.gamma[0], weights.kernel_size
+    first = pairs.get("shared", weights.gamma)[0]
+    inputs = gamma.shape[1] if weights.shared is None else len(first)
+    wanted = (gamma.shape[0], inputs, k, k)
+    if k % 2 == 0 or first.shape[2:] != (k, k) or gamma.shape != wanted or weights.beta[0].shape != wanted:
+        shapes = ", ".join(f"{name} {tuple(weight.shape)}" for name, (weight, _) in pairs.items())
         raise ValueError(
-            f"shared {tuple(shared.shape)}, gamma {tuple(gamma.shape)} and beta {tuple(beta.shape)} weights must be "
-            "(hidden, channels, k, k), (C, hidden, k, k) and (C, hidden, k, k) with the same odd k"
+            f"the weights have shapes {shapes}; they must be (hidden, channels, k, k), (C, hidden, k, k) and "
+            "(C, hidden, k, k) with the same odd k"
         )
-    for name, (weight, bias) in zip(("shared", "gamma", "beta"), weights[:3], strict=True):
+    for name, (weight, bias) in pairs.items():
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"the bias of {name} must have shape ({len(weight)},), got {tuple(bias.shape)}")
+    if weights.padding_mode not in ("zeros", "reflect"):
+        raise ValueError(f"padding_mode must be 'zeros' or 'reflect', got {weights.padding_mode!r}")
+
+
+def first_weight(weights: Weights) -> Tensor:
+    """The weight of the convolution of the condition: the shared one, or the joint one without a hidden layer."""
+    return joint_weight(weights) if weights.shared is None else weights.shared[0]
+
+
+def zero_padding(weights: Weights) -> list[int]:
+    """Rows and columns of zeros on each side of the convolutions' inputs."""
+    return [weights.kernel_size // 2 if weights.padding_mode == "zeros" else 0] * 2
 
 
 def joint_weight(weights: Weights) -> Tensor:

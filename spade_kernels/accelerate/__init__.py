@@ -22,13 +22,12 @@ from spade_kernels.accelerate.layer import (
     AcceleratedLayer,
     Family,
     Parts,
-    Unsupported,
-    convolution,
+    formulas,
     restore_class,
-    shared_convolution,
     swap_class,
 )
 from spade_kernels.accelerate.probe import Differs, probe
+from spade_kernels.accelerate.projection import Projection, Unsupported
 from spade_kernels.accelerate.report import Replaced, Report
 from spade_kernels.accelerate.speed import speedup
 from spade_kernels.layers import SPADE
@@ -37,12 +36,12 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Parts",
+    "Projection",
     "Report",
     "Unsupported",
     "accelerate",
-    "convolution",
+    "formulas",
     "restore",
-    "shared_convolution",
 ]
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
 
-from spade_kernels.accelerate.layer import Accelerated, AcceleratedLayer, Family, bound_arguments, in_layout_of
+from spade_kernels.accelerate.layer import Accelerated, AcceleratedLayer, Family, in_layout_of
+from spade_kernels.accelerate.projection import Unsupported, can_read_weight, weight_of
 from spade_kernels.condition import Segmap, as_condition
-from spade_kernels.convolution import PackedConv2d, convolve_channels_last, has_stride_1_and_zero_padding, is_plain
+from spade_kernels.convolution import PackedConv2d, convolve_channels_last, has_stride_1_and_zero_padding
 from spade_kernels.modulation import DeferredModulation
 from spade_kernels.normalization import Moments, has_hooks, is_fusable, moments
 from spade_kernels.transforms import channels_last
@@ -29,6 +29,9 @@ class ResidualBlock(Family):
     """The arguments of a block; it has no parts of a layer."""
 
     name = "residual block"
+
+
+_ARGUMENTS = ResidualBlock()
 
 
 def is_block(module: nn.Module) -> bool:
@@ -54,14 +57,16 @@ class AcceleratedBlock(Accelerated):
     conv_s: nn.Conv2d
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        arguments = bound_arguments(self, args, kwargs)
-        if len(arguments) != 2 or not is_block(self):
+        try:
+            x, (condition,) = _ARGUMENTS.inputs(self, *args, **kwargs)
+        except Unsupported:
             return self._stock.forward(self, *args, **kwargs)
-        x, condition = arguments
-        parts = self.norm_0.parts()
-        if parts is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
+        parts = self.norm_0.parts() if is_block(self) else None
+        if parts is None or condition is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
             return self._stock.forward(self, *args, **kwargs)
-        segmap = as_condition(condition, parts.channels[1], like=x)
+        # Layers whose families change the condition take it as it came.
+        is_plain = self.norm_0._spade_family.is_plain
+        segmap = as_condition(condition, parts.channels[1], like=x) if is_plain else condition
         pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._spade_choice]
         taken = self._moments(pixels)
         shortcut = pixels
@@ -73,8 +78,9 @@ class AcceleratedBlock(Accelerated):
 
     def _moments(self, x: Tensor) -> Moments | None:
         """The moments of x that norm_0 and norm_s share."""
-        parts = [getattr(self, name).parts() for name in ("norm_0", "norm_s") if hasattr(self, name)]
-        if not all(part is not None and is_fusable(part.norm) for part in parts):
+        layers = [getattr(self, name) for name in ("norm_0", "norm_s") if hasattr(self, name)]
+        parts = [layer.parts() for layer in layers if layer._spade_family.is_plain]
+        if len(parts) < len(layers) or not all(part is not None and is_fusable(part.norm) for part in parts):
             return None
         return moments(parts[0].norm, x)
 
@@ -82,9 +88,8 @@ class AcceleratedBlock(Accelerated):
         packed = _PackedBlock()
         for name in _CONVOLUTIONS:
             conv = getattr(self, name, None)
-            weight = _weight(conv) if isinstance(conv, nn.Conv2d) else None
-            if isinstance(conv, nn.Conv2d) and weight is not None:
-                packed[name] = PackedConv2d(weight.detach(), conv.bias, conv.padding)  # type: ignore[arg-type]
+            if isinstance(conv, nn.Conv2d) and _is_readable(conv):
+                packed[name] = PackedConv2d(weight_of(conv).detach(), conv.bias, conv.padding)  # type: ignore[arg-type]
         return packed
 
 
@@ -114,21 +119,11 @@ def _convolve(
     if packed is not None:
         return packed(x, add)
     x = x.tensor() if isinstance(x, DeferredModulation) else x
-    weight = _weight(conv)
-    y = conv(x) if weight is None else convolve_channels_last(x, weight, conv.bias, conv.padding)  # type: ignore[arg-type]
+    padding: Any = conv.padding
+    y = convolve_channels_last(x, weight_of(conv), conv.bias, padding) if _is_readable(conv) else conv(x)
     return y if add is None else y + add
 
 
-def _weight(conv: nn.Conv2d) -> Tensor | None:
-    """The weight of a plain convolution, also with `torch.nn.utils.spectral_norm`; None if it has to be called."""
-    if is_plain(conv):
-        return conv.weight
-    hooks = list(conv._forward_pre_hooks.values())
-    others = conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks
-    if len(hooks) != 1 or not isinstance(hooks[0], SpectralNorm) or any(others) or "forward" in conv.__dict__:
-        return None
-    if type(conv) is not nn.Conv2d or not has_stride_1_and_zero_padding(conv):
-        return None
-    # It computes the weight, with a power iteration in training, and stores it in the module.
-    hooks[0](conv, ())
-    return conv.weight
+def _is_readable(conv: nn.Conv2d) -> bool:
+    """True if `convolve` can do the convolution."""
+    return can_read_weight(conv) and has_stride_1_and_zero_padding(conv)

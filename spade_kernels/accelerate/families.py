@@ -4,116 +4,223 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from spade_kernels.accelerate.layer import (
-    Family,
-    Parts,
-    Unsupported,
-    bound_arguments,
-    convolution,
-    leaves,
-    normed_convolution,
-    shared_convolution,
-    stock_class,
-)
-from spade_kernels.condition import Segmap
+from spade_kernels.accelerate.layer import Family, Parts, bound_arguments, formulas, stock_class
+from spade_kernels.accelerate.projection import Projection, Unsupported, hidden_layer, output_layer
+from spade_kernels.condition import Segmap, as_condition, resized
 from spade_kernels.functional import Weights
+from spade_kernels.label_map import LabelMap
 
 NORMS = ("param_free_norm", "first_norm", "norm", "norm_layer")
-
-
-def parts_of(module: nn.Module, shared: str, gamma: str, beta: str, norms: tuple[str, ...] = NORMS) -> list[Parts]:
-    """Candidates of a layer whose parts have these names; empty if it has no such parts."""
-    modules = module._modules
-    norm = next((modules[name] for name in norms if modules.get(name) is not None), None)
-    first, second, third = (modules.get(name) for name in (shared, gamma, beta))
-    if norm is None or first is None or second is None or third is None:
-        return []
-    conv, slope = shared_convolution(shared, first)
-    of_gamma, gamma_eps = normed_convolution(gamma, second)
-    of_beta, beta_eps = normed_convolution(beta, third)
-    if gamma_eps != beta_eps:
-        raise Unsupported(f"{gamma} and {beta} are normalized differently")
-    return candidates(norm, conv, Weights.of(conv, of_gamma, of_beta, slope), gamma_eps)
-
-
-def candidates(norm: nn.Module, shared: nn.Conv2d, weights: Weights, table_eps: float | None = None) -> list[Parts]:
-    """The two formulas that are in use: with a scale of 1 + gamma, and of gamma.
-
-    Raises:
-        Unsupported: the convolutions do not fit together.
-    """
-    if not weights.shared[0].shape[2:] == weights.gamma[0].shape[2:] == weights.beta[0].shape[2:]:
-        raise Unsupported("its convolutions have kernels of different sizes")
-    if not shared.out_channels == weights.gamma[0].shape[1] == weights.beta[0].shape[1]:
-        raise Unsupported("gamma and beta do not take the channels that the hidden layer has")
-    return [Parts(norm, weights._replace(scale_offset=offset), table_eps) for offset in (1.0, 0.0)]
 
 
 class Original(Family):
     """NVlabs/SPADE (Park et al. 2019) and layers with its attributes.
 
     OASIS has `first_norm`; semantic-diffusion-model has a group norm; LivePortrait, face-vid2vid, SadTalker and DaGAN
-    have an instance norm and a dense condition; MONAI has its own convolution modules.
+    have an instance norm and a dense condition; MONAI has its own convolution modules; CoCosNet has reflection padding
+    and a function as its norm; BasicSR has no biases and no 1; TSIT has no hidden layer.
     """
 
     name = "SPADE"
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        return parts_of(module, "mlp_shared", "mlp_gamma", "mlp_beta")
+        return _formulas(module, "mlp_shared", "mlp_gamma", "mlp_beta")
 
 
-class StableSR(Family):
+class StableSR(Original):
     """StableSR's layer: forward(x_dic, segmap_dic, size=None) finds the condition in a dict; with a size, x too."""
 
     name = "StableSR SPADE"
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        if "segmap_dic" not in _parameters(stock_class(module)):  # type: ignore[arg-type]
-            return []
-        return parts_of(module, "mlp_shared", "mlp_gamma", "mlp_beta")
+        return super().candidates(module) if _takes(module, "segmap_dic") else []
 
-    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
         x, conditions, *size = bound_arguments(module, args, kwargs)
         if size and size[0] is not None:
-            return x[str(size[0])], conditions[str(size[0])]
-        return x, conditions[str(x.shape[-1])]
+            return x[str(size[0])], [conditions[str(size[0])]]
+        return x, [conditions[str(x.shape[-1])]]
 
-    def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
-        return (x, {str(x.shape[-1]): condition}), {}
+    def example(self, module: nn.Module, x: Tensor, *conditions: Tensor) -> tuple[tuple, dict[str, Any]]:
+        return (x, {str(x.shape[-1]): conditions[0]}), {}
+
+
+class VirtualTryOn(Family):
+    """VITON-HD's and HR-VITON's layer, which adds noise to x. With a mask for its norm, its own forward runs."""
+
+    name = "VITON SPADE"
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        if "noise_scale" not in module._parameters:
+            return []
+        return _formulas(module, "conv_shared", "conv_gamma", "conv_beta")
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
+        x, conditions = super().inputs(module, *args, **kwargs)
+        n, _, h, w = x.shape
+        # The layer draws on the CPU, one number for each pixel.
+        noise = torch.randn(n, w, h, 1).to(x.device) * module.get_parameter("noise_scale")
+        return x + noise.transpose(1, 3), conditions
+
+
+class SpatialNorm(Family):
+    """SpatialNorm of MoVQ, in diffusers and Kandinsky 2: 1 x 1 convolutions of a latent, perhaps after one more."""
+
+    name = "SpatialNorm"
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        return _formulas(module, "conv", "conv_y", "conv_b")
 
 
 class Imaginaire(Family):
-    """imaginaire's SpatiallyAdaptiveNorm with one condition: `mlps`, and `gammas` and `betas` or a joint projection."""
+    """imaginaire's SpatiallyAdaptiveNorm: for each condition `mlps`, and `gammas` and `betas` or a joint projection."""
 
     name = "imaginaire SPADE"
 
     def candidates(self, module: nn.Module) -> list[Parts]:
-        norm, mlps = module._modules.get("norm"), module._modules.get("mlps")
-        gammas, betas = module._modules.get("gammas"), module._modules.get("betas")
-        if norm is None or not isinstance(mlps, nn.ModuleList):
+        mlps = module._modules.get("mlps")
+        if not isinstance(mlps, nn.ModuleList) or not len(mlps) or not hasattr(module, "norm"):
             return []
-        if len(mlps) != 1:
-            raise Unsupported(f"it has {len(mlps)} conditions, not one")
-        if isinstance(gammas, nn.ModuleList) and len(gammas) == 1 and isinstance(betas, nn.ModuleList):
-            conv, slope = shared_convolution("mlps.0", mlps[0])
-            gamma, beta = convolution("gammas.0", gammas[0]), convolution("betas.0", betas[0])
-            return candidates(norm, conv, Weights.of(conv, gamma, beta, slope))
-        *first, last = list(leaves(mlps[0])) or [mlps[0]]
-        conv, slope = shared_convolution("mlps.0", nn.Sequential(*first))
-        joint = convolution("mlps.0", last)
-        weights = Weights.of(conv, joint, joint, slope)
-        of_gamma, of_beta = zip(*(t.chunk(2) for t in weights.gamma), strict=True)
-        return candidates(norm, conv, weights._replace(gamma=of_gamma, beta=of_beta))
+        if getattr(module, "is_hyper", False) or _takes(module, "norm_weights"):
+            raise Unsupported("it predicts the weights of its convolutions for each image")
+        scales = not getattr(module, "bias_only", False)
+        projections = [self._projection(module, i, scales) for i in range(len(mlps))]
+        # A layer without a norm has None, which is no submodule.
+        return formulas(module._modules.get("norm") or nn.Identity(), *projections)
 
-    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
+    def _projection(self, module: nn.Module, i: int, scales: bool) -> Projection:
+        parts = list(module.get_submodule(f"mlps.{i}").children())
+        gammas = module._modules.get("gammas")
+        if isinstance(gammas, nn.ModuleList) and i < len(gammas):
+            return Projection.of(module, f"mlps.{i}" if parts else None, f"gammas.{i}", f"betas.{i}", scales=scales)
+        *first, last = parts or [nn.Identity()]
+        shared = hidden_layer(f"mlps.{i}", nn.Sequential(*first)) if first else None
+        return Projection.joined(shared, None, output_layer(f"mlps.{i}", last), scales)
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
         x, *conditions = args if args else (kwargs["x"],)
-        if len(conditions) != 1 or conditions[0] is None:
-            raise Unsupported("it takes one condition")
-        return x, conditions[0]
+        count = len(list(module.get_submodule("mlps").children()))
+        return x, conditions + [None] * (count - len(conditions))
+
+
+class FewShotVid2vid(Family):
+    """few-shot-vid2vid's layer: forward(x, maps, weights=None) with a list of conditions, and no hidden layers."""
+
+    name = "few-shot-vid2vid SPADE"
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        norm = module._modules.get("norm")
+        if norm is None or not _takes(module, "maps"):
+            return []
+        if "mlp_gamma" not in module._modules:
+            raise Unsupported("it takes the weights of its first convolution from its caller")
+        count = sum(name.startswith("mlp_gamma") for name in module._modules)
+        suffixes = ["", *map(str, range(2, count + 1))]
+        return formulas(norm, *(Projection.of(module, None, f"mlp_gamma{s}", f"mlp_beta{s}") for s in suffixes))
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
+        x, maps, *weights = bound_arguments(module, args, kwargs)
+        if any(one is not None for one in weights):
+            raise Unsupported("it was called with weights")
+        maps = maps if isinstance(maps, list) else [maps]
+        count = sum(name.startswith("mlp_gamma") for name in module._modules)
+        return x, maps + [None] * (count - len(maps))
+
+    def example(self, module: nn.Module, x: Tensor, *conditions: Tensor) -> tuple[tuple, dict[str, Any]]:
+        return (x, list(conditions)), {}
+
+
+class Clade(Family):
+    """CLADE's layer (Tan et al. 2020): gamma and beta are rows of a table, chosen by the class with the largest plane.
+
+    With instances, the last plane of the condition is the boundary, and its convolution is one more channel of y.
+    """
+
+    name = "CLADE"
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        affine, norm = module._modules.get("class_specified_affine"), module._modules.get("param_free_norm")
+        if affine is None or norm is None:
+            return []
+        if affine._modules or set(affine._parameters) != {"weight", "bias"}:
+            raise Unsupported("its gamma and beta also depend on distances")
+        gamma, beta = affine._parameters["weight"], affine._parameters["bias"]
+        if gamma is None or beta is None or gamma.dim() != 2 or gamma.shape != beta.shape:
+            raise Unsupported("its tables do not have the shape (classes, channels)")
+        classes, features = gamma.shape
+        return formulas(norm, Projection(features, classes + _has_boundary(module), partial(_table_rows, gamma, beta)))
+
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
+        x, (condition,) = super().inputs(module, *args, **kwargs)
+        if torch.compiler.is_compiling() or not isinstance(condition, Tensor) or condition.dim() != 4:
+            raise Unsupported("its condition has no values that can be read, or is not (N, channels, H, W)")
+        return x, [_classes(as_condition(condition, condition.shape[1]), x.shape[2:], _has_boundary(module))]
+
+    def output(self, module: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not _has_boundary(module):
+            return y
+        _, (condition,) = super().inputs(module, *args, **kwargs)
+        assert isinstance(condition, Tensor)
+        boundary = resized(condition[:, -1:], y.shape[2:])
+        return torch.cat((y, module.get_submodule("inst_conv")(boundary)), 1)
+
+
+def _has_boundary(module: nn.Module) -> bool:
+    return "inst_conv" in module._modules
+
+
+def _table_rows(gamma: Tensor, beta: Tensor) -> Weights:
+    """A table of classes as 1 x 1 convolutions of one-hot planes."""
+    of_gamma, of_beta = ((rows.t()[:, :, None, None], rows.new_zeros(rows.shape[1])) for rows in (gamma, beta))
+    return Weights(None, of_gamma, of_beta)
+
+
+def _classes(condition: Segmap, size: Sequence[int], has_boundary: bool) -> LabelMap:
+    """The label map of the classes with the largest planes, but for the plane of the boundary."""
+    if isinstance(condition, LabelMap):
+        channels = condition.channels - has_boundary
+
+        def build() -> LabelMap:
+            return LabelMap(condition.codebook()[:, :channels].argmax(1)[condition.codes], channels)
+
+        return condition.cache.get(("largest", channels), build, condition.codes)
+    planes = resized(condition, size).detach()
+    planes = planes[:, :-1] if has_boundary else planes
+    return LabelMap(planes.argmax(1), planes.shape[1])
+
+
+class Refused(Family):
+    """A layer that is known, and that the kernels cannot do."""
+
+    def __init__(self, name: str, attributes: set[str], reason: str):
+        self.name, self.attributes, self.reason = name, attributes, reason
+
+    def candidates(self, module: nn.Module) -> list[Parts]:
+        if not self.attributes <= {*module._modules, *module._parameters, *module.__dict__}:
+            return []
+        raise Unsupported(self.reason)
+
+
+def _formulas(module: nn.Module, shared: str, gamma: str, beta: str) -> list[Parts]:
+    """Candidates of a layer whose parts have these names, of which the first may be missing; empty if it has none."""
+    norms = (module._modules.get(name) or module.__dict__.get(name) for name in NORMS)
+    norm = next((one for one in norms if callable(one)), None)
+    if norm is None or module._modules.get(gamma) is None or module._modules.get(beta) is None:
+        return []
+    first = shared if module._modules.get(shared) is not None else None
+    return formulas(norm, Projection.of(module, first, gamma, beta, module._modules.get("pad")))
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    """True if the module's own forward has a parameter of this name."""
+    return argument in _parameters(stock_class(module))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -122,5 +229,24 @@ def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)
 
 
-FAMILIES: list[Family] = [StableSR(), Imaginaire(), Original()]
+_REFUSED = [
+    Refused("INADE", {"fc_noise"}, "its gamma and beta depend on the noise of each instance"),
+    Refused("SAFM", {"pre_seg", "pre_dis"}, "it predicts the weights of its convolutions from the label map"),
+    Refused("InceptionSPADE", {"res_ops", "dw_ops"}, "its gamma and beta are sums of branches with batch norms"),
+    Refused("AAD", {"conv1", "fc_1", "fc_2", "conv_f"}, "it blends two modulations by a mask that depends on x"),
+    Refused("AAD", {"conv1", "fc_1", "fc_2", "conv_h"}, "it blends two modulations by a mask that depends on x"),
+    Refused("SEAN", {"Spade", "blending_gamma"}, "it blends the modulation of the label map with that of style codes"),
+    Refused("CoCosNet", {"mlp_gamma_example", "mlp_gamma_imagine"}, "it blends gamma and beta by a similarity map"),
+]
+
+FAMILIES: list[Family] = [
+    *_REFUSED,
+    StableSR(),
+    VirtualTryOn(),
+    Imaginaire(),
+    FewShotVid2vid(),
+    Clade(),
+    SpatialNorm(),
+    Original(),
+]
 """The first family with candidates for a module is its. Append to it, or insert before, to add one."""

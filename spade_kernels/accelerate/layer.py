@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,39 +12,46 @@ import torch
 from torch import Tensor, nn
 
 from spade_kernels import functional
+from spade_kernels.accelerate.projection import Projection, Unsupported
 from spade_kernels.condition import Segmap
-from spade_kernels.convolution import is_plain
 from spade_kernels.freezing import Freezable
-from spade_kernels.functional import PackedWeights, Weights
+from spade_kernels.functional import ModulationTable, PackedWeights, Weights
 from spade_kernels.modulation import DeferredModulation
-from spade_kernels.normalization import Moments, apply_norm, has_hooks
+from spade_kernels.normalization import Moments, Normalized, apply_norm, check_input, identity_statistics
 
 # Attributes that only an accelerated module has.
 _OWN = ("_packed", "_spade_family", "_spade_choice")
 
 
-class Unsupported(Exception):
-    """A module looks like a layer of the family and cannot be accelerated; the message is the reason."""
-
-
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a SPADE layer: y = norm(x) * (scale_offset + gamma) + beta.
+    """The parts of a SPADE layer: y = norm(x), then y = y * (scale_offset + gamma) + beta for each condition in turn.
 
     Attributes:
-        norm: the norm of x.
-        weights: of the convolutions that make gamma and beta of the condition, which is resized (nearest) to x.
-        table_eps: eps of an instance norm of gamma and beta; None if there is none.
+        norm: the norm of x, a module or a function.
+        projections: the ways from each condition, which is resized (nearest) to x, to its gamma and beta.
     """
 
-    norm: nn.Module
-    weights: Weights
-    table_eps: float | None = None
+    norm: Callable[[Tensor], Tensor]
+    projections: tuple[Projection, ...]
+    scale_offset: float = 1.0
 
     @property
-    def channels(self) -> tuple[int, int]:
-        """Channels of x and of the condition."""
-        return self.weights.gamma[0].shape[0], self.weights.shared[0].shape[1]
+    def channels(self) -> tuple[int, ...]:
+        """Channels of x and of the conditions."""
+        return self.projections[0].features, *(one.channels for one in self.projections)
+
+    def table_weights(self, projection: Projection) -> Weights:
+        """The weights for a modulation table. An instance norm of gamma precedes the scale's offset."""
+        offset = self.scale_offset if projection.table_eps is None else 0.0
+        return projection.weights()._replace(scale_offset=offset)
+
+
+def formulas(norm: Callable[[Tensor], Tensor], *projections: Projection) -> list[Parts]:
+    """The two formulas that are in use: with a scale of 1 + gamma, and of gamma."""
+    if len({one.features for one in projections}) > 1:
+        raise Unsupported("its conditions make gamma and beta of different numbers of channels")
+    return [Parts(norm, projections, offset) for offset in (1.0, 0.0)]
 
 
 class Family:
@@ -67,8 +74,10 @@ class Family:
         """
         raise NotImplementedError
 
-    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Segmap]:
-        """Returns (x, condition), taken from the arguments of the module's forward.
+    def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
+        """Returns x and one condition for each projection, taken from the arguments of the module's forward.
+
+        A condition that is None is left out.
 
         Raises:
             Unsupported: there are others; the module's own forward then takes the call.
@@ -76,11 +85,20 @@ class Family:
         arguments = bound_arguments(module, args, kwargs)
         if len(arguments) < 2 or any(other is not None for other in arguments[2:]):
             raise Unsupported("it was called with other arguments than x and a condition")
-        return arguments[0], arguments[1]
+        return arguments[0], arguments[1:2]
 
-    def example(self, module: nn.Module, x: Tensor, condition: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """Returns the arguments (args, kwargs) with which the module's forward takes this x and condition."""
-        return (x, condition), {}
+    def example(self, module: nn.Module, x: Tensor, *conditions: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Returns the arguments (args, kwargs) with which the module's forward takes this x and these conditions."""
+        return (x, *conditions), {}
+
+    def output(self, module: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the result of the module's forward, made of the modulated y and the arguments of the call."""
+        return y
+
+    @property
+    def is_plain(self) -> bool:
+        """True if layers take x and the condition as they are, and return the modulated x."""
+        return (type(self).inputs, type(self).output) == (Family.inputs, Family.output)
 
     # One object serves all copies of a layer.
     def __deepcopy__(self, memo: dict) -> Family:
@@ -156,112 +174,78 @@ class AcceleratedLayer(Accelerated):
         call = self._call(args, kwargs)
         if call is None:
             return self._stock.forward(self, *args, **kwargs)
-        return in_layout_of(call[1], self._defer(*call).tensor())
+        y = in_layout_of(call[1], self._defer(*call).tensor())
+        return self._spade_family.output(self, y, *args, **kwargs)
 
     def defer(
         self, x: Tensor, condition: Segmap, negative_slope: float = 1.0, moments: Moments | None = None
     ) -> DeferredModulation | None:
         """`forward` without its last pass over x, followed by a leaky ReLU; None if only the own forward can do it."""
-        parts = self.parts()
-        return None if parts is None else self._defer(parts, x, condition, negative_slope, moments)
+        parts = self.parts() if self._spade_family.is_plain else None
+        return None if parts is None else self._defer(parts, x, [condition], negative_slope, moments)
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Parts, Tensor, Segmap] | None:
-        """Returns the parts, x and the condition of a call; None if it goes to the own forward."""
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Parts, Tensor, Sequence[Segmap | None]] | None:
+        """Returns the parts, x and the conditions of a call; None if it goes to the own forward."""
         parts = self.parts()
         if parts is None:
             return None
         try:
-            x, condition = self._spade_family.inputs(self, *args, **kwargs)
+            x, conditions = self._spade_family.inputs(self, *args, **kwargs)
         except Unsupported:
             return None
-        return None if x.dim() != 4 or x.numel() == 0 or len(condition) != len(x) else (parts, x, condition)
+        given = [condition for condition in conditions if condition is not None]
+        is_usual = given and len(conditions) == len(parts.projections) and x.dim() == 4 and x.numel()
+        return (parts, x, conditions) if is_usual and all(len(one) == len(x) for one in given) else None
 
     def _defer(
-        self, parts: Parts, x: Tensor, condition: Segmap, negative_slope: float = 1.0, moments: Moments | None = None
+        self,
+        parts: Parts,
+        x: Tensor,
+        conditions: Sequence[Segmap | None],
+        negative_slope: float = 1.0,
+        moments: Moments | None = None,
     ) -> DeferredModulation:
-        if parts.table_eps is None:
-            return functional.defer_spade(
-                x,
-                condition,
-                parts.norm,
-                parts.weights,
-                negative_slope=negative_slope,
-                moments=moments,
-                packed=self.packed(),
-            )
-        plain = parts.weights._replace(scale_offset=0.0)
-        table = functional.modulation_table(condition, x.shape[2:], plain, x_dtype=x.dtype, packed=self.packed())
-        table = table.instance_normalized(len(x), parts.table_eps)
-        scale, shift = table.rows.chunk(2, 1)
-        table = table.with_rows(torch.cat((scale + parts.weights.scale_offset, shift), 1))
-        return functional.deferred(apply_norm(parts.norm, x, moments), table, negative_slope)
+        check_input(x, parts.channels[0])
+        packed = self.packed() or (None,) * len(conditions)
+        # The norm follows all tables: a call that raises must not have updated the running statistics.
+        tables = [
+            _table(parts, projection, condition, x, weights)
+            for projection, condition, weights in zip(parts.projections, conditions, packed, strict=True)
+            if condition is not None
+        ]
+        normalized = apply_norm(parts.norm, x, moments)
+        for table in tables[:-1]:
+            y = functional.deferred(normalized, table, 1.0).tensor()
+            normalized = Normalized(y, identity_statistics(y))
+        return functional.deferred(normalized, tables[-1], negative_slope)
 
-    def pack(self) -> PackedWeights | None:
+    def pack(self) -> PackedLayer | None:
         parts = self.parts()
         if parts is None:
             return None
-        plain = parts.weights if parts.table_eps is None else parts.weights._replace(scale_offset=0.0)
-        return PackedWeights(plain)
+        return PackedLayer(PackedWeights(parts.table_weights(projection)) for projection in parts.projections)
+
+
+class PackedLayer(tuple[PackedWeights, ...]):
+    """The packed weights of each of a layer's projections."""
+
+    @property
+    def is_traceable(self) -> bool:
+        return all(weights.is_traceable for weights in self)
+
+
+def _table(
+    parts: Parts, projection: Projection, condition: Segmap, x: Tensor, packed: PackedWeights | None
+) -> ModulationTable:
+    weights = packed.weights if packed else parts.table_weights(projection)
+    table = functional.modulation_table(condition, x.shape[2:], weights, x_dtype=x.dtype, packed=packed)
+    if projection.table_eps is None:
+        return table
+    table = table.instance_normalized(len(x), projection.table_eps)
+    scale, shift = table.rows.chunk(2, 1)
+    return table.with_rows(torch.cat((scale + parts.scale_offset, shift), 1))
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x, which the code around the layer may rely on."""
     return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-
-
-def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules without children inside a module, in order, that do something in evaluation and training."""
-    children = list(module.children())
-    if not children and not isinstance(module, nn.Identity):
-        yield module
-    for child in children:
-        yield from leaves(child)
-
-
-def convolution(name: str, module: nn.Module) -> nn.Conv2d:
-    """The one convolution that a module consists of.
-
-    Raises:
-        Unsupported: it is not a k x k convolution with stride 1, zero padding k // 2 and odd k, or it has hooks.
-    """
-    found = list(leaves(module))
-    if len(found) != 1 or not isinstance(found[0], nn.Conv2d):
-        raise Unsupported(f"{name} is not one 2-d convolution")
-    conv = found[0]
-    if has_hooks(conv) or (conv is not module and has_hooks(module)):
-        raise Unsupported(f"{name} has hooks")
-    side = conv.kernel_size[0]
-    if not is_plain(conv) or side % 2 == 0 or conv.kernel_size != (side, side) or conv.padding != (side // 2,) * 2:
-        raise Unsupported(f"{name} is a convolution of another kind than k x k with stride 1 and zero padding k // 2")
-    return conv
-
-
-def shared_convolution(name: str, module: nn.Module) -> tuple[nn.Conv2d, float]:
-    """The convolution of a module that is one and a ReLU or leaky ReLU after it, and its negative slope.
-
-    Raises:
-        Unsupported: it is something else.
-    """
-    *before, activation = list(leaves(module)) or [module]
-    if len(before) != 1 or has_hooks(activation) or has_hooks(module):
-        raise Unsupported(f"{name} is not a convolution and an activation")
-    if type(activation) is nn.ReLU:
-        return convolution(name, before[0]), 0.0
-    if type(activation) is nn.LeakyReLU:
-        return convolution(name, before[0]), activation.negative_slope
-    raise Unsupported(f"{name} has the activation {type(activation).__name__}, not a ReLU or leaky ReLU")
-
-
-def normed_convolution(name: str, module: nn.Module) -> tuple[nn.Conv2d, float | None]:
-    """The convolution of a module that is one, perhaps with an instance norm after it, and the norm's eps or None.
-
-    Raises:
-        Unsupported: it is something else.
-    """
-    found = list(leaves(module))
-    if len(found) != 2 or type(found[1]) is not nn.InstanceNorm2d:
-        return convolution(name, module), None
-    norm = found[1]
-    if norm.affine or norm.track_running_stats or has_hooks(norm) or has_hooks(module):
-        raise Unsupported(f"{name} has an instance norm with weights, running statistics or hooks")
-    return convolution(name, found[0]), norm.eps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +23,14 @@ class Differs(Exception):
     """The accelerated layer does not give what its own forward gives."""
 
 
-def probe(
-    module: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: tuple[int, int]
-) -> float:
+def probe(module: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: Sequence[int]) -> float:
     """The largest relative difference of results, gradients and running statistics, in evaluation and training.
 
     The module is copied and its values are replaced by random ones, so that the result depends on its structure only.
 
     Args:
         accelerate: accelerates the copy in place.
-        channels: of x and of the condition.
+        channels: of x and of each condition.
 
     Raises:
         Differs: the difference is more than rounding, or the module cannot be called.
@@ -42,7 +41,7 @@ def probe(
         for mode in (*modes, torch.random.fork_rng(devices=[]), torch.device("cpu")):
             stack.enter_context(mode)
         torch.manual_seed(0)
-        copied = copy.deepcopy(module).cpu()
+        copied = copied_module(module).cpu()
         for part in copied.modules():
             if isinstance(part, Accelerated):
                 restore_class(part)
@@ -52,6 +51,16 @@ def probe(
             if error is not None and error < limit:
                 return error
     raise Differs("it cannot be called with (x, condition)" if error is None else f"its results differ by {error:.1e}")
+
+
+def copied_module(module: nn.Module) -> nn.Module:
+    """A copy, also of a module that has called spectral or weight norm with gradients, which `deepcopy` refuses."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in part.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def _randomize(module: nn.Module) -> None:
@@ -67,7 +76,7 @@ def _randomize(module: nn.Module) -> None:
 
 
 def _difference(
-    stock: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: tuple[int, int]
+    stock: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: Sequence[int]
 ) -> float | None:
     """The largest relative difference; None if the module's own forward refuses all inputs."""
     ours = copy.deepcopy(stock)
@@ -75,32 +84,38 @@ def _difference(
     dtype, errors = next(stock.parameters()).dtype, []
     for training in (False, True):
         for size, condition_size in _SIZES:
-            for condition in _conditions(channels[1], condition_size):
+            for conditions in _conditions(channels[1:], condition_size, dtype):
                 x = torch.randn(2, channels[0], *size, dtype=dtype)
                 try:
-                    expected = _results(stock.train(training), family, x, condition.to(dtype))
+                    expected = _results(stock.train(training), family, x, conditions)
                 except Exception:  # any that the module's own forward raises
                     continue
-                errors.append(_error(_results(ours.train(training), family, x, condition.to(dtype)), expected))
+                errors.append(_error(_results(ours.train(training), family, x, conditions), expected))
     return max(errors, default=None)
 
 
-def _conditions(channels: int, size: tuple[int, int]) -> list[Tensor]:
-    labels = torch.randint(channels, (2, *size))
-    return [F.one_hot(labels, channels).permute(0, 3, 1, 2), torch.rand(2, channels, *size)]
+def _conditions(channels: Sequence[int], size: tuple[int, int], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Conditions that are one-hot but for pixels without a class, and dense ones."""
+    shown = (torch.rand(2, 1, *size) < 0.9).to(dtype)
+    labels = [torch.randint(count, (2, *size)) for count in channels]
+    one_hot = [F.one_hot(ids, count).permute(0, 3, 1, 2) * shown for ids, count in zip(labels, channels, strict=True)]
+    return [one_hot, [torch.rand(2, count, *size, dtype=dtype) for count in channels]]
 
 
-def _results(module: nn.Module, family: Family, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+def _results(module: nn.Module, family: Family, x: Tensor, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
     module.zero_grad()
-    x, condition = x.clone().requires_grad_(), condition.clone()
-    if not ((condition == 0) | (condition == 1)).all():
-        condition.requires_grad_()
-    args, kwargs = family.example(module, x, condition)
+    torch.manual_seed(0)
+    x, conditions = x.clone().requires_grad_(), [condition.clone() for condition in conditions]
+    for condition in conditions:
+        if not ((condition == 0) | (condition == 1)).all():
+            condition.requires_grad_()
+    args, kwargs = family.example(module, x, *conditions)
     y = module(*args, **kwargs)
     if not isinstance(y, Tensor) or y.dim() != 4:
         raise Differs("its result is not one tensor (N, C, h, w)")
     (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin()).sum().backward()
-    found = {"the result": y, "the gradient of x": x.grad, "the gradient of the condition": condition.grad}
+    found = {"the result": y, "the gradient of x": x.grad}
+    found |= {f"the gradient of condition {i}": condition.grad for i, condition in enumerate(conditions)}
     found |= {f"the gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
     found |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     return {name: value.detach().clone() for name, value in found.items() if value is not None}
