@@ -1,1 +1,1 @@
-"""The suites and scripts here measure with `spade_model.benchmark`; they are imported from the repository root."""
+"""Benchmark suites and scripts, which use `spade_model.benchmark`. Run them from the root of the repository."""

@@ -1,9 +1,9 @@
-"""Times other people's models before and after `sk.accelerate`, and after `sk.freeze` besides.
+"""Times models of other repositories as they are, accelerated by `sk.accelerate`, and also frozen by `sk.freeze`.
 
     python -m benchmarks.accelerate [--dataroot folder] [--repeats 5] [--out folder] [--tiny]
 
-The models are stand-ins written from the public behaviour of the real ones (spade_model/benchmark/others.py). All
-providers of a case take turns within one run. The result file holds medians; the table holds their ratios.
+The models have the structure of the real ones (spade_model/benchmark/others.py) and random weights. All versions of a
+model are timed in turn within one run. The result file holds medians; the table shows their ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Case = tuple[str, nn.Module, Call, tuple[str, ...]]
 
 
 def cases(mask: Tensor, tiny: bool) -> Iterator[Case]:
-    """Yields name, model, a call of the model, and the suites that are timed."""
+    """Yields each model's name, the model, a function that calls it, and the suites in which it is timed."""
     channels, ngf = mask.shape[1], 4 if tiny else 64
     yield "NVlabs generator", others.Generator(channels, ngf), lambda m: m(mask), (EVAL, TRAINING)
     yield "OASIS generator", others.Generator(channels, ngf, noise=64), lambda m: m(mask), (EVAL, TRAINING)
@@ -41,14 +41,14 @@ def cases(mask: Tensor, tiny: bool) -> Iterator[Case]:
     yield "LivePortrait decoder", decoder, lambda m: m(feature), (EVAL,)
     diffusion = others.DiffusionLayers(channels, 32 if tiny else 256)
     inputs = diffusion.inputs()
-    # A sampler multiplies the mask by the 0 or 1 of its guidance in every step: a new tensor.
+    # The sampler multiplies the mask by 0 or 1 in every step, for its guidance, which makes a new tensor.
     yield "semantic diffusion layers", diffusion, lambda m: m(inputs, mask * 1), (EVAL, SAMPLING)
     x = torch.randn(1, 16 if tiny else 256, 128, 128)
     yield "MONAI layer", others.NormedLayer(x.shape[1], channels), lambda m: m(x, mask), (EVAL, TRAINING)
 
 
 def providers(model: nn.Module, suite: str, call: Call) -> dict[str, Callable[[None], object]]:
-    """Returns functions that run one forward, in training also backward."""
+    """Returns one function per version of the model. It runs a forward, and in training also a backward."""
     model = model.train(suite == TRAINING)
     accelerated = copy.deepcopy(model)
     report = sk.accelerate(accelerated, strict=True)
@@ -83,16 +83,16 @@ def measure(mask: Tensor, repeats: int, tiny: bool) -> Iterator[Result]:
     for case, model, call, suites in cases(mask, tiny):
         model.train()
         with torch.no_grad():
-            call(model)  # Spectral norms of a new model are far from their values.
+            call(model)  # One forward in training mode brings the spectral norms of new weights near their values.
         for suite in suites:
             runs = providers(model, suite, call)
-            interleave(runs, [None], 1)  # Compilers work in the first call.
+            interleave(runs, [None], 1)  # torch.compile compiles in the first call.
             times = interleave(runs, [None], 1 if suite == SAMPLING and not tiny else repeats)
             yield from (Result.of(suite, case, name, values) for name, values in times.items())
 
 
 def table(results: list[Result]) -> str:
-    """The ratios of medians, as markdown."""
+    """Returns the ratios of medians as a markdown table."""
     found = {(r.case, r.suite, r.provider): r.p50 for r in results}
     lines = [
         "| model | suite | eager, ms | eager / accelerated | eager / frozen | compiled / frozen |",
@@ -111,10 +111,10 @@ def table(results: list[Result]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataroot", default="", help="real masks, in the coco layout; toy landscapes without")
+    parser.add_argument("--dataroot", default="", help="folder of masks in the coco layout; default: toy landscapes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for the result file")
-    parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
+    parser.add_argument("--out", type=Path, help="folder in which the result file is written")
+    parser.add_argument("--tiny", action="store_true", help="use small models, to test this script")
     arguments = parser.parse_args(argv)
     kinds = bench_masks(coco_or_toy(arguments.dataroot, 128 if arguments.tiny else 256), 1, every_kind=False)
     kind, (mask, *_) = next(iter(kinds.items()))

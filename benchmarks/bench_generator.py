@@ -1,4 +1,7 @@
-"""The generator from labels to image, and to gradients: everything that a mask needs is built inside the timed call."""
+"""Times the generator, from labels to the image and from labels to gradients.
+
+A timed call includes all work that depends on the mask: one-hot planes or window indexes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class TestEval:
             (repeat, kind, number, provider)
             for repeat in range(repeats)
             for kind, masks in kinds.items()
-            # The other kinds are for comparison only.
+            # The other kinds of masks get half as many repeats, because no target depends on them.
             if kind == scheduling.main_kind(config) or repeat < (repeats + 1) // 2
             for number in range(len(masks))
             for provider in providers.EVAL

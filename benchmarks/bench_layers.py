@@ -1,7 +1,7 @@
-"""The SPADE layer with its activation at the shapes of the generator's 18 layers.
+"""Times the SPADE layer, with its activation, at the shapes of the generator's 18 layers.
 
-All layers of a generator share the one-hot planes or the window indexes of a mask; here both are there beforehand.
-"MB" is what the best layer would move: x and y, and in training their gradients.
+The layers of a generator share the one-hot planes or the window indexes of a mask, so both are built before the timed
+call. "MB" in the results is the least memory that a layer must move: x and y, and in training their gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROVIDERS = ("eager", "tuned", "compiled", "ours")
 DENSE_PROVIDERS = ("eager", "compiled", "ours")
 DENSE_CHANNELS, SLOPE = 64, 0.2
 
-# One function is compiled for all shapes; beyond the usual limit of versions it would quietly run uncompiled.
+# One function serves all shapes. Beyond the default limit of recompilations it would run uncompiled, silently.
 torch._dynamo.config.recompile_limit = 100
 
 Runs = dict[tuple[int, int], dict[str, Callable[[None], Tensor]]]
@@ -40,7 +40,7 @@ def shapes(config) -> dict[tuple[int, int], int]:
 def layer_run(
     provider: str, shape: tuple[int, int], condition: LabelMap | Tensor, *, training: bool
 ) -> Callable[[None], Tensor]:
-    """Returns a function that runs forward, in training also backward, and returns y. It ignores its argument."""
+    """Returns a function that runs a forward, in training also a backward, and returns y. It ignores its argument."""
     channels, side = shape
     memory_format = torch.contiguous_format if provider == "eager" else torch.channels_last
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
@@ -120,7 +120,8 @@ class TestLayer(_Suite):
 
 
 class TestLayerTraining(_Suite):
-    # Compiling the backwards of ten shapes takes longer than the rest; bench_generator.py has the whole one.
+    # Compiling the backward of ten shapes would take longer than all other suites. bench_generator.py times the
+    # compiled backward of the whole generator.
     suite, names, passes = results.LAYER_TRAINING, ("eager", "tuned", "ours"), 4
 
     @pytest.fixture(scope="class")
@@ -130,7 +131,7 @@ class TestLayerTraining(_Suite):
 
 
 class TestDense(_Suite):
-    """The condition is a feature map at the image's size, resized for each layer."""
+    """Layers whose condition is a feature map of the image's size, which every layer resizes."""
 
     suite, names = results.DENSE, DENSE_PROVIDERS
 

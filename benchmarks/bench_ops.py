@@ -1,4 +1,4 @@
-"""Each operator at the shape of up_3.norm_0, the largest layer, and the window indexes of a whole mask."""
+"""Times each operator at the shape of the largest layer, up_3.norm_0, and the window indexes of all resolutions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMIT = 1e-3
 
 @cache
 def recorded(mask: sk.LabelMap, ngf: int) -> Calls:
-    """Returns the operators' calls of a layer and its convolution: forward and backward, and frozen."""
+    """Returns the operator calls of a layer and the convolution after it, in training and, for convolutions, frozen."""
     layer = random_spade("spadesyncbatch3x3", 2 * ngf, mask.channels).train()
     convolution = Conv2d(2 * ngf, ngf, 3, padding=1)
     x = torch.randn(1, 2 * ngf, *mask.shape[1:], requires_grad=True)
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc):
 class TestOps:
     @staticmethod
     def schedule(config):
-        # "ours" here are the compiled kernels.
+        # In this suite, "ours" names the compiled kernels.
         names = ["reference"] + ["ours"] * (sk.build_info()["backends"]["cpu"] is None)
         return [(r, c, name) for r in range(config.getoption("repeats")) for c in calls(config) for name in names]
 

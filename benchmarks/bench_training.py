@@ -1,4 +1,4 @@
-"""A training step, and what training keeps in memory."""
+"""Measures the time of a training step and the memory of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pytest_generate_tests(metafunc):
 
 
 class TestStep:
-    """Outputs are not compared: after one step of Adam, rounding has decided the signs of updates."""
+    """Times training steps. Outputs are not compared, because rounding decides the signs of Adam's first updates."""
 
     @staticmethod
     def schedule(config):
@@ -59,5 +59,5 @@ class TestPeak:
     def test_peak(self, benchmark, pytestconfig, repeat, provider):
         peak = peak_of_step(provider, scheduling.first_mask(pytestconfig), pytestconfig.getoption("ngf"))
         if peak is None:
-            pytest.skip("this system does not tell a process's peak memory")
+            pytest.skip("this system does not report the peak memory of a process")
         scheduling.noted(benchmark, peak, "MB", results.PEAK, scheduling.main_kind(pytestconfig), provider)

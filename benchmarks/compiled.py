@@ -1,9 +1,10 @@
-"""Compiles every GPU kernel for GPUs that need not be here, and reads from the machine code what became of it.
+"""Compiles every GPU kernel, without a GPU, and counts registers, spills and important instructions in the result.
 
     python benchmarks/compiled.py [--only triton] [--out benchmarks/results/compiled.json]
 
-Triton kernels are compiled in the variants of `triton_variants`, CUDA sources whole. Needs Triton for the former,
-nvcc and cuobjdump (which Triton brings along) for the latter; where they are missing, the result says so.
+Triton kernels are compiled in the variants of `triton_variants.py`. CUDA kernels are compiled in the variants that the
+sources instantiate; this needs nvcc and cuobjdump (which Triton includes). If Triton or nvcc is missing, the result
+file says so.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TARGETS = (80, 90, 100)
 _ROOT = Path(__file__).resolve().parents[1]
 _NVCC_FLAGS = ("-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _USAGE = {"registers": "REG", "stack": "STACK", "shared": "SHARED"}
-# In machine code; and in PTX, since disassembling one kernel takes longer than compiling it.
+# These match SASS, for CUDA kernels, and PTX, for Triton kernels: disassembling one takes longer than compiling it.
 _INSTRUCTIONS = {
     "wide_loads": re.compile(
         r"\b(LDG|LDGSTS)\.\S*\b(128|256)\b|\bld\.global\S*\.(v4\.b32|v2\.b64|v8\.b32)|\bcp\.async\.cg\b"
@@ -43,12 +44,17 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel in machine code.
+    """A compiled kernel.
 
     Attributes:
-        source: the file that holds it. variant: dtypes and compile-time arguments. target: such as "sm_90".
-        stack: bytes of each thread, which registers are spilled to. shared: bytes of each block.
-        wide_loads: instructions that load at least 16 bytes from global memory. tensor_core: that multiply matrices.
+        source: path of its source file, relative to the repository.
+        variant: its dtypes and compile-time arguments.
+        target: the architecture, such as "sm_90".
+        registers: number per thread.
+        stack: bytes per thread of stack, to which registers are spilled.
+        shared: bytes per block of shared memory.
+        wide_loads: number of instructions that load at least 16 bytes from global memory.
+        tensor_core: number of matrix multiplication instructions.
     """
 
     source: str
@@ -63,33 +69,33 @@ class Kernel:
 
 
 def why_not_triton() -> str | None:
-    """None, or why Triton kernels cannot be compiled here."""
+    """Returns the reason why Triton kernels cannot be compiled here, or None if they can."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def why_not_cuda() -> str | None:
-    """None, or why CUDA sources cannot be compiled here, or not read."""
+    """Returns the reason why CUDA sources cannot be compiled and disassembled here, or None if they can."""
     if shutil.which("nvcc") is None:
         return "nvcc is not on the PATH"
-    return None if _cuobjdump() else "cuobjdump is not on the PATH, and Triton, which brings it, is not installed"
+    return None if _cuobjdump() else "cuobjdump is not on the PATH, and Triton, which includes it, is not installed"
 
 
 def triton_kernels() -> list[Kernel]:
-    """Every variant of every Triton kernel, for every target."""
+    """Compiles every variant of every Triton kernel for every target."""
     jobs = [(index, target) for index in range(len(_variants())) for target in TARGETS]
     with ProcessPoolExecutor() as pool:
         return list(pool.map(_triton_kernel, jobs, chunksize=8))
 
 
 def cuda_kernels() -> list[Kernel]:
-    """Every kernel of every CUDA source, for every target."""
+    """Compiles every CUDA kernel for every target."""
     sources = sorted((_ROOT / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [kernel for kernels in pool.map(_cuda_source, sources) for kernel in kernels]
 
 
 def environment() -> dict[str, str | None]:
-    """Versions of what compiles, and the date."""
+    """Returns the versions of the compilers, torch and Python, and the date."""
     nvcc = re.search(r"release \S+ (\S+)", _run("nvcc", "--version")) if shutil.which("nvcc") else None
     return {
         "triton": None if why_not_triton() else importlib.metadata.version("triton"),
@@ -164,7 +170,7 @@ def _name_and_variant(symbol: str) -> tuple[str, str]:
 
 
 def _usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """The resources that each (target, symbol) of the file takes."""
+    """Returns the registers, stack and shared memory of each (target, symbol) of an object file."""
     found, target, symbol = {}, "", ""
     for line in _run(_cuobjdump(), "--dump-resource-usage", str(binary)).splitlines():
         if "arch = " in line:
@@ -178,7 +184,7 @@ def _usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def _machine_code(binary: Path) -> dict[tuple[str, str], list[str]]:
-    """The instructions of each (target, symbol) of the file."""
+    """Returns the instructions of each (target, symbol) of an object file."""
     found, target, symbol = defaultdict(list), "", ""
     for line in _run(_cuobjdump(), "--dump-sass", str(binary)).splitlines():
         if "arch = " in line:

@@ -1,10 +1,10 @@
-"""Where evaluating a SPADE layer at every pixel becomes faster than once per distinct window.
+"""Finds the number of distinct windows above which it is faster to evaluate a SPADE layer at every pixel.
 
     python benchmarks/crossover.py [--repeats 5] [--dataroot folder] [--out results.json]
 
-Masks are uniform noise over a part of the image and one class over the rest, which sets the number of distinct windows
-per pixel, and the masks of a folder in the coco layout, where two rows more often have a hidden row in common. The
-thresholds in `spade_kernels/functional.py` come from here.
+The masks are random over a part of the image and constant over the rest; the size of that part determines the number of
+distinct windows per pixel. Masks of a folder in the coco layout can be added: their distinct windows share more hidden
+windows. The results determine the thresholds in `spade_kernels/functional.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def masks(dataroot: Path | None) -> list[sk.LabelMap]:
 
 
 def noisy_mask(part: float) -> sk.LabelMap:
-    """Returns noise over `part` of the width."""
+    """Returns a mask of random labels in the left `part` (0..1) of its width, and of class 0 in the rest."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (1, 256, 256), generator=generator)
     labels[:, :, int(256 * part) :] = 0
@@ -44,7 +44,7 @@ def noisy_mask(part: float) -> sk.LabelMap:
 
 
 def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats: int) -> dict[str, float]:
-    """Returns distinct windows and hidden windows per pixel, and how many times longer the dense path takes."""
+    """Returns hidden and distinct windows per pixel, and the ratio of the dense path's time to that of windows."""
     layer = sk.SPADE("spadebatch3x3", channels, CLASSES + 1).train(training)
     if not training:
         sk.freeze(layer)
@@ -58,7 +58,7 @@ def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats
                 y.backward(y.detach())
 
     runs = {path: use_path(path)(run) for path in ("windows", "dense")}
-    # The first round warms up.
+    # The results of the first round are not used: it warms up.
     interleave(runs, [segmap], 1)
     times = interleave(runs, [segmap], repeats)
     index = segmap.window_index((size, size), 3)
@@ -72,8 +72,8 @@ def compare(size: int, channels: int, mask: sk.LabelMap, training: bool, repeats
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dataroot", type=Path, help="real masks, in the coco layout")
-    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    parser.add_argument("--dataroot", type=Path, help="folder of masks in the coco layout, which are measured too")
+    parser.add_argument("--out", type=Path, help="JSON file to which the results are written")
     arguments = parser.parse_args()
     compared = masks(arguments.dataroot)
     result: dict[str, object] = {"environment": environment()}

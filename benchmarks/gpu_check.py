@@ -1,12 +1,12 @@
-"""Everything that takes a GPU: builds, tests, sanitizes and measures, and prints what came of it last.
+"""Builds, tests, sanitizes and benchmarks the GPU kernels on a GPU, and prints tables of the results at the end.
 
     python -m benchmarks.gpu_check [--fast] [--minutes 8] [--dataroot folder] [--out folder or file] [--only name ...]
 
-Any Python with a CUDA torch, and nvcc. A step that fails does not keep later ones from running; what there is no time
-for is "not run". With --only, results that earlier runs took of the same code on the same device stay in the file.
+It needs nvcc, and a torch with CUDA. Steps run even if earlier ones failed; steps for which no time is left are
+reported as "not run". With --only, the result file keeps earlier results of the same code on the same device.
 
-Exit status: 0 where all that had to run ran, and passed; 1 where something failed; 2 without a GPU; 3 where nothing
-failed, but something that had to run did not: with --fast or --only the bounds need not all be measured.
+The exit status is 0 if all required steps passed; 1 if a step failed; 2 without a GPU; and 3 if no step failed but a
+required one did not run. Measurements of targets are not required with --fast and --only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from spade_model.benchmark.steps import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS = ("numpy", "PIL", "tyro")  # of the masks and the networks
+NEEDS = ("numpy", "PIL", "tyro")  # modules that the masks and networks import
 DATAROOTS = [root / "data" / "coco_stuff" for root in (ROOT.parent / "shared", ROOT / "shared", ROOT)]
 TESTS = (
     "tests/gpu",
@@ -59,13 +59,13 @@ TESTS = (
     "tests/test_distributed.py::test_two_processes_equal_one_with_the_doubled_batch",
 )
 COMPILED = "tests/test_compiled.py"
-REPEATED = "hundred_times_under_load"  # in the names of the tests that are a step of their own
-_FAST_TESTS = 1  # comparisons and sanitizers run the others' kernels, too
-# Beginnings of test ids: the backends for CPU tensors are tested elsewhere.
+REPEATED = "hundred_times_under_load"  # part of the names of the tests that run in the separate step "determinism"
+_FAST_TESTS = 1  # number of TESTS that --fast runs; the steps "agreement" and "sanitizer" run the other kernels
+# Tests of the CPU backends, whose ids begin like this, do not need a GPU.
 CHOSEN = ("-k", f"not {REPEATED} and not [cpu and not [reference")
-_KEPT, _FAST_KEPT = 0.4, 0.3  # of the time, for measuring, whatever the steps before take
+_KEPT, _FAST_KEPT = 0.4, 0.3  # fraction of the time that is reserved for measurements
 _MINUTES, _FAST_MINUTES = 8.0, 3.0
-_RESERVE = 10.0  # seconds for the tables
+_RESERVE = 10.0  # seconds that are reserved for the tables
 _WORKERS = 6
 _RESULTS = ROOT / "benchmarks" / "results"
 
@@ -80,17 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help=f"{_FAST_MINUTES:g} minutes, the most important alone")
-    parser.add_argument("--minutes", type=float, help="what is not running by then is not run")
+    parser.add_argument(
+        "--fast", action="store_true", help=f"run only the most important steps, in {_FAST_MINUTES:g} minutes"
+    )
+    parser.add_argument("--minutes", type=float, help="time limit of all steps together")
     there = next((str(folder) for folder in DATAROOTS if folder.is_dir()), "")
     parser.add_argument(
         "--dataroot", default=there, help=f"folder of masks in the coco layout; default: {there or 'toy landscapes'}"
     )
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="JSON file, or its folder")
-    parser.add_argument("--only", nargs="*", default=[], help="names of steps to run; * stands for anything")
-    parser.add_argument("--device", default="cuda", help="cpu: to try the measurements themselves")
-    parser.add_argument("--tiny", action="store_true", help="small networks and few repeats, for the same")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="folder for logs and parts")
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="JSON file for the results, or a folder for it")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the steps to run, with * as a wildcard")
+    parser.add_argument("--device", default="cuda", help="cpu: test this program without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="small networks and few repeats, to test this program")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "build" / "gpu_check",
+        help="folder for logs and for the results of each step",
+    )
     arguments = parser.parse_args(argv)
     arguments.minutes = arguments.minutes or (_FAST_MINUTES if arguments.fast else _MINUTES)
     arguments.batch, arguments.others = (2, (1,)) if arguments.tiny else (8, () if arguments.fast else (1, 32))
@@ -120,15 +127,15 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> list[Job]:
-    """Returns the jobs of all steps, in their order."""
+    """Returns all jobs, in the order in which they run."""
     is_on_gpu, minutes, only = arguments.device == "cuda", arguments.minutes, arguments.only
     measured = wanted(measurements(arguments), only)
     together = [*compilations(arguments), *agreements(arguments)]
     if is_on_gpu:
         tested = [*tests(arguments.fast), *(sanitizers.job(tool, 200) for tool in sanitizers.TOOLS)]
-        # They may be too slow for --fast; otherwise something hangs.
+        # With --fast the time limit may end them; without it, only a job that hangs exceeds the limit.
         together += [replace(job, may_be_cut=arguments.fast) for job in tested]
-    # They take no times, and compile what the measurements need.
+    # These jobs time nothing, so they can run together. They compile kernels that the measurements reuse.
     keep = 60 * minutes * (_FAST_KEPT if arguments.fast else _KEPT) if measured else 0.0
     together = [replace(job, stage=TOGETHER, keep=keep) for job in wanted(together, only)]
     alone = wanted([build()], only) if is_on_gpu else []
@@ -151,7 +158,7 @@ def run(jobs: Sequence[Job], steps: Steps, save: Callable[[], object]) -> None:
 
 
 def exit_status(done: Sequence[Step], may_miss: Collection[str]) -> int:
-    """Returns 1 where a step failed, and 3 where one was not run that may not be missed."""
+    """Returns 1 if a step failed, 3 if a step outside `may_miss` was not run, and otherwise 0."""
     if any(step.status == FAILED for step in done):
         return 1
     return 3 if any(step.status == NOT_RUN and step.name not in may_miss for step in done) else 0
@@ -159,13 +166,13 @@ def exit_status(done: Sequence[Step], may_miss: Collection[str]) -> int:
 
 def build() -> Job:
     command = python("setup.py", "build_ext", "--inplace")
-    # Without a list of architectures they are those of the GPUs at hand.
+    # With an empty list of architectures, torch compiles for the GPUs of this machine.
     environment = {"SPADE_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ""}
     return Job("build", command, 300, environment, needs=("setuptools", "ninja"))
 
 
 def tests(fast: bool) -> list[Job]:
-    """Returns the tests whose bodies run on a GPU where there is one, and those of what compiles for GPUs."""
+    """Returns the jobs of the tests that use a GPU if there is one, and of the tests of compiled GPU kernels."""
     repeated = pytest("determinism", "-k", REPEATED, "tests/gpu/test_device.py")
     workers = ["-n", _WORKERS] if importlib.util.find_spec("xdist") else []
     if fast:
@@ -175,15 +182,15 @@ def tests(fast: bool) -> list[Job]:
 
 
 def pytest(name: str, *arguments: object) -> Job:
-    """Returns a job of pytest. It names each test as soon as it is over, for runs that are cut."""
+    """Returns a job that runs pytest. Each test is printed when it ends, so that the output shows the progress."""
     command = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments)
-    # Processes that tests start must find the package, too.
+    # Processes that the tests start must be able to import the package, too.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return Job(name, command, 240, {"PYTHONPATH": path}, judge=tests_passed, needs=("pytest", "hypothesis"))
 
 
 def tests_passed(status: int, output: str) -> tuple[str, str]:
-    """Returns PASSED only where some tests ran, and why."""
+    """Judges a run of pytest: like `by_exit_status`, but FAILED if no test passed."""
     judged, last = by_exit_status(status, output)
     if status == 0 and not re.search(r"\b[1-9]\d* passed", last):
         return FAILED, f"no test ran: {last}"
@@ -193,10 +200,10 @@ def tests_passed(status: int, output: str) -> tuple[str, str]:
 def measurements(arguments: argparse.Namespace) -> list[Job]:
     """Returns the measurements, the most important ones first.
 
-    Where the compilation of one of the first has not passed, the providers that need no compiler are measured in its
-    place, and all of them last.
+    If the compilation for one of the first measurements did not pass, only the providers without torch.compile are
+    measured at its place, and all providers at the end.
     """
-    # A part that does not end leaves most of the time to others.
+    # A measurement that hangs may take only a quarter of the time.
     limit = 15 * arguments.minutes
     part = partial(measurement, arguments, limit=limit, stage=MEASUREMENT, may_be_cut=True, least=10.0)
     batch, main = arguments.batch, [("bf16", arguments.batch)]
@@ -205,7 +212,8 @@ def measurements(arguments: argparse.Namespace) -> list[Job]:
         f"training-bf16-{batch}": ("training",),
         f"layers-bf16-{batch}": ("layers", "layers-training"),
     }
-    # All of the others without the baseline, as compiling takes minutes; with it as far as there is time.
+    # The others are measured without the baseline first, because its compilation takes minutes; then with it, as far
+    # as time permits.
     others = [(precision, size) for precision in ("tf32", "bf16") for size in (batch, *arguments.others)]
     others.remove(("bf16", batch))
     whole = ("eval", "training")
@@ -228,10 +236,10 @@ def measurements(arguments: argparse.Namespace) -> list[Job]:
 
 
 def compilations(arguments: argparse.Namespace) -> list[Job]:
-    """Returns the compilations of baselines for the measurements that come first.
+    """Returns jobs that compile the baselines of the first measurements.
 
-    They take minutes, but may run beside other steps. The compiler may then choose other kernels than it would on a
-    device of its own.
+    Compiling takes minutes, but can run at the same time as other jobs. Autotuning may then choose other kernels than
+    it would on an idle device.
     """
     at = [("bf16", arguments.batch)]
     return [
@@ -242,7 +250,7 @@ def compilations(arguments: argparse.Namespace) -> list[Job]:
 
 
 def agreements(arguments: argparse.Namespace) -> list[Job]:
-    """Returns the comparisons at full size, which take no times and may run beside other steps."""
+    """Returns jobs that compare the kernels' results at full size. They time nothing, so they can run together."""
     return [
         measurement(arguments, f"agreement {precision}", ("agreement",), [(precision, arguments.batch)])
         for precision in arguments.compared
@@ -258,7 +266,7 @@ def measurement(
     limit: float = math.inf,
     **how,
 ) -> Job:
-    """Returns the job of one part, which calls the suites at each precision and batch size."""
+    """Returns the job that runs the suites at each precision and batch size of `at`."""
     sizes = [f"{precision}-{batch}" for precision, batch in at]
     scale = [f"--{key}={getattr(arguments, key)}" for key in ("device", "work", "ngf", "batch", "repeats", "seconds")]
     what = ["part", name, "--suites", *suites, "--at", *sizes]
@@ -267,13 +275,13 @@ def measurement(
 
 
 def preparation(arguments: argparse.Namespace) -> Job:
-    """Returns the job that finds the masks for all parts."""
+    """Returns the job that prepares the masks for all measurements."""
     how = [f"--{key}={getattr(arguments, key)}" for key in ("device", "work", "ngf", "size", "dataroot")]
     return Job("prepare", python("-m", "benchmarks.gpu_measure", "prepare", *how), 120, needs=NEEDS)
 
 
 def about(work: Path) -> Path:
-    """Returns the file in which `gpu_measure prepare` describes this machine and the masks."""
+    """Returns the path of the file in which `gpu_measure prepare` describes this machine and the masks."""
     return work / "about.json"
 
 
@@ -286,10 +294,10 @@ def wanted(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
 
 
 def saved(arguments: argparse.Namespace, jobs: Sequence[Job], steps: Steps, final: bool = False) -> str:
-    """Writes the results' file and returns its tables; at the end the bounds count as a step, too."""
+    """Writes the result file and returns its tables; if `final`, the targets are added as a step."""
     if not about(arguments.work).exists():
         return "(nothing was measured)"
-    # Not at the top: the compiled kernels are loaded as they are then, and `build` makes them.
+    # These modules load the compiled kernels, which the job `build` makes; so they are not imported at the top.
     from benchmarks import gpu_report as report
     from spade_model.benchmark.results import BenchRun, file_name, newest
 

@@ -1,10 +1,10 @@
-"""This is the process of `make gpu-check` that measures one part: a failing kernel ends one part and no more.
+"""Runs one measurement of `make gpu-check` in a separate process, so that a failing kernel does not stop the others.
 
     python -m benchmarks.gpu_measure prepare --work folder --dataroot folder
     python -m benchmarks.gpu_measure part eval-bf16-8 --suites eval --at bf16-8 --baseline --work folder
 
-`prepare` finds the masks and describes them and this machine. A part writes a line for each result as soon as
-it has it, to `<part>.jsonl`. `benchmarks/gpu_check.py` has the commands of all parts.
+`prepare` writes the masks and a description of this machine for the other processes. `part` runs suites, and writes
+each result to `<name>.jsonl` as soon as it is measured. `benchmarks/gpu_check.py` has the commands of all parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def suite(name: str, precision: str, batch: int, with_baseline: bool) -> Callabl
 
 
 def prepare(folder: Path, dataroot: str, device: torch.device, ngf: int, size: int) -> None:
-    """Writes masks and a description of this machine, for the parts and the report."""
+    """Writes the masks, and a description of the masks and this machine, to files in `folder`."""
     kinds = bench_masks(coco_or_toy(dataroot, size), _FOUND, every_kind=False)
     found = next(iter(kinds.values()))
     kinds |= {"busiest": busiest(found, _BUSIEST), "noise": noise(found[0], _NOISE)}
@@ -68,7 +68,10 @@ def prepare(folder: Path, dataroot: str, device: torch.device, ngf: int, size: i
 
 
 def measure(path: Path, part: Callable[[Workload], Iterator[Result]], work: Workload) -> dict[str, str]:
-    """Runs one part, writing last of all the clock under load; returns the providers left out with the reasons."""
+    """Runs the suites of one part and writes their results to `path`, followed by the clock rate under load.
+
+    Returns a dict from each provider that failed to the reason.
+    """
     with settled(work.device):
         PartFile(path).write(_lines(path.stem, part, work))
     return work.failed
@@ -93,18 +96,20 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     preparing, measuring = commands.add_parser("prepare"), commands.add_parser("part")
     for command in (preparing, measuring):
-        command.add_argument("--work", type=Path, required=True, help="folder for masks and parts")
+        command.add_argument("--work", type=Path, required=True, help="folder for masks and results")
         command.add_argument("--device", default="cuda")
         command.add_argument("--ngf", type=int, default=64, help="generator width")
     preparing.add_argument("--dataroot", default="", help="folder of masks in the coco layout")
     preparing.add_argument("--size", type=int, default=256, help="width and height of masks, in pixels")
-    measuring.add_argument("name", help="of the file with the results")
+    measuring.add_argument("name", help="name of the result file, without its suffix")
     measuring.add_argument("--suites", nargs="+", required=True)
     measuring.add_argument("--at", nargs="+", required=True, help="precision and batch size, such as bf16-8")
-    measuring.add_argument("--baseline", action="store_true", help="also what torch.compile takes minutes for")
-    measuring.add_argument("--batch", type=int, default=8, help="batch size that everything is measured at")
+    measuring.add_argument(
+        "--baseline", action="store_true", help="also measure baselines that take minutes to compile"
+    )
+    measuring.add_argument("--batch", type=int, default=8, help="default batch size")
     measuring.add_argument("--repeats", type=int, default=30)
-    measuring.add_argument("--seconds", type=float, default=8.0, help="of each measurement, at most")
+    measuring.add_argument("--seconds", type=float, default=8.0, help="time limit of each measurement")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The report of `make gpu-check` has the bounds that must hold on a GPU, the tables, and the file with everything."""
+"""Compares the results of `make gpu-check` with the targets, formats tables of them, and writes the result file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _KERNELS = ("cuda", "triton", "cpu", "reference", "copy", "matmul")
 _FASTER = ("baseline", "ours")
 _TOYS = "reported (toy masks)"
 _WORDS = {"met": "pass", "missed": "FAIL"}
-_SAME = ("device", "torch", "cuda", "triton", "sources", "dataroot")  # for results to stand in one file
-DETERMINISM, SANITIZER = "determinism", "sanitizer"  # how the names of those steps begin
+_SAME = ("device", "torch", "cuda", "triton", "sources", "dataroot")  # must be equal for results in one file
+DETERMINISM, SANITIZER = "determinism", "sanitizer"  # prefixes of step names
 
 
 def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
-    """Returns the verdicts of all bounds; measurements on toy masks are reported without a verdict."""
+    """Returns the verdicts of all targets; on toy masks, performance is reported but not judged."""
     found = judge(run, gpu_targets(run, batch))
     if run.main_masks != "real":
         found = [replace(verdict, met=None) for verdict in found]
@@ -47,7 +47,7 @@ def verdicts(run: BenchRun, batch: int, steps: Sequence[Step]) -> list[Verdict]:
 
 
 def _from_steps(name: str, steps: Sequence[Step], start: str, counted: str) -> Verdict:
-    """Returns the verdict of a bound of zero on the counts of all steps whose names begin with `start`."""
+    """Returns a verdict on the counts in the details of steps whose names begin with `start`: their sum must be 0."""
     found = [step for step in steps if step.name.startswith(start)]
     count = sum(int(n) for step in found for n in re.findall(counted, step.detail))
     clean = bool(found) and all(step.status == PASSED for step in found)
@@ -55,7 +55,7 @@ def _from_steps(name: str, steps: Sequence[Step], start: str, counted: str) -> V
 
 
 def judged(verdicts: Sequence[Verdict]) -> Step:
-    """Returns the bounds as one step: FAILED where one is missed, PASSED where every one is met."""
+    """Returns all verdicts as one step: FAILED if a bound is missed, PASSED if all are met, otherwise NOT_RUN."""
     missed = [v.name for v in verdicts if v.met is False]
     open_ = [v.name for v in verdicts if v.measured is None]
     met, toys = sum(v.met is True for v in verdicts), sum(_word(v) == _TOYS for v in verdicts)
@@ -66,7 +66,7 @@ def judged(verdicts: Sequence[Verdict]) -> Step:
 
 
 def fastest(found: Iterable[Result]) -> dict[str, str]:
-    """Returns by operator and precision the backend that is fastest over all layers, for the table in `backends.py`."""
+    """Returns a dict from operator and precision to the backend that is fastest over all layers."""
     best: dict[str, Result] = {}
     for result in found:
         if result.suite == results.OPERATOR and results.ALL_LAYERS in result.case:
@@ -76,14 +76,14 @@ def fastest(found: Iterable[Result]) -> dict[str, str]:
 
 
 def gathered(files: Iterable[Path]) -> tuple[list[Result], dict[str, dict[str, str]]]:
-    """Returns the results that the parts have written so far, and by part the providers left out with the reasons."""
+    """Returns the results in the files, and a dict from each file's stem to its failed providers and the reasons."""
     parts = [PartFile(path) for path in files]
     failures = {part.path.stem: why for part in parts if (why := part.failures())}
     return newest(result for part in parts for result in part.results()), failures
 
 
 def earlier(path: Path, environment: dict[str, Any]) -> tuple[list[Result], list[Step], dict[str, dict[str, str]]]:
-    """Returns the results, steps and failures in the file, if it is of the same code on the same device and masks."""
+    """Returns results, steps and failures of an earlier file; empty if code, device, versions or masks differ."""
     if not path.exists():
         return [], [], {}
     (run,) = load_runs(path)
@@ -100,7 +100,7 @@ def save(
     steps: Sequence[Step],
     failed: dict[str, dict[str, str]],
 ) -> None:
-    """Writes everything in the form that `load_runs` reads, with the bounds, the choice and the steps beside it."""
+    """Writes a file that `load_runs` can read, which also holds steps, verdicts, fastest backends and failures."""
     beside = {
         "steps": [asdict(step) for step in steps],
         "bounds": [asdict(verdict) | {"word": _word(verdict)} for verdict in verdicts],
@@ -111,7 +111,7 @@ def save(
 
 
 def tables(run: BenchRun, verdicts: Sequence[Verdict], failed: dict[str, dict[str, str]]) -> str:
-    """Returns a summary short enough for a screen or two, with the bounds last."""
+    """Returns a summary of the results as tables; the last one has the targets."""
 
     def of(*suites: str, only: str = "") -> list[Result]:
         return [r for r in run.results if r.suite in suites and only in r.case]

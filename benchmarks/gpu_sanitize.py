@@ -1,9 +1,9 @@
-"""A short list of operator calls on the GPU, for compute-sanitizer: every CUDA C++ and Triton kernel on small shapes.
+"""Calls every CUDA C++ and Triton kernel on small shapes, for use with compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitize
 
-Calls are recorded, and their results computed, on the CPU: on the GPU little runs but the kernels themselves. The last
-line says that the end was reached, and how many calls each backend had.
+The calls are recorded on the CPU, where their expected results are computed too, so that the GPU runs few other
+kernels. The last line of output shows that the program reached its end, and the number of calls of each backend.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spade_model.benchmark.calls import Recorder
 
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 CLASSES = 7
-# Channels and side of x, upsample, norm, path: sizes that are read 16 bytes at a time, and odd ones.
+# These are channels and side of x, upsample, norm and path. Some sizes permit loads of 16 bytes, others do not.
 LAYERS = (
     (64, 24, 1, "batch", "windows"),
     (32, 17, 2, "instance", "windows"),
@@ -40,7 +40,7 @@ WINDOWS = (("constant", 3, 1), ("noise", 5, 1), ("noise", 3, 2))  # kind of mask
 
 @dataclass(frozen=True)
 class Call:
-    """An operator's call on CPU tensors, and what the reference answers."""
+    """A call of an operator with CPU tensors, and the results of the reference kernel."""
 
     where: str
     name: str
@@ -51,7 +51,7 @@ class Call:
 
 
 def calls() -> Iterator[Call]:
-    """Forward and backward of a few layers in each dtype, and window indexes."""
+    """Yields the operator calls of a few layers, forward and backward, in each dtype, and calls of `window_index`."""
     for dtype in LIMIT:
         for layer in LAYERS:
             for name, (func, arguments) in recorded_layer(*layer).items():
@@ -68,7 +68,7 @@ def calls() -> Iterator[Call]:
 
 
 def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str) -> dict[str, tuple]:
-    """(operator, arguments) by name."""
+    """Returns a dict from the operators that a layer calls to (operator, arguments)."""
     mask = random_label_map("blobs", (2, side * upsample, side * upsample), CLASSES, edges=True)
     layer = random_spade(f"spade{norm}3x3", channels, CLASSES + 1).train()
     x = torch.randn(2, channels, side, side, requires_grad=True)
@@ -78,17 +78,17 @@ def recorded_layer(channels: int, side: int, upsample: int, norm: str, path: str
         mean, m2 = ops.channel_stats(x)
         (mean.square().sum() + m2.sum()).backward()
         ops.pack_modulation_weight(layer.mlp_gamma.weight, layer.mlp_beta.weight)
-    # A CPU's convolutions have no kernels of ours on a GPU.
+    # The convolution operators have no kernels for GPUs.
     return {name: call for name, call in recorder.first_calls().items() if not name.startswith("conv")}
 
 
 def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:
-    """The arguments with activations, weights, tables and their gradients in `dtype`; the rest stays float32."""
+    """Converts activations, weights, tables and their gradients to `dtype`; other float tensors stay float32."""
 
     def change(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # Biases are vectors, and statistics have a row for each of two images.
+        # Biases have one dimension, and statistics have two rows, one per image; both stay float32.
         narrow = value.dtype == torch.float32 and (value.dim() == 4 or (value.dim() > 1 and len(value) > 2))
         return value.detach().to(dtype) if narrow else value.detach()
 
@@ -96,14 +96,14 @@ def rounded(arguments: tuple, dtype: torch.dtype) -> tuple:
 
 
 def check(call: Call, device: torch.device) -> None:
-    """Raises AssertionError where the device's answer is another."""
+    """Raises AssertionError if the results on the device differ from the expected ones by more than LIMIT."""
     moved = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, call.arguments)
     for got, expected in zip(tree_leaves(call.func(*moved)), call.expected, strict=True):
         if expected.is_floating_point():
             error = relative_error(got.cpu(), expected)
             assert error <= LIMIT[call.dtype], f"{call.name} {call.where} {call.dtype}: relative error {error}"
         else:
-            assert torch.equal(got.cpu(), expected), f"{call.name} {call.where}: other integers"
+            assert torch.equal(got.cpu(), expected), f"{call.name} {call.where}: integer results differ"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

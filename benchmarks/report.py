@@ -1,9 +1,10 @@
-"""Tables and plots of results.
+"""Prints tables of results, and draws plots.
 
     python benchmarks/report.py FILE... [--out FILE or FOLDER] [--plots FOLDER]
 
-A FILE is what pytest-benchmark, `spade bench` or this program itself wrote. Repeats become medians and percentiles;
-files measured with the same allocator settings become one run. Prints everything, the README's table and the bounds.
+A FILE is a result file of pytest-benchmark, of `spade bench` or of this program. Repeats are combined into medians and
+percentiles; files with the same allocator settings are combined into one run. The tables show all results, a summary of
+whole networks, and the targets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from spade_model.errors import UserError
 
 
 def read(path: Path) -> list[BenchRun]:
-    """The runs of a file."""
+    """Reads the runs of a result file. Raises UserError if it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -33,7 +34,7 @@ def read(path: Path) -> list[BenchRun]:
 
 
 def aggregated(timings: list[dict]) -> list[Result]:
-    """One result for each suite, case and provider of pytest-benchmark's single timings."""
+    """Combines the single timings of pytest-benchmark into one result per suite, case and provider."""
     values: dict[tuple, list[float]] = defaultdict(list)
     extra: dict[tuple, list[dict[str, float]]] = defaultdict(list)
     for timing in timings:
@@ -56,7 +57,7 @@ def _result(key: tuple, values: list[float], notes: dict[str, float]) -> Result:
 
 
 def _all_layers(values: dict[tuple, list[float]], notes: dict[tuple, dict]) -> list[Result]:
-    """The generator's layers together: in each repeat, the sum over the shapes times how many layers have it."""
+    """Returns the times of all layers together: in each repeat, the sum over all layers of the generator."""
     sums: dict[tuple, list[list[float]]] = defaultdict(list)
     for (suite, _, provider, unit), each in values.items():
         layers = notes[suite, _, provider, unit].get("layers")
@@ -66,7 +67,7 @@ def _all_layers(values: dict[tuple, list[float]], notes: dict[tuple, dict]) -> l
 
 
 def merged(runs: Sequence[BenchRun]) -> list[BenchRun]:
-    """One run for each allocator setting."""
+    """Combines the runs with the same allocator settings. Raises UserError if networks, masks or devices differ."""
     found: dict[str, BenchRun] = {}
     for run in runs:
         first = found.setdefault(run.environment["allocator"], BenchRun(run.environment, run.settings, []))
@@ -81,7 +82,7 @@ def _comparable(run: BenchRun) -> tuple:
 
 
 def draw(run: BenchRun, folder: Path) -> list[Path]:
-    """Bars of whole generators by kind of mask, lines of layers by shape; returns the written files."""
+    """Draws bar plots of whole generators by kind of mask, and of layers by shape; returns the written files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,8 +134,10 @@ def print_report(runs: list[BenchRun]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, help="JSON file to write; in a folder the file is named after the device")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write, or a folder, in which the file is named after the device"
+    )
+    parser.add_argument("--plots", type=Path, help="folder in which plots are written")
     arguments = parser.parse_args(argv)
     try:
         runs = merged([run for path in arguments.files for run in read(path)])

@@ -1,4 +1,4 @@
-"""The Triton kernels in the variants that a generator's layers ask for: all of bfloat16, a part of other dtypes."""
+"""Lists the variants of the Triton kernels that a generator launches: all in bfloat16, and some in other dtypes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from spade_kernels.triton import channel_stats, gather_sum, modulate, modulation_table
 from spade_kernels.triton.variants import Variant, recording
 
-# Channels and side of what a layer makes, and how many times the side of its input: SPADEGenerator with ngf 64 at
-# 256 x 256; and channels that fill no access.
+# These are (channels and side of a layer's output, upsample) of SPADEGenerator with ngf 64 at 256 x 256. The layer with
+# 20 channels is added, because its rows are not a whole number of loads.
 _LAYERS = {
     torch.bfloat16: (
         *((1024, 8, 1), (1024, 16, 2), (1024, 16, 1), (1024, 32, 2), (512, 32, 1), (512, 64, 2)),
@@ -25,7 +25,10 @@ _CODES, _HIDDEN = 371, 128
 
 
 def layer_variants() -> list[Variant]:
-    """Launches forward and backward, on windows and at every pixel, with statistics of images and of the batch."""
+    """Returns the variants that the forward and backward of the layers launch.
+
+    Layers run per distinct window and per pixel, and with statistics per image and of the whole batch.
+    """
     with recording() as found:
         for dtype, layers in _LAYERS.items():
             for channels, side, upsample in layers:
@@ -36,7 +39,7 @@ def layer_variants() -> list[Variant]:
 def _layer(channels: int, side: int, upsample: int, dtype: torch.dtype) -> None:
     table_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     pixels = _BATCH * side**2
-    # The numbers are roughly those of real masks; a few pixels all have windows of their own.
+    # These numbers of windows are similar to those of real masks. On small maps every window is distinct.
     rows, num_hidden = max(64, pixels // 5), max(64, pixels // 10)
     x = _empty(_BATCH, channels, side // upsample, side // upsample, dtype=dtype)
     grad = _empty(_BATCH, channels, side, side, dtype=dtype)
@@ -52,7 +55,7 @@ def _layer(channels: int, side: int, upsample: int, dtype: torch.dtype) -> None:
             for means in (stats, None):
                 modulate.modulate_input_grad(grad, *normalized, means, means, negative_slope, upsample)
     _table(channels, rows, num_hidden, table_dtype)
-    # The network's first convolution, and the dense path's.
+    # The first call is that of the network's first convolution, the second that of the dense path.
     _gather_sum(num_hidden, _CODES, 9, channels, table_dtype, relu=False)
     _gather_sum(pixels, num_hidden, 1, channels, torch.float32, relu=False)
 

@@ -60,7 +60,7 @@ class DoctorConfig:
     """Options of `spade doctor`."""
 
     split: Literal["", "train", "val"] = ""
-    """Split to check; by default both are checked."""
+    """Split to check; by default all splits of the data set are checked."""
     data: DataConfig = field(default_factory=DataConfig)
 
 

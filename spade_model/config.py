@@ -68,7 +68,7 @@ class DataConfig:
     label_nc: int = 182
     """Number of label classes, without the unknown class. With 0 the condition is an RGB image instead of labels."""
     contain_dontcare_label: bool = True
-    """Treat label 255 as an additional class, "unknown", with the number label_nc."""
+    """Treat label 255 as an additional class, "unknown", with the class number label_nc."""
     no_instance: _No = False
     """Do not add the instance boundary plane to the condition."""
     ade20k_shift: bool = False
@@ -189,7 +189,7 @@ class TrainConfig:
     """Learning rate of Adam. With TTUR (two time-scale update rule) the generator uses half of it and the
     discriminator double."""
     no_TTUR: _No = False
-    """Same learning rate for generator and discriminator; --beta1 and --beta2 then default to 0.5 and 0.999."""
+    """Use the same learning rate for generator and discriminator; --beta1 and --beta2 then default to 0.5 and 0.999."""
     beta1: float = 0.0
     """Adam's first moment decay."""
     beta2: float = 0.9

@@ -22,45 +22,48 @@ _BUILT_IN = ("spade_model.data", "spade_model.networks")
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set is made of image files that `layout` finds, or it makes its items itself, with `create`."""
+    """Describes a data set to the rest of the program.
+
+    A data set of image files has a `layout`, which finds them; any other has `create`, which builds its Dataset.
+    """
 
     defaults: DataConfig
-    """The options of a run for which nothing but the data set is given; dataset_mode is filled in."""
+    """The options' default values for this data set. The value of dataset_mode is replaced by the registered name."""
     layout: Callable[[DataConfig, str], Layout] | None = None
-    """`layout(config, split)` says where the files of a split are and how they pair."""
+    """Called as `layout(config, split)`; returns the folders of the split's files and the rule that pairs the files."""
     create: Callable[..., SpadeDataset] | None = None
-    """`create(config, split, need_images=...)`, a SpadeDataset class for example, makes items of `config.image_size`;
-    the preprocess mode does not apply to them. Without need_images they do not need a photograph."""
+    """Called as `create(config, split, need_images=...)`; a subclass of SpadeDataset, for example. Its items have the
+    size `config.image_size`, whatever the preprocess mode. Without need_images, they can be without a photograph."""
     check: Callable[[DataConfig], None] | None = None
-    """`check(config)` raises UserError for options that do not fit this data set."""
+    """Called as `check(config)`; raises UserError for options that do not fit this data set."""
     folder_options: tuple[str, ...] = ("dataroot",)
-    """The options that name its folders."""
+    """The names of the options that hold the data set's folders."""
     splits: tuple[str, ...] = ("train", "val")
-    """The splits that have files of their own."""
+    """The splits with files of their own, all of which `spade doctor` checks by default."""
     rgb_condition: bool = False
     """True if the condition can be RGB images instead of labels, with --label_nc 0."""
     byte_ids: bool = False
-    """True if ids above 255 mean that an image is no label image of this data set."""
+    """True if label images have 8-bit ids, so that a larger id shows that a file is not a label image."""
     ids_from_1: bool = False
-    """True if id 0 means unknown, which --ade20k_shift takes into account."""
+    """True if id 0 means unknown and classes begin at id 1; --ade20k_shift then converts the ids."""
 
     def __post_init__(self) -> None:
         if (self.layout is None) == (self.create is None):
-            raise ValueError("a DatasetSpec takes a layout or a create, and not both")
+            raise ValueError("a DatasetSpec takes a layout or a create: exactly one of the two")
 
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """A generator is a network that makes an image of a condition: `network(segmap, z)`."""
+    """Describes a generator to the rest of the program."""
 
     network: Callable[..., nn.Module]
-    """Its class. Parameters of the constructor that are named like options, or properties, of DataConfig and
-    ModelConfig get their values; others keep their defaults."""
+    """The class of the network, which is called as `network(segmap, z)` and returns images. Constructor parameters that
+    are named like an option or property of DataConfig or ModelConfig get its value; others keep their defaults."""
     defaults: ModelConfig
-    """The options of a run for which nothing but the generator is given; netG is filled in."""
+    """The options' default values for this generator. The value of netG is replaced by the registered name."""
     check: Callable[[DataConfig, ModelConfig, int], None]
-    """`check(data, model, batch)` raises UserError if there is no such norm_G, if the network cannot make images of
-    the size that `data` says, or if it cannot be trained with steps of `batch` images in all processes together."""
+    """Called as `check(data, model, batch)`; raises UserError if norm_G is unknown, if the network cannot make images
+    of the size in `data`, or if it cannot be trained with `batch` images per step (the sum over all processes)."""
 
 
 DATASETS: dict[str, DatasetSpec] = {}
@@ -68,6 +71,6 @@ GENERATORS: dict[str, GeneratorSpec] = {}
 
 
 def load() -> None:
-    """Imports the modules that register this package's own data sets and generators, which takes torch's import."""
+    """Imports the modules that register this package's own data sets and generators. They import torch."""
     for module in _BUILT_IN:
         import_module(module)

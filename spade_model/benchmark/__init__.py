@@ -1,1 +1,1 @@
-"""This library measures the generator against stock PyTorch, for `spade bench` and for the suites in benchmarks/."""
+"""Compares the generator with stock PyTorch: the code that `spade bench` and the scripts in benchmarks/ share."""

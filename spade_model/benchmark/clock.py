@@ -1,4 +1,4 @@
-"""The clock takes times on CPUs and GPUs; providers take turns, and on CUDA their calls are captured in graphs."""
+"""Times functions on CPUs and GPUs. All functions of a comparison run in turn; on CUDA they can run as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def settled(device: torch.device) -> Iterator[None]:
-    """Within it, cuDNN chooses the fastest algorithms and CUDA's work runs on one stream, not the default one.
+    """Within this context, cuDNN uses its fastest algorithms, and CUDA work runs on one stream other than the default.
 
-    Spectral norm keeps nodes of autograd from one step to the next, with the stream that they were made on. Were it
-    another than the one a graph is captured on, the capture would break.
+    Spectral norm keeps autograd nodes, and with them their stream, from one step to the next. A CUDA graph that is
+    captured on another stream would fail.
     """
     if device.type != "cuda":
         yield
@@ -35,13 +35,14 @@ def settled(device: torch.device) -> Iterator[None]:
 
 
 class Captured:
-    """Holds run() as one CUDA graph, within `settled`, after it has warmed up; run itself where there is no CUDA.
+    """A function captured as a CUDA graph; on the CPU, the function itself.
 
-    Calling it gives what run() returned, at the same address every time.
+    A call replays the graph and returns the function's output, which has the same address in every call. Create it
+    within `settled`. The function is called a few times before the capture, to warm up.
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device):
-        # Compilers work in the first call.
+        # The first call can take long, because torch.compile compiles in it.
         self._output = run()
         if device.type != "cuda":
             self._replay: Callable[[], Any] = run
@@ -62,7 +63,7 @@ class Captured:
 
 
 def milliseconds(run: Callable[[Any], object], argument: Any, device: torch.device = _CPU) -> float:
-    """Returns the milliseconds of one call on an idle device, the host's work included."""
+    """Returns the milliseconds that one call takes on an idle device, including the work of the host."""
     if device.type != "cuda":
         started = time.perf_counter()
         run(argument)
@@ -83,10 +84,15 @@ def interleave(
     device: torch.device = _CPU,
     seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Returns the milliseconds of each provider, one value for every round; the providers must be warm.
+    """Times functions in turn and returns the milliseconds of each function, one value per round.
 
-    A round gives every provider one call with the same argument, and the next round takes the next argument. Every
-    argument has its round, however long that takes. Once `seconds` are over, no round starts after the third.
+    In each round, every function is called once with the same argument; the next round uses the next argument. There
+    are at least as many rounds as arguments. The functions must be warmed up.
+
+    Args:
+        rounds: number of rounds, if it exceeds the number of arguments.
+        seconds: after this time no new round starts, unless fewer than three rounds, or fewer rounds than arguments,
+            are done.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
@@ -100,11 +106,11 @@ def interleave(
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Within it, float32 products and convolutions are as `precision` says.
+    """Within this context, float32 matrix products and convolutions on CUDA have the given precision.
 
     Args:
-        precision: "tf32"; "ieee", without rounding; or "shipped", what PyTorch does when told nothing: convolutions in
-            tf32, other products in float32. The other PRECISIONS are "shipped", too.
+        precision: "tf32" for TF32 in both; "ieee" for full float32 in both. Any other value selects PyTorch's defaults:
+            TF32 in convolutions, full float32 in matrix products.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -116,8 +122,8 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """Returns the function compiled as the baseline is; without CUDA it is only traced."""
-    # One function for many layers; beyond the usual limit of versions it would quietly run uncompiled.
+    """Returns the function compiled with autotuning, for baselines. For the CPU, it is traced but not compiled."""
+    # One function serves many layers. Beyond the default limit of recompilations it would run uncompiled, silently.
     torch._dynamo.config.recompile_limit = 100
     if device.type != "cuda":
         return torch.compile(function, dynamic=False, backend="eager")

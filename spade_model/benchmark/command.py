@@ -1,4 +1,4 @@
-"""`spade bench`: a short comparison on this machine and the user's masks."""
+"""`spade bench` compares the generator with stock PyTorch on this machine and the user's masks, within minutes."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from spade_model.errors import UserError
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """One run of `spade bench`."""
+    """Options of `spade bench`."""
 
     ngf: int = 64
     """Generator width: channels before the last convolution."""
     masks: int = 2
-    """Masks to time."""
+    """Number of masks that are timed."""
     repeats: int = 2
-    """Times every provider takes its turn on every mask; half as often in training."""
+    """Number of timed calls per network and mask; training is timed half as often."""
     compiled: bool = False
-    """Also torch.compile of the tuned and of the spade-free network (a minute of compiling each)."""
+    """Also time torch.compile of the stock network with and without SPADE layers; each compiles for about a minute."""
     out: str = ""
-    """Also write the results to this file, as JSON."""
+    """JSON file to which the results are written, besides the printed table."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
 def run_bench(config: BenchConfig) -> BenchRun:
-    """Compares outputs, then measures times and memory; writes `config.out`.
+    """Checks that all networks have equal outputs, measures times and memory, and writes `config.out` if it is set.
 
     Raises:
         UserError: the masks or options cannot be used, or the file cannot be written.
@@ -50,7 +50,7 @@ def run_bench(config: BenchConfig) -> BenchRun:
     kind, masks = next(iter(kinds.items()))
     run = BenchRun(environment(), settings(config.ngf, kinds), [])
     if config.out:
-        # Before the measurements: a wrong path shall not cost them.
+        # The file is written before the measurements too, so that a wrong path fails at once.
         save_runs([run], Path(config.out))
     with tqdm(total=3, disable=None, leave=False) as progress:
         for part in (_eval, _training, _peak):

@@ -1,4 +1,4 @@
-"""The environment says where and when something was measured."""
+"""Describes the machine, the software and the date of a measurement."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import spade_kernels as sk
 
 _ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _QUERIED = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-# An installed package may lie within somebody else's.
+# An installed package can lie inside an unrelated git repository, so git must not search the parent folders.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:
-    """Returns device, versions, date, commit (None outside a checkout) and the allocator's setting."""
+    """Returns CPU, threads, instruction set, versions, commit (None outside a checkout), date and allocator."""
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Returns the processor's model, such as "AMD EPYC"; the architecture where the system does not say."""
+    """Returns the processor's model, such as "AMD EPYC", or its architecture if the system does not tell the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -50,12 +50,12 @@ def cpu_name() -> str:
 
 
 def allocator() -> str:
-    """ "default", or glibc's thresholds as set in the environment: above them freed memory goes back to the system."""
+    """Returns the settings of glibc's allocator in the environment variables, or "default" if there are none."""
     return ", ".join(f"{name}={os.environ[name]}" for name in _ALLOCATOR if name in os.environ) or "default"
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Returns the GPU's model and limits, and the versions of its compilers and driver."""
+    """Returns the GPU's model, its properties, and the versions of its driver, libraries and compilers."""
     properties = torch.cuda.get_device_properties(device)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
@@ -80,7 +80,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def clock_under_load(device: torch.device) -> float:
-    """Returns the MHz of the first GPU while it computes products."""
+    """Returns the clock rate of the first GPU in MHz while `device` computes matrix products."""
     left, right = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device=device)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(_query, "clocks.sm")
@@ -92,7 +92,7 @@ def clock_under_load(device: torch.device) -> float:
 
 
 def sources(root: Path = _CHECKOUT) -> str:
-    """Returns a hash of all measured and measuring sources; a copy of the checkout may have no commit."""
+    """Returns a hash of all source files that affect a measurement. It identifies copies of a checkout without git."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "csrc", "spade_kernels", "spade_model"):
         for path in sorted((root / folder).rglob("*")):
@@ -109,7 +109,7 @@ def _commit() -> str | None:
 
 
 def _query(what: str) -> str:
-    """Returns nvidia-smi's answer for the first GPU; asks only, sets nothing."""
+    """Returns the values of the fields `what`, separated by commas, of the first GPU; "0" without nvidia-smi."""
     lines = _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else "0"
 

@@ -1,4 +1,4 @@
-"""On a GPU the generator's providers are CUDA graphs, which read masks at a fixed place."""
+"""Networks for the GPU benchmarks that run as CUDA graphs. A graph reads its mask from tensors at a fixed address."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from spade_model.networks import SPADEGenerator
 
 
 def variant(name: str) -> Variant:
-    """Returns the stock network that a provider is made of."""
+    """Returns the variant of the stock network that the provider `name` runs."""
     variants: dict[str, Variant] = {"original": "eager", "spade-free": "spade-free"}
     return variants.get(name, "tuned")
 
 
 def static_mask(example: LabelMap) -> LabelMap:
-    """Returns a copy for `filled`; the stock networks read its labels and edges alone."""
+    """Returns a copy of a mask for `filled`. It has no window indexes: stock networks read only labels and edges."""
     edges = None if example.edges is None else example.edges.clone()
     return LabelMap(example.labels.clone(), example.num_labels, edges)
 
 
 def filled(static: LabelMap, run: Callable[[], Tensor]) -> Run:
-    """Returns the run of a function that reads `static`, into which it copies each mask."""
+    """Returns a function that copies its mask into `static` and then calls `run`, which reads `static`."""
 
     def with_mask(mask: LabelMap) -> Tensor:
         static.labels.copy_(mask.labels)
@@ -39,7 +39,7 @@ def filled(static: LabelMap, run: Callable[[], Tensor]) -> Run:
 
 
 def preparation(generator: SPADEGenerator, gradients: bool) -> Callable[[LabelMap], LabelMap]:
-    """Returns a function that builds all indexes that the generator asks a label map for."""
+    """Returns a function that builds all window indexes that the generator needs of a label map."""
 
     def prepare(mask: LabelMap) -> LabelMap:
         return mask.prepare(generator.resolutions(), gradients=gradients)
@@ -53,10 +53,14 @@ def our_runs(
     found: Sequence[LabelMap],
     prepare: Callable[[LabelMap], LabelMap],
 ) -> dict[str, Run]:
-    """Returns ours with everything, with indexes made ahead, and the graph alone (of the mask filled in last).
+    """Captures a network of this package as one CUDA graph; returns three functions that replay it.
+
+    "ours" builds the window indexes of its mask and copies the mask into `place` first. "ours-indexed" copies a mask
+    whose indexes were built beforehand. "ours-replay" replays the graph on the mask that was copied last.
 
     Args:
-        run: reads `place.label_map`.
+        run: calls the network on `place.label_map`.
+        found: the masks with which "ours-indexed" can be called.
     """
     graph = Captured(run, place.label_map.device)
     indexed = {id(mask): prepare(fresh(mask)) for mask in found}

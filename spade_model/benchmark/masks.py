@@ -1,4 +1,4 @@
-"""The masks are the user's or toy landscapes, the busiest of them, noise and one class, single or in batches."""
+"""The masks of the benchmarks: the user's masks or toy landscapes, and extreme cases such as noise."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ _MIRRORED: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
 
 
 def coco_or_toy(dataroot: str, crop_size: int) -> DataConfig:
-    """Returns the configuration of a folder of masks in the coco layout, or of toy landscapes for `dataroot` ""."""
+    """Returns the configuration of a folder in the coco layout, or of toy landscapes if `dataroot` is empty."""
     data = default_data_config("coco" if dataroot else "toy")
     return replace(data, dataroot=dataroot, crop_size=crop_size)
 
 
 def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dict[str, list[LabelMap]]:
-    """Returns by kind masks of one image each, all with the classes and size of `data`.
+    """Returns a dict from the kind of masks to masks of one image each, all with the classes and size of `data`.
+
+    The first kind is called "real", or has the name of the data set if it has no files.
 
     Args:
-        data: a folder of masks, or a data set without files.
-        count: masks of the first kind: "real", or named after the data set without files.
-        every_kind: also one "toy" landscape, the "busiest" (largest fraction of distinct windows) of the first masks
-            in the folder, uniform "noise" and "constant".
+        data: the data set from which the masks of the first kind are read.
+        count: number of masks of the first kind.
+        every_kind: add one mask of each other kind: a "toy" landscape; "busiest", the one of the data set's first
+            masks with the largest fraction of distinct windows; "noise", random pixels; and "constant", a single class.
 
     Raises:
         UserError: the masks cannot be read, or the condition is not a label map.
@@ -57,12 +59,12 @@ def bench_masks(data: DataConfig, count: int, *, every_kind: bool = True) -> dic
 
 
 def busiest(masks: Sequence[LabelMap], count: int) -> list[LabelMap]:
-    """Returns the masks with the largest fractions of distinct windows, the largest last."""
+    """Returns the `count` masks with the largest fractions of distinct windows, in ascending order."""
     return sorted(masks, key=lambda mask: distinct_fraction(mask, mask.shape[1:]))[-count:]
 
 
 def noise(example: LabelMap, count: int) -> list[LabelMap]:
-    """Returns masks of the example's shape and classes in which every pixel's label and edge are random."""
+    """Returns `count` masks with the example's shape and classes, in which each pixel has a random label and edge."""
     random, shape, labels = torch.Generator().manual_seed(0), example.shape, example.num_labels
     return [
         LabelMap(
@@ -75,7 +77,7 @@ def noise(example: LabelMap, count: int) -> list[LabelMap]:
 
 
 def save_masks(kinds: dict[str, list[LabelMap]], path: Path) -> None:
-    """Saves masks by kind for other processes, so that each need not find them again."""
+    """Saves a dict of `bench_masks`, so that other processes need not read the data set again."""
     plain = {kind: [(m.labels, m.num_labels, m.edges) for m in masks] for kind, masks in kinds.items()}
     torch.save(plain, path)
 
@@ -87,7 +89,7 @@ def load_masks(path: Path) -> dict[str, list[LabelMap]]:
 
 
 def batches(masks: Sequence[LabelMap], size: int, count: int) -> list[LabelMap]:
-    """Returns `count` batches of `size` images; no image comes twice before all masks and mirror images have come."""
+    """Returns `count` batches of `size` masks. A mask repeats only after all masks and mirror images were used."""
     every = itertools.cycle(_mirrored(mask, dims) for dims in _MIRRORED for mask in masks)
     return [LabelMap.cat(list(itertools.islice(every, size))) for _ in range(count)]
 
@@ -98,12 +100,12 @@ def fresh(mask: LabelMap) -> LabelMap:
 
 
 def distinct_fraction(mask: LabelMap, size: tuple[int, ...]) -> float:
-    """Returns distinct modulation windows over pixels, at size (h, w)."""
+    """Returns the number of distinct modulation windows per pixel, at size (h, w)."""
     return len(fresh(mask).window_index(size, KERNEL_SIZE).modulation) / (len(mask) * size[0] * size[1])
 
 
 def distinct_fractions(kinds: dict[str, list[LabelMap]]) -> dict[str, dict[str, float]]:
-    """Returns the mean `distinct_fraction` by kind and "height x width"."""
+    """Returns the mean `distinct_fraction` of each kind at each resolution, with keys such as "128 x 128"."""
     return {
         kind: {
             f"{h} x {w}": round(sum(distinct_fraction(mask, (h, w)) for mask in masks) / len(masks), 4)
@@ -114,7 +116,7 @@ def distinct_fractions(kinds: dict[str, list[LabelMap]]) -> dict[str, dict[str, 
 
 
 def settings(ngf: int, kinds: dict[str, list[LabelMap]]) -> dict[str, Any]:
-    """Returns the description of the network and the masks in a BenchRun."""
+    """Returns the description of the network and the masks that a BenchRun holds as its `settings`."""
     masks = next(iter(kinds.values()))
     return {
         "ngf": ngf,
@@ -129,7 +131,7 @@ def _mirrored(mask: LabelMap, dims: tuple[int, ...]) -> LabelMap:
 
 
 def _read(data: DataConfig, count: int) -> list[LabelMap]:
-    """Up to `count` masks of the split val, then of train, resized to the size the generator makes."""
+    """Reads up to `count` masks, first those of the split val, then those of train, resized to the generator's size."""
     data = replace(data, preprocess_mode="fixed", no_flip=True, load_size=data.crop_size)
     datasets = [create_dataset(data, "val", need_images=False)]
     if len(datasets[0]) < count:
@@ -138,7 +140,5 @@ def _read(data: DataConfig, count: int) -> list[LabelMap]:
     samples = [dataset[i] for dataset in datasets for i in range(min(count, len(dataset)))][:count]
     masks = [collate([sample], data.num_labels).segmap for sample in samples]
     if not all(isinstance(mask, LabelMap) for mask in masks):
-        raise UserError(
-            "there is nothing to compare for an RGB condition; choose label maps, with --label_nc 1 or more"
-        )
+        raise UserError("there is nothing to compare for an RGB condition: pass label maps, with --label_nc 1 or more")
     return masks  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Training takes memory, on the CPU and on a GPU, for tensors saved for backward and at the peak of a step."""
+"""Measures the memory of training: the tensors saved for the backward, and the peak of a step, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _PLAIN_CONVOLUTIONS = ("conv_0", "conv_1", "conv_s")
 def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
     """Returns the MB (1e6 bytes) that autograd keeps for the backward of SPADE layers after a forward pass.
 
-    Counted: each storage once, at its full size, that is saved in a stock SPADE layer, or, in ours, anywhere in a
-    residual block but in its plain convolutions (ours folds the activation, and may fold more, into the layer).
-    Not counted: parameters and buffers. Copies derived from them are.
+    Every saved storage counts once, at its full size. In a stock network, the storages saved within SPADE layers
+    count. In this package's network, all storages saved within residual blocks count, except those of the plain
+    convolutions: here a SPADE layer includes the activation that follows. Parameters and buffers do not count, but
+    tensors computed from them do.
     """
     counted = [module for module in generator.modules() if isinstance(module, StockSPADE | SPADEResnetBlock)]
     left_out = [
         convolution for block in counted for name, convolution in block.named_children() if name in _PLAIN_CONVOLUTIONS
     ]
     owned = {t.untyped_storage().data_ptr() for t in (*generator.parameters(), *generator.buffers())}
-    # Kept, or an address could be used a second time.
+    # The storages are kept alive, because another storage could otherwise get the address of a freed one.
     kept: dict[int, torch.UntypedStorage] = {}
     with _inside(counted, left_out) as inside:
 
@@ -39,7 +40,7 @@ def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
             storage = saved.untyped_storage()
             if inside() and storage.data_ptr() not in owned:
                 kept[storage.data_ptr()] = storage
-            # Detached: a saved output would hold the node that holds it, and no graph would ever be freed.
+            # A saved output that is not detached refers to its node, which refers to the output: a leak.
             return saved.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
@@ -48,9 +49,9 @@ def saved_by_spade(generator: nn.Module, mask: LabelMap) -> float:
 
 
 def peak_of_step(provider: str, mask: LabelMap, ngf: int) -> float | None:
-    """Returns the MB (1e6 bytes) by which the first training step of a fresh process raises its resident memory.
+    """Returns the MB (1e6 bytes) by which a training step, the first of a new process, raises its resident memory.
 
-    With gradients and the optimizers' state. None where the system cannot tell (it takes Linux's /proc).
+    This includes gradients and the state of the optimizers. The measurement needs /proc; without it None is returned.
     """
     edges = None if mask.edges is None else mask.edges.numpy()
     arguments = provider, mask.labels.numpy(), mask.num_labels, edges, ngf, torch.get_num_threads()
@@ -59,7 +60,7 @@ def peak_of_step(provider: str, mask: LabelMap, ngf: int) -> float | None:
 
 
 def _peak(provider: str, labels, num_labels: int, edges, ngf: int, threads: int) -> float | None:
-    # Not at the top: a trainer needs packages that measuring on a GPU does without.
+    # This is not imported at the top, because GPU benchmarks also run without the packages that a trainer needs.
     from spade_model.benchmark.training import step_run
 
     torch.set_num_threads(threads)
@@ -67,7 +68,7 @@ def _peak(provider: str, labels, num_labels: int, edges, ngf: int, threads: int)
     run = step_run(provider, mask, ngf)
     process = Path("/proc/self")
     try:
-        # Makes the present size the peak so far; what building the networks took is forgotten.
+        # This resets the peak to the present size, so that building the networks does not count.
         (process / "clear_refs").write_text("5")
         before = _kilobytes(process, "VmRSS")
         run(mask)
@@ -82,12 +83,15 @@ def _kilobytes(process: Path, name: str) -> int:
 
 
 def allocated(device: torch.device) -> int:
-    """Returns the bytes that tensors on the device take; 0 where there is no CUDA."""
+    """Returns the bytes that PyTorch's tensors occupy on a CUDA device; 0 for the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_on_device(step: Callable[[], Tensor], before: int, device: torch.device) -> float:
-    """Returns a step's peak in MB (1e6 bytes) above `before`, the bytes before its network; without CUDA 0."""
+    """Returns the peak memory of a step on a CUDA device in MB (1e6 bytes), less `before` bytes; on the CPU, 0.
+
+    The step is run once before, to warm up.
+    """
     step()
     if device.type != "cuda":
         return 0.0
@@ -100,12 +104,12 @@ def peak_on_device(step: Callable[[], Tensor], before: int, device: torch.device
 
 @contextmanager
 def _inside(counted: Sequence[nn.Module], left_out: Sequence[nn.Module]) -> Iterator[Callable[[], bool]]:
-    """A function that says whether the forward running now is of a counted module and of none left out."""
+    """Yields a function that returns True if the innermost of the modules that are running is a counted one."""
     running: list[bool] = []
     handles = []
     for modules, counts in ((counted, True), (left_out, False)):
         for module in modules:
-            # First, so that what spectral norm's own hook saves belongs to its convolution.
+            # This hook runs first, so that tensors saved by spectral norm's hook belong to its convolution.
             handles.append(module.register_forward_pre_hook(lambda *_, c=counts: running.append(c), prepend=True))
             handles.append(module.register_forward_hook(lambda *_: _pop(running)))
     try:

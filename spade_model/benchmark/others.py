@@ -1,4 +1,4 @@
-"""Stand-ins for other people's models, written from their public behaviour: attribute names, formulas and sizes."""
+"""Models with the structure of other repositories' models, rewritten from their attribute names, formulas and sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ HIDDEN = 128
 
 
 class Layer(nn.Module):
-    """SPADE as in NVlabs/SPADE, OASIS (its norm is `first_norm`), LivePortrait and, with a group norm, diffusion."""
+    """SPADE layer as in NVlabs/SPADE, OASIS, LivePortrait and semantic-diffusion-model.
+
+    Args:
+        norm: normalization without parameters. norm_name: attribute that holds it; OASIS has `first_norm`.
+    """
 
     def __init__(self, norm: nn.Module, channels: int, condition_channels: int, norm_name: str = "param_free_norm"):
         super().__init__()
@@ -30,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """The residual block around them."""
+    """Residual block of NVlabs/SPADE, OASIS and LivePortrait, with spectral norm."""
 
     def __init__(self, fin: int, fout: int, condition_channels: int, norm: type[nn.Module], norm_name: str):
         super().__init__()
@@ -54,10 +58,12 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """NVlabs/SPADE's generator, and OASIS's with `noise` planes before the labels.
+    """The generator of NVlabs/SPADE; with `noise`, that of OASIS.
 
     Args:
-        condition_channels: without noise. ngf: width. noise: channels of a noise vector of each image; 0 for none.
+        condition_channels: number of label channels.
+        ngf: width, the channels before the last convolution.
+        noise: length of the random vector that OASIS draws for each image and puts before the label channels.
     """
 
     def __init__(self, condition_channels: int, ngf: int = 64, noise: int = 0):
@@ -73,7 +79,7 @@ class Generator(nn.Module):
         self.conv_img = nn.Conv2d(ngf, 3, 3, padding=1)
 
     def forward(self, segmap: Tensor) -> Tensor:
-        """(N, condition_channels, H, W) one-hot planes -> (N, 3, H, W)."""
+        """Maps one-hot planes (N, condition_channels, H, W) to images (N, 3, H, W)."""
         if self.noise:
             noise = torch.randn(len(segmap), self.noise, 1, 1, dtype=segmap.dtype)
             segmap = torch.cat((noise.expand(-1, -1, *segmap.shape[2:]), segmap), 1)
@@ -85,7 +91,7 @@ class Generator(nn.Module):
 
 
 class Decoder(nn.Module):
-    """LivePortrait's decoder: instance norms, and a feature map (N, channels, h, w) as the condition of all layers."""
+    """The decoder of LivePortrait, with instance norms; the input feature map is also the condition of all layers."""
 
     def __init__(self, channels: int = 256, out: int = 64):
         super().__init__()
@@ -97,7 +103,7 @@ class Decoder(nn.Module):
         self.conv_img = nn.Sequential(nn.Conv2d(out, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(N, channels, h, w) -> (N, 3, 8 * h, 8 * w)."""
+        """Maps features (N, channels, h, w) to images (N, 3, 8 * h, 8 * w)."""
         x = self.fc(feature)
         for i, block in enumerate(self.body):
             x = F.interpolate(x, scale_factor=2) if i >= 6 else x
@@ -106,10 +112,12 @@ class Decoder(nn.Module):
 
 
 class DiffusionLayers(nn.Module):
-    """The SPADE layers of semantic-diffusion-model's U-Net alone, in the order of one pass at 256 x 256.
+    """The SPADE layers of semantic-diffusion-model's U-Net, without its other layers.
 
     Args:
-        condition_channels: of the mask. width: of the U-Net's first level.
+        condition_channels: number of mask channels.
+        width: channels of the U-Net's first level.
+        sizes: height and width of the feature maps of each level; the default is that of 256 x 256 images.
     """
 
     def __init__(self, condition_channels: int, width: int = 256, sizes: tuple[int, ...] = (64, 32, 16, 8)):
@@ -128,7 +136,7 @@ class DiffusionLayers(nn.Module):
 
 
 class NormedLayer(nn.Module):
-    """MONAI's layer: a leaky ReLU, 64 hidden channels, and instance norms of gamma and beta."""
+    """The SPADE layer of MONAI, with a leaky ReLU, 64 hidden channels, and instance norms of gamma and beta."""
 
     def __init__(self, channels: int, condition_channels: int, hidden: int = 64):
         super().__init__()

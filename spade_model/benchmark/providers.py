@@ -1,4 +1,7 @@
-"""The generator run in several ways. A run takes a mask and does all from its labels to the image, or to gradients."""
+"""The networks that are compared, which benchmarks call providers: this package's generator and stock versions of it.
+
+A `Run` calls a network on a mask. It includes all work that depends on the mask: one-hot planes or window indexes.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,21 @@ from spade_model.networks import SPADEGenerator, initialize
 Run = Callable[[LabelMap], Tensor]
 
 EVAL = ("eager", "tuned", "compiled", "ours", "ours-dense", "spade-free", "spade-free-compiled", "spade-free-packed")
-"""`stock.StockGenerator.become` has eager, tuned and spade-free; -compiled is torch.compile with frozen weights, and
-"compiled" that of tuned; ours-dense is ours without distinct windows; spade-free-packed has our convolutions, so that
-what is left between it and ours are SPADE layers."""
+"""Providers in evaluation mode.
+
+`stock.StockGenerator.become` describes eager, tuned and spade-free. "compiled" is tuned with torch.compile and frozen
+weights, and spade-free-compiled is spade-free with them. "ours" is this package's generator; ours-dense evaluates every
+pixel instead of the distinct windows. spade-free-packed is spade-free with the convolutions of ours: it takes
+less time than ours by the cost of the SPADE layers."""
 
 TRAINING = ("eager", "tuned", "compiled", "ours", "spade-free")
+"""Providers in training mode."""
 
 _COMPILED: dict[str, Variant] = {"compiled": "tuned", "spade-free-compiled": "spade-free"}
 
 
 def settled_generator(mask: LabelMap, ngf: int = 64) -> SPADEGenerator:
-    """A generator for masks of this size, with random weights and running statistics that fit its activations."""
+    """Returns a generator for masks of this size, with random weights, and the batch statistics of one forward."""
     torch.manual_seed(0)
     height, width = mask.shape[1:]
     generator = SPADEGenerator(mask.channels, ngf=ngf, crop_size=width, aspect_ratio=width / height)
@@ -44,11 +51,12 @@ def settled_generator(mask: LabelMap, ngf: int = 64) -> SPADEGenerator:
 
 
 def eval_runs(generator: SPADEGenerator, names: Sequence[str]) -> dict[str, Run]:
-    """mask -> (N, 3, H, W), in evaluation mode. `generator` is what "ours" runs: it is frozen here.
+    """Returns runs in evaluation mode, which map a mask to images (N, 3, H, W).
 
-    Weights stand still in every run: folding them (all but eager) is not part of the time.
+    "ours" runs `generator` itself, which this function freezes. Except in eager, spectral norm is folded into the
+    weights here, and so is not timed.
     """
-    # Copied before ours is frozen: freezing may change the modules.
+    # The stock networks are copied before the generator is frozen, because freezing may change its modules.
     generator.eval()
     runs = {name: _stock_run(generator, name) for name in names if not name.startswith("ours")}
     freeze(generator)
@@ -58,7 +66,7 @@ def eval_runs(generator: SPADEGenerator, names: Sequence[str]) -> dict[str, Run]
 
 
 def training_networks(generator: SPADEGenerator, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Networks in training mode that take a mask; "ours" is `generator` itself."""
+    """Returns networks in training mode, which take a mask; "ours" is `generator` itself."""
     generator.train()
     networks: dict[str, nn.Module] = {}
     for name in names:
@@ -73,7 +81,7 @@ def training_networks(generator: SPADEGenerator, names: Sequence[str]) -> dict[s
 
 
 def training_run(network: nn.Module) -> Run:
-    """mask -> image, after the gradients of all weights for the mean square of the image."""
+    """Returns a run that computes an image and the gradients of its mean square by all weights."""
 
     def run(mask: LabelMap) -> Tensor:
         network.zero_grad(set_to_none=True)
@@ -92,7 +100,7 @@ def _stock_run(generator: SPADEGenerator, name: str) -> Run:
 
 
 def _packed(network: nn.Module) -> nn.Module:
-    """The network with its convolutions as ours are when frozen."""
+    """Replaces the forward of all convolutions by that of this package's frozen convolutions; returns the network."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             packed = PackedConv2d(module.weight, module.bias, module.padding)  # type: ignore[arg-type]
@@ -101,7 +109,7 @@ def _packed(network: nn.Module) -> nn.Module:
 
 
 def _compiled_run(stock: StockGenerator) -> Run:
-    # Not above: it takes a second. And not as an option of torch.compile, which would quietly not freeze.
+    # The import takes a second, so it is not at the top. As an option of torch.compile, freezing has no effect.
     from torch._inductor import config as inductor_config
 
     stock.paint = torch.compile(stock.paint, dynamic=False)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Results name a suite, a case and a provider, and hold the median with its percentiles; here are their files, too."""
+"""The results of benchmarks, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ INDEX_GROUPS, LABEL_MAP = "window indexes with groups", "label map of labels"
 OPERATOR, BANDWIDTH, PRODUCTS = "operator", "bandwidth", "products"
 GPU_PEAK, GPU_INDEX, GPU_CLOCK = "peak memory, generator forward + backward", "window indexes", "clock"
 ALL_LAYERS = "all 18"
-"""The case of layer suites that is the sum over the generator's layers."""
+"""The case of layer suites that holds the sum over all 18 SPADE layers of the generator."""
 FAILURES = "failed"
-"""The key under which files name the providers that were left out."""
+"""The key of the providers that failed, in result files."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of a table.
+    """The median and percentiles of one measured quantity.
 
     Attributes:
-        suite: what was measured. case: on which masks or shape. provider: how.
-        p20, p50, p80: in `unit`, "ms" or "MB" (1e6 bytes), over `count` values.
-        extra: other numbers about the case, such as the bytes an operator moves.
+        suite: name of the quantity, such as EVAL.
+        case: the kind of masks, or the shape, that it was measured on.
+        provider: name of the network, layer or kernel that was measured (see `providers`).
+        unit: "ms", "MB" (1e6 bytes) or "MHz".
+        p20, p50, p80: the 20th, 50th and 80th percentile of `count` values.
+        extra: other numbers about the case, such as the bytes that an operator moves.
     """
 
     suite: str
@@ -57,19 +60,18 @@ class Result:
     def of(
         cls, suite: str, case: str, provider: str, values: Sequence[float], unit: str = "ms", **extra: float
     ) -> Result:
-        """The percentiles of measured values, interpolated between neighbours."""
+        """Builds a result from the measured values; percentiles are interpolated linearly."""
         p20, p50, p80 = (float(f"{value:.5g}") for value in np.percentile(values, [20, 50, 80]))
         return cls(suite, case, provider, unit, p20, p50, p80, len(values), extra)
 
 
 @dataclass(frozen=True)
 class BenchRun:
-    """Results that were taken together: only these may be divided by each other.
+    """Results that were measured together. Only results of one run can be compared with each other.
 
     Attributes:
-        environment: see `environment.environment`.
-        settings: width, channels, number of masks, and their fraction of distinct windows by kind (the main one first)
-            and resolution.
+        environment: the machine and software, from `environment.environment`.
+        settings: the network and masks, from `masks.settings`.
     """
 
     environment: dict[str, Any]
@@ -82,12 +84,12 @@ class BenchRun:
 
     @property
     def main_masks(self) -> str:
-        """The kind of masks that everything is measured on: "real", or the name of a data set without files."""
+        """The main kind of masks, which is the first: "real", or the name of a data set without files."""
         return next(iter(self.settings["distinct windows"]))
 
 
 def save_runs(runs: Iterable[BenchRun], path: Path, beside: Mapping[str, Any] | None = None) -> None:
-    """Writes the runs as JSON, with the values of `beside` under their names.
+    """Writes the runs as JSON, and the items of `beside` as further keys of the file.
 
     Raises:
         UserError: the file cannot be written.
@@ -101,7 +103,7 @@ def save_runs(runs: Iterable[BenchRun], path: Path, beside: Mapping[str, Any] | 
 
 
 def load_runs(path: Path) -> list[BenchRun]:
-    """Reads what `save_runs` wrote. Raises UserError for a file that is missing or holds something else."""
+    """Reads a file of `save_runs`. Raises UserError if the file is missing or has other contents."""
     try:
         content = json.loads(path.read_text())
         return [BenchRun(**{**run, "results": [Result(**r) for r in run["results"]]}) for run in content["runs"]]
@@ -118,12 +120,15 @@ def file_name(what: str) -> str:
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part's process writes a line for each result as soon as it has it; a reader takes whole lines."""
+    """A file of results that can be read while another process still writes it. Each line is a JSON object."""
 
     path: Path
 
     def write(self, lines: Iterable[Result | Mapping[str, str]]) -> None:
-        """Starts the file anew. A mapping gives by provider the reason why it has been left out so far."""
+        """Replaces the file, and writes each line as soon as `lines` yields it.
+
+        A mapping holds all providers that failed so far, with the reasons.
+        """
         with self.path.open("w") as file:
             for line in lines:
                 content = asdict(line) if isinstance(line, Result) else {FAILURES: line}
@@ -133,7 +138,7 @@ class PartFile:
         return [Result(**line) for line in self._lines() if FAILURES not in line]
 
     def failures(self) -> dict[str, str]:
-        """Returns by provider the reason why it was left out."""
+        """Returns a dict from each provider that failed to the reason."""
         return next((line[FAILURES] for line in reversed(list(self._lines())) if line.get(FAILURES)), {})
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -143,12 +148,12 @@ class PartFile:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """Returns one result for each suite, case and provider: the last."""
+    """Returns the last result of each suite, case and provider."""
     return list({(r.suite, r.case, r.provider): r for r in results}.values())
 
 
 def _text(run: BenchRun) -> str:
-    """JSON with one line for each result: such files are read and compared by people, too."""
+    """Returns JSON with one line per result, so that people can read and compare the files, too."""
     lines = ",\n".join(json.dumps(asdict(result)) for result in run.results)
     where, what = json.dumps(run.environment, indent=1), json.dumps(run.settings, indent=1)
     return f'{{"environment": {where},\n"settings": {what},\n"results": [\n{lines}\n]}}'

@@ -1,4 +1,4 @@
-"""A job is a command with a time limit; a step is its outcome. Needs the standard library only."""
+"""Runs commands with time limits and records their outcomes. This module imports only the standard library."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 ALONE, TOGETHER, MEASUREMENT = "alone", "together", "measurement"
-_SHOWN = 40  # lines of what a failed step printed last
+_SHOWN = 40  # number of output lines that are shown of a failed step
 _POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step is the outcome of one job: PASSED, FAILED or NOT_RUN, and why."""
+    """The outcome of a job: its status is PASSED, FAILED or NOT_RUN, and `detail` gives the reason."""
 
     name: str
     status: str
@@ -30,7 +30,7 @@ class Step:
 
 
 def by_exit_status(status: int, output: str) -> tuple[str, str]:
-    """Returns PASSED for exit status 0, else FAILED, and the last line of the output."""
+    """Returns PASSED for exit status 0, otherwise FAILED, and a detail with the last line of the output."""
     lines = output.strip().splitlines()
     last = lines[-1] if lines else "(no output)"
     return (PASSED, last) if status == 0 else (FAILED, f"exit status {status}: {last}")
@@ -38,17 +38,19 @@ def by_exit_status(status: int, output: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job is a command to run.
+    """A command to run.
 
     Attributes:
-        limit: seconds after which it is killed, with everything it started.
-        stage: ALONE jobs run one after the other, then those TOGETHER at the same time, then every MEASUREMENT.
-        judge: (exit status, output) -> what became of it, and why.
-        may_be_cut: that it takes longer than there is time is no failure.
-        needs: modules without which it cannot run.
-        writes: the file that holds its results.
-        after, unless: name of a job that must have passed, or must not have, or this one is left out.
-        least: seconds that must be left to start it. keep: seconds that it leaves to later jobs.
+        limit: seconds after which the command and all processes it started are killed.
+        stage: ALONE jobs run first, one after the other; then all TOGETHER jobs at once; then each MEASUREMENT.
+        judge: maps exit status and output to the status and detail of the step.
+        may_be_cut: if the time limit ends the job, its status is NOT_RUN instead of FAILED.
+        needs: modules that must be installed; otherwise the job does not run.
+        writes: the file to which the command writes results.
+        after: name of a job; this one runs only if that one passed.
+        unless: name of a job; this one runs only if that one did not pass.
+        least: the job starts only if at least this many seconds are left, not counting `keep`.
+        keep: seconds that the job must leave for later jobs.
     """
 
     name: str
@@ -66,19 +68,21 @@ class Job:
     keep: float = 0.0
 
     def is_due(self, passed: Collection[str]) -> bool:
-        """Returns True where the jobs that passed are those that this one waits for."""
+        """Returns True if the names of the passed jobs satisfy `after` and `unless`."""
         return (not self.after or self.after in passed) and self.unless not in passed
 
 
 class Steps:
-    """Runs jobs one after the other or together, until there is no time left.
+    """Runs jobs one after the other or together, within a total time.
 
     Args:
-        folder: for what each prints, as `<name>.log`. log: file that all of it is appended to. root: where they run.
-        seconds: all the time there is.
+        folder: folder for the output of each job, `<name>.log`.
+        log: file to which the output of all jobs is appended.
+        root: working directory of the jobs.
+        seconds: total time for all jobs, from now on.
 
     Attributes:
-        done: what became of each, in order.
+        done: the steps of the finished jobs, in the order in which they ended.
     """
 
     def __init__(self, folder: Path, log: Path, root: Path, seconds: float):
@@ -91,7 +95,7 @@ class Steps:
 
     @property
     def left(self) -> float:
-        """The seconds left."""
+        """The number of seconds that are left of the total time."""
         return self._end - time.monotonic()
 
     @property
@@ -100,7 +104,7 @@ class Steps:
         return [step.name for step in self.done if step.status == PASSED]
 
     def run(self, *jobs: Job) -> None:
-        """Runs the jobs at the same time, except those that there is no time left for."""
+        """Runs the jobs at the same time, and waits for them. Jobs for which too little time is left are not run."""
         running = []
         for job in jobs:
             missing = [name for name in job.needs if importlib.util.find_spec(name) is None]
@@ -147,7 +151,7 @@ class _Running:
         if time.monotonic() - self._started < self._limit:
             return False
         self._was_cut = True
-        # With the compilers it may have started.
+        # The whole process group is killed, because compilers that the job started would go on.
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         return True
@@ -169,5 +173,5 @@ def table(steps: Sequence[Step]) -> str:
 
 
 def python(*arguments: object) -> list[str]:
-    """Returns a command of this interpreter."""
+    """Returns a command that runs this Python interpreter with the arguments."""
     return [sys.executable, *map(str, arguments)]

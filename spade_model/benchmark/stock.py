@@ -1,6 +1,6 @@
-"""The SPADE generator (Park et al. 2019, appendix A) in stock PyTorch operators: what ours is measured against.
+"""The baseline of the benchmarks: the SPADE generator (Park et al. 2019, appendix A) in stock PyTorch operators.
 
-Nothing here uses this package's kernels or layers, so that the baselines stay what they are when those get faster.
+It uses no kernel and no layer of this package, so that the baseline does not change when those become faster.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def one_hot(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """(N, channels, H, W) planes of a mask, made from its labels and edges; resized (nearest) to `size` before that."""
+    """Resizes the labels and edges of a mask to `size` and returns their one-hot planes (N, channels, H, W)."""
     labels, edges = mask.labels.unsqueeze(1), mask.edges
     if size is not None:
-        # float64 holds every label exactly.
+        # F.interpolate takes no integers; float64 represents every label exactly.
         labels = F.interpolate(labels.double(), size=size, mode="nearest").long()
         edges = None if edges is None else F.interpolate(edges.unsqueeze(1).double(), size=size, mode="nearest")[:, 0]
     n, _, height, width = labels.shape
@@ -41,7 +41,7 @@ def one_hot(
 
 
 class StockSPADE(nn.Module):
-    """The SPADE layer over float planes, with spade_kernels.SPADE's state_dict keys; batch norm, 3 x 3 convolutions."""
+    """SPADE layer with batch norm and 3 x 3 convolutions, with the state_dict keys of `spade_kernels.SPADE`."""
 
     def __init__(self, norm_nc: int, label_nc: int):
         super().__init__()
@@ -52,7 +52,7 @@ class StockSPADE(nn.Module):
         self.joint: nn.Conv2d | None = None
 
     def forward(self, x: Tensor, planes: Tensor) -> Tensor:
-        """x (N, norm_nc, h, w), planes (N, label_nc, H, W) -> (N, norm_nc, h, w)."""
+        """Normalizes and modulates x (N, norm_nc, h, w) by one-hot planes (N, label_nc, H, W); returns x's shape."""
         normalized = self.param_free_norm(x)
         hidden = self.mlp_shared(F.interpolate(planes, size=x.shape[2:], mode="nearest"))
         if self.joint is None:
@@ -63,7 +63,7 @@ class StockSPADE(nn.Module):
 
     @torch.no_grad()
     def join(self) -> None:
-        """Puts one convolution in the place of gamma's and beta's, also among the parameters."""
+        """Replaces the modules mlp_gamma and mlp_beta by one convolution that computes both."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
         weight = torch.cat((gamma.weight, beta.weight))
         self.joint = nn.Conv2d(_HIDDEN, len(weight), 3, padding=1, dtype=weight.dtype)
@@ -73,10 +73,12 @@ class StockSPADE(nn.Module):
 
 
 def stock_layer(layer: SPADE, label_nc: int, *, joined: bool) -> StockSPADE:
-    """Returns a copy of a layer of norm "spadesyncbatch3x3" in stock operators and its mode, in float32 on the CPU.
+    """Returns a stock copy of a layer in the same mode (train or eval), in float32 on the CPU.
 
     Args:
-        label_nc: condition channels. joined: with one convolution for gamma and beta.
+        layer: a SPADE layer built with "spadesyncbatch3x3".
+        label_nc: condition channels.
+        joined: compute gamma and beta by one convolution.
     """
     stock = StockSPADE(layer.mlp_gamma.out_channels, label_nc).train(layer.training)
     stock.load_state_dict(layer.state_dict())
@@ -86,14 +88,14 @@ def stock_layer(layer: SPADE, label_nc: int, *, joined: bool) -> StockSPADE:
 
 
 class _Deleted(nn.Module):
-    """Stands where a SPADE layer was."""
+    """Replaces a SPADE layer and returns its input."""
 
     def forward(self, x: Tensor, planes: Tensor) -> Tensor:
         return x
 
 
 class StockBlock(nn.Module):
-    """The generator's residual block."""
+    """The residual block of the generator."""
 
     def __init__(self, fin: int, fout: int, label_nc: int):
         super().__init__()
@@ -114,17 +116,21 @@ class StockBlock(nn.Module):
         return shortcut + dx
 
     def delete_spade(self) -> None:
-        """Leaves the leaky ReLUs alone where SPADE layers were."""
+        """Replaces the SPADE layers by the identity; the activations that follow them remain."""
         self.norm_0, self.norm_1 = _Deleted(), _Deleted()
         if self.conv_s is not None:
             self.norm_s = _Deleted()
 
 
 class StockGenerator(nn.Module):
-    """SPADEGenerator with five doublings, without VAE; loads its state_dict until `become` changes the modules.
+    """Stock version of a SPADEGenerator with num_upsampling_layers "normal" and without VAE.
+
+    It has the modules and state_dict keys of that generator until `become` changes them.
 
     Args:
-        semantic_nc: condition channels. ngf: width. start_size: (h, w) of the first feature map, 1/32 of the image.
+        semantic_nc: condition channels.
+        ngf: width, the channels before the last convolution.
+        start_size: (h, w) of the first feature map, 1/32 of the image.
     """
 
     def __init__(self, semantic_nc: int, ngf: int, start_size: tuple[int, int]):
@@ -144,30 +150,30 @@ class StockGenerator(nn.Module):
         return [module for module in self.children() if isinstance(module, StockBlock)]
 
     def forward(self, mask: LabelMap, z: None = None) -> Tensor:
-        """(N, 3, H, W) in [-1, 1]; makes the one-hot planes, of the whole mask where a SPADE layer reads them."""
+        """Returns images (N, 3, H, W) in [-1, 1]. The time of this call includes building the one-hot planes."""
         return self.paint(self.planes(mask, self.fc.weight.dtype))
 
     def planes(self, mask: LabelMap, dtype: torch.dtype) -> Tensor:
-        """Returns the one-hot planes for `paint`, (N, semantic_nc, H, W) or at the first feature map's size."""
+        """Returns the one-hot planes for `paint`, (N, semantic_nc, H, W); without SPADE layers, at `start_size`."""
         return one_hot(mask, None if self.needs_whole_mask else self.start_size, dtype, self.memory_format)
 
     def paint(self, planes: Tensor) -> Tensor:
-        """`forward` for planes (N, semantic_nc, H, W): with tensors only, it compiles without graph breaks."""
+        """Does `forward` from one-hot planes on. Unlike `forward`, it can be compiled without graph breaks."""
         head, middle_0, *others = self.blocks
         x = self.fc(F.interpolate(planes, size=self.start_size, mode="nearest"))
         x = middle_0(_double(head(x, planes)), planes)
-        # The second middle block keeps its size.
+        # The second middle block does not upsample.
         x = others[0](x, planes)
         for block in others[1:]:
             x = block(_double(x), planes)
         return self.conv_img(F.leaky_relu(x, _NEGATIVE_SLOPE)).tanh()
 
     def become(self, variant: Variant) -> StockGenerator:
-        """Changes the modules for the variant, and for the mode (train or eval) that the network is in now.
+        """Changes the network in place into a variant for its present mode (train or eval), and returns it.
 
-        "eager" is as the paper writes it: NCHW, gamma and beta one after the other, spectral norm live. The others are
-        channels-last, with spectral norm folded in eval; "tuned" has one convolution for gamma and beta, "spade-free"
-        no SPADE layers.
+        "eager" is the network as the paper describes it: NCHW, separate convolutions for gamma and beta, and spectral
+        norm computed in every forward. The other variants are channels-last, and in eval mode spectral norm is folded
+        into their weights. "tuned" has one convolution for gamma and beta; "spade-free" has no SPADE layers.
         """
         if variant == "eager":
             return self
@@ -184,7 +190,7 @@ class StockGenerator(nn.Module):
 
 
 def stock_generator(generator: SPADEGenerator, variant: Variant, *, training: bool) -> StockGenerator:
-    """A copy of `generator`, of norm_G "spectralspadesyncbatch3x3", in stock operators: see `StockGenerator.become`."""
+    """Returns a stock copy of a generator with norm_G "spectralspadesyncbatch3x3", as the given variant."""
     weight = generator.conv_img.weight
     stock = StockGenerator(generator.semantic_nc, generator.conv_img.in_channels, generator.start_size)
     stock.to(weight.dtype).load_state_dict(generator.state_dict())

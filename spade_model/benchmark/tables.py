@@ -1,4 +1,4 @@
-"""Results as markdown tables."""
+"""Formats results as markdown tables."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from spade_model.benchmark.targets import judge
 
 _COLUMNS = ("eager", "tuned", "compiled", "ours", "ours-reference", "spade-free", "spade-free-compiled")
 _MEANINGS = {
-    "eager": "stock PyTorch, as the paper writes it",
-    "tuned": "stock PyTorch, channels-last, one convolution for gamma and beta, spectral norm folded for eval",
+    "eager": "stock PyTorch, as the paper describes the network",
+    "tuned": "stock PyTorch, channels-last, with one convolution for gamma and beta; spectral norm folded in eval",
     "compiled": "torch.compile of tuned",
     "ours": "spade_kernels",
     "ours-reference": "spade_kernels in plain PyTorch, without compiled kernels",
-    "spade-free": "tuned without its SPADE layers: what the rest of the network costs",
+    "spade-free": "tuned without its SPADE layers: the cost of the rest of the network",
     "spade-free-compiled": "torch.compile of spade-free",
 }
 _RATIOS = (("eager", "ours"), ("compiled", "ours"), ("ours", "spade-free"))
 
 
 def caption(run: BenchRun) -> str:
-    """A line that says what was measured, on which masks, where and when."""
+    """Returns one line that describes the network, the masks, the machine and the date of a run."""
     settings, where = run.settings, run.environment
     distinct = settings["distinct windows"][run.main_masks]
     size, fraction = list(distinct.items())[-1]
@@ -36,7 +36,7 @@ def caption(run: BenchRun) -> str:
 
 
 def summary(run: BenchRun) -> str:
-    """One row for each whole-network suite, one column for each provider, and the ratios that matter."""
+    """Returns a table of whole-network suites with one column per provider, and the most important ratios."""
     rows = [EVAL, TRAINING, STEP, SAVED, PEAK]
     found = [r for suite in rows for r in run.results if r.suite == suite and r.case == run.main_masks]
     return by_provider(found, _COLUMNS, _RATIOS, lambda r: f"{r.suite}, {r.unit}") or "(no whole network was measured)"
@@ -48,10 +48,12 @@ def by_provider(
     ratios: Sequence[tuple[str, str]] = (),
     label: Callable[[Result], str] = lambda r: f"{r.suite}, {r.case}, {r.unit}",
 ) -> str:
-    """Returns a table with one row for each suite and case and one column for each provider that any of them has.
+    """Returns a table with one row per suite and case, and one column per provider that has any result.
 
     Args:
-        columns: the providers. ratios: pairs of them whose medians are divided. label: the start of a result's row.
+        columns: the providers, in order.
+        ratios: pairs of providers; a column shows the ratio of their medians.
+        label: returns the first cell of the row of a result.
     """
     present = [name for name in columns if any(r.provider == name for r in results)]
     pairs = [pair for pair in ratios if set(pair) <= set(present)]
@@ -67,13 +69,13 @@ def by_provider(
 
 
 def legend(run: BenchRun) -> str:
-    """The meaning of the columns of `summary`, one line for each."""
+    """Returns one line per provider of the run, which explains it."""
     measured = {r.provider for r in run.results}
     return "\n".join(f"{name}: {meaning}" for name, meaning in _MEANINGS.items() if name in measured)
 
 
 def everything(run: BenchRun) -> str:
-    """Every result; the last column is its time over that of ours on the same case."""
+    """Returns a table of all results, with the ratio of each median to that of "ours" for the same suite and case."""
     lines = [["what", "on", "provider", "median (20 % - 80 %)", "/ ours", "notes"]]
     for r in run.results:
         ours = run.find(r.suite, r.case, "ours")
@@ -84,7 +86,7 @@ def everything(run: BenchRun) -> str:
 
 
 def musts_table(runs: Mapping[str, BenchRun]) -> str:
-    """The bounds of `targets.TARGETS` and whether they were met, with one column for each named run."""
+    """Returns a table of `targets.TARGETS`, with one column per run that says which of them the run meets."""
     lines = [["row", "required", "goal", *runs]]
     for verdicts in zip(*map(judge, runs.values()), strict=True):
         measured = (f"{v.measured:.3g} {v.word}" if v.measured is not None else v.word for v in verdicts)
@@ -93,13 +95,13 @@ def musts_table(runs: Mapping[str, BenchRun]) -> str:
 
 
 def spread(result: Result) -> str:
-    """The median, and the percentiles where there is more than one value."""
+    """Returns the median as text, followed by the percentiles if there is more than one value."""
     low, middle, high = (f"{v:.0f}" if v >= 1000 else f"{v:.3g}" for v in (result.p20, result.p50, result.p80))
     return f"{middle} ({low} - {high})" if result.count > 1 else middle
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first line is the header, with aligned columns."""
+    """Returns a table with aligned columns; the first line is the header."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines

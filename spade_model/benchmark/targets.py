@@ -1,4 +1,4 @@
-"""The targets bound performance for ngf 64, real COCO masks of 256 x 256 pixels and 184 channels."""
+"""The performance targets for generators with ngf 64, and real COCO masks of 256 x 256 pixels with 184 channels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from spade_model.benchmark.results import BenchRun
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on numerator / denominator, or on the numerator alone (in its unit).
+    """A bound on the median of one provider, or on the ratio of the medians of two.
 
     Attributes:
-        suite, numerator, denominator: of the results. case: "" stands for the masks everything is measured on.
-        bound: ">=", "<=", "<", or "" to report only. required, goal: the bound, and the value hoped for.
+        suite: suite of the results that are compared.
+        numerator, denominator: providers; without a denominator, the bound is on the numerator's median, in ms.
+        bound: ">=", "<=" or "<"; if empty, the value is reported and has no bound.
+        required: the bound's value, which must be met.
+        goal: a stricter value, which is desired.
+        case: case of the results; if empty, the main kind of masks of the run.
     """
 
     suite: str
@@ -30,7 +34,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bound and what was measured; `measured` is None where nothing was, and `met` where nothing can be compared."""
+    """The comparison of a target with a run.
+
+    Attributes:
+        measured: the measured value; None if the run has none.
+        met: True if the bound is met; None without a bound or a measured value.
+    """
 
     name: str
     bound: str
@@ -59,15 +68,15 @@ TARGETS = (
     Target(results.DENSE, "compiled", "ours", ">=", 1.0, 1.2, case=results.ALL_LAYERS),
     Target(results.PEAK, "eager", "ours"),
 )
-"""The bounds on two cores in float32, batch 1."""
+"""The targets on a CPU with two cores, in float32 with batch size 1."""
 
 _COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
 
 def gpu_targets(run: BenchRun, batch: int) -> tuple[Target, ...]:
-    """Returns the bounds on a GPU for generators of ngf 64 and real COCO masks of 256 x 256 pixels.
+    """Returns the targets on a GPU for the batch size.
 
-    Where memory bounds a kernel, it must be fast if `backends.py` takes it, and is only reported otherwise.
+    The memory throughput of a kernel has a bound only if `backends.py` chooses the kernel; otherwise it is reported.
     """
     kind, taken = run.main_masks, backends.kernels_on("cuda")
     case = f"{kind}, bf16, batch {batch}"
@@ -90,19 +99,19 @@ def gpu_targets(run: BenchRun, batch: int) -> tuple[Target, ...]:
 
 
 def at_full_size(run: BenchRun) -> str:
-    """Returns the part of a case that names the generator's last layer, at the masks' size."""
+    """Returns the shape of the generator's last layer, at full size, as operator cases name it."""
     size = list(run.settings["distinct windows"][run.main_masks])[-1]
     return f"{run.settings['ngf']} x {size}"
 
 
 def _faster(run: BenchRun, suite: str, case: str) -> str:
-    """Returns "ours" or "ours-compiled"."""
+    """Returns the faster of "ours" and "ours-compiled"."""
     found = [result for name in ("ours", "ours-compiled") if (result := run.find(suite, case, name))]
     return min(found, key=lambda result: result.p50).provider if found else "ours"
 
 
 def judge(run: BenchRun, targets: tuple[Target, ...] = TARGETS) -> list[Verdict]:
-    """Returns one verdict for each target, from medians."""
+    """Returns one verdict per target."""
     return [_judge(run, target) for target in targets]
 
 

@@ -1,4 +1,4 @@
-"""A whole training step: generator, discriminator and both optimizers, without the VGG loss."""
+"""Whole training steps for benchmarks, with generator, discriminator and both optimizers, without the VGG loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from spade_model.data import Batch
 from spade_model.networks.generator import start_size
 
 STEPS = ("eager", "ours-reference", "ours")
-"""The stock generator in eager form, ours on the plain PyTorch backend, ours; the discriminator is ours in all."""
+"""Providers of training steps: the eager stock generator, and this package's, first without compiled kernels.
+
+All of them have this package's discriminator."""
 
 
 def step_run(provider: str, mask: LabelMap, ngf: int) -> Callable[[LabelMap], Tensor]:
-    """mask -> generated image, after one step on the mask with a random photograph; ndf is ngf."""
+    """Returns a run that trains one step on its mask and a random photograph, and returns the generated image.
+
+    The discriminator has the width `ngf` too.
+    """
     height, width = mask.shape[1:]
     data = DataConfig(
         label_nc=mask.num_labels,

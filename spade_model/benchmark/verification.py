@@ -1,4 +1,4 @@
-"""Providers must agree before they are timed: their outputs, images and gradients."""
+"""Checks that the outputs of all providers agree, before they are timed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from spade_kernels import LabelMap
 from spade_kernels.testing import relative_error
 
 LIMIT = 2e-3
-"""Largest difference of a float32 image from eager's, over its largest value: rounding through a whole generator."""
+"""Largest relative error of a float32 image of the generator, compared with that of the eager network."""
 SLACK = {"bf16": 2e-3, "tf32": 1e-3}
-"""How much more than twice the tuned network's error is allowed: where that happens to be very small."""
+"""Error that `check_images` allows beyond twice that of the tuned network, which can be very small by chance."""
 
 
 def verify(runs: Mapping[str, Callable[[Any], Tensor]], argument: Any, limit: float = LIMIT) -> dict[str, float]:
-    """Returns the `relative_error` of every provider's output from eager's, or else the first provider's.
+    """Runs every provider once and returns the `relative_error` of its output.
 
-    Every provider is run, which also warms it up; the spade-free ones are another network and are not compared.
+    Outputs are compared with that of "eager", or that of the first provider if there is no "eager". The outputs of
+    spade-free providers are not compared, because they are other networks.
 
     Raises:
         AssertionError: an output differs by more than `limit`.
@@ -32,7 +33,7 @@ def verify(runs: Mapping[str, Callable[[Any], Tensor]], argument: Any, limit: fl
     base = "eager" if "eager" in outputs else next(iter(outputs))
     errors = {name: relative_error(output, outputs[base]) for name, output in outputs.items()}
     wrong = {name: error for name, error in errors.items() if not error <= limit}
-    assert not wrong, f"outputs differ from {base}'s by more than {limit}, nothing is timed: {wrong}"
+    assert not wrong, f"outputs differ from that of {base} by more than {limit}, so nothing is timed: {wrong}"
     return errors
 
 
@@ -44,9 +45,16 @@ def check_images(
     slack: float,
     may_fail: Callable[[str], AbstractContextManager[None]],
 ) -> None:
-    """Takes every network out whose distance from the exact image is more than twice the tuned one's.
+    """Compares the images of networks in low precision with exact images.
 
-    Distances are by norm: whole networks in bfloat16 have single pixels that are far off.
+    The error is the norm of the difference over the norm of the exact image, because single pixels can be far off in
+    bfloat16. It must be at most twice that of the tuned network, plus `slack`. A network whose error is larger, except
+    spade-free, raises AssertionError within `may_fail(name)` and is not called again.
+
+    Args:
+        runs: networks by name; `may_fail` may remove the failed ones.
+        exact: network that computes exact images. tuned: the tuned stock network.
+        found: the masks.
     """
     failed = set()
     for mask in found:
@@ -61,13 +69,13 @@ def check_images(
 
 
 def check_gradients(network: nn.Module) -> None:
-    """Raises AssertionError for a gradient that is missing or not finite."""
+    """Raises AssertionError if a parameter has no gradient, or one that is not finite."""
     wrong = [
         name
         for name, parameter in network.named_parameters()
         if parameter.grad is None or not parameter.grad.isfinite().all()
     ]
-    assert not wrong, f"no gradient, or one that is not finite: {wrong}"
+    assert not wrong, f"parameters without a finite gradient: {wrong}"
 
 
 def _distance(got: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A workload says what to measure on a device and how long; its masks get a place that a CUDA graph can read."""
+"""The settings that all GPU benchmarks share: device, network width, masks, batch sizes and time limits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from spade_model.benchmark.masks import batches, fresh
 
 @dataclass(frozen=True)
 class Workload:
-    """Holds the networks' width, the masks and the settings of the measurements.
+    """The networks' width, the masks and the settings of the measurements.
 
     Attributes:
-        masks: by kind, the main kind first; one image each, on the CPU.
-        batch: the batch size that everything is measured at; others: that whole networks are measured at, too.
-        repeats, seconds: of each measurement, at most.
-        failed: by provider, why it was left out.
+        ngf: width of the networks.
+        masks: dict from the kind to masks of one image each, on the CPU; the main kind is the first.
+        batch: default batch size.
+        repeats, seconds: largest number of rounds, and longest time, of each measurement.
+        failed: dict from each provider that failed to the reason.
     """
 
     device: torch.device
@@ -37,7 +38,7 @@ class Workload:
 
     @contextmanager
     def may_fail(self, provider: str, case: str, runs: MutableMapping[str, Any]) -> Iterator[None]:
-        """An exception within it takes the provider out of `runs`, and goes to `failed`; the others are measured."""
+        """Within this context, an exception removes the provider from `runs` and is recorded in `failed`."""
         try:
             yield
         except Exception as error:
@@ -47,12 +48,12 @@ class Workload:
             self.failed[provider] = "; ".join(filter(None, (self.failed.get(provider), reason)))
         else:
             return
-        # Not above, where the exception still holds what it went through.
+        # Within the except block, the exception would still keep the tensors of its frames alive.
         release(self.device)
 
     @property
     def main_masks(self) -> str:
-        """ "real" or "toy"."""
+        """The first kind of masks: "real" or "toy"."""
         return next(iter(self.masks))
 
     @property
@@ -61,11 +62,11 @@ class Workload:
         return self.masks[self.main_masks][0].shape[1:]
 
     def case(self, precision: str, batch: int | None = None, what: str = "") -> str:
-        """Returns the case of a result: kind of masks (or `what`), precision, batch size."""
+        """Returns the case of a result: the main kind of masks (or `what`), the precision and the batch size."""
         return f"{what or self.main_masks}, {precision}, batch {batch or self.batch}"
 
     def batches(self, batch: int | None = None, kind: str = "") -> list[LabelMap]:
-        """Returns a few batches on the device, without window indexes."""
+        """Returns one to three batches of masks on the device, without window indexes."""
         batch = batch or self.batch
         count = max(1, min(3, 24 // batch))
         return [mask.to(self.device) for mask in batches(self.masks[kind or self.main_masks], batch, count)]
@@ -73,16 +74,16 @@ class Workload:
     def times(
         self, runs: Mapping[str, Callable[[Any], object]], arguments: Sequence[Any], part: float = 1.0
     ) -> dict[str, list[float]]:
-        """Warms the providers up and returns `clock.interleave`'s times, in at most a `part` of the seconds."""
+        """Warms the providers up and returns their times by `clock.interleave`, within `part` (0..1) of the seconds."""
         for run in runs.values():
-            # Brings the clocks up, too.
+            # Warming up also raises the clock rate of a GPU.
             run(arguments[0])
             run(arguments[-1])
         return clock.interleave(runs, arguments, self.repeats, self.device, self.seconds * part)
 
 
 def place_for(found: Sequence[LabelMap], prepare: Callable[[LabelMap], LabelMap]) -> tuple[StaticLabelMap, list]:
-    """Returns a place that has room for the most of the label maps, and those it has room for."""
+    """Returns a static label map that can hold as many of the label maps as possible, and the list of those."""
     best: tuple[StaticLabelMap, list] | None = None
     for example in found:
         place = StaticLabelMap(prepare(fresh(example)))
@@ -96,7 +97,7 @@ def place_for(found: Sequence[LabelMap], prepare: Callable[[LabelMap], LabelMap]
 
 
 def release(device: torch.device) -> None:
-    """Gives back the memory of what is no longer referred to."""
+    """Frees the device memory of tensors that are no longer used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

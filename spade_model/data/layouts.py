@@ -21,7 +21,7 @@ class FileGroup:
     role: str
     """Name of the role in messages, in the singular."""
     options: str
-    """Command line options that name the folders, or make these files unnecessary."""
+    """Text for messages: the command line options that hold the folders, or that make these files unnecessary."""
     folders: tuple[Path, ...]
     """Folders that are searched, with their subfolders, in this order. The first one must exist."""
     name_pattern: str = ""

@@ -1,6 +1,4 @@
-"""Loads batches in an order that depends only on (seed, epoch), not on workers, ranks or
-the step at which a run was resumed.
-"""
+"""Loads batches in an order that depends only on seed and epoch: neither workers, ranks nor resuming change it."""
 
 from __future__ import annotations
 

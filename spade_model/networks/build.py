@@ -32,6 +32,6 @@ def build_encoder(data: DataConfig, model: ModelConfig) -> ConvEncoder | None:
 
 
 def _build(network: Callable[..., _Network], data: DataConfig, model: ModelConfig) -> _Network:
-    """The network, whose constructor's parameters are named like the options that give their values."""
+    """Builds a network from a class whose constructor parameters are named like options, and get their values."""
     names = inspect.signature(network).parameters
     return network(**{name: getattr(part, name) for part in (data, model) for name in names if hasattr(part, name)})

@@ -40,5 +40,5 @@ def has_one_size(data: DataConfig) -> bool:
 
 
 def pixels(size: tuple[int, int]) -> str:
-    """(height, width) for a message."""
+    """Formats a size (height, width) for a message."""
     return f"{size[1]}x{size[0]} pixels"

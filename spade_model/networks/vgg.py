@@ -52,9 +52,10 @@ class VGG19Features(nn.Module):
         self.features = nn.Sequential(*layers)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Returns five feature maps of images (N, 3, H, W) in [-1, 1], not normalized further, as in the original.
+        """Returns five feature maps of images (N, 3, H, W) in [-1, 1].
 
-        Grey images (N, 1, H, W) are taken as RGB of three equal channels.
+        Like the original, this does not normalize the images by VGG's mean and standard deviation. Grey images
+        (N, 1, H, W) are taken as RGB of three equal channels.
         """
         results, x = [], image.expand(-1, 3, -1, -1)
         for i, layer in enumerate(self.features):
