@@ -123,3 +123,47 @@ def test_compiled_modules_ask_torch_for_its_stable_abi_only(name):
     assert "torch_call_dispatcher" in symbols
     # C++ names of at::, c10::, caffe2:: and torch::, mangled; those of the stable ABI are C.
     assert not [s for s in symbols if re.match(r"_Z(T[IVS])?NK?(2at|3c10|6caffe2|5torch)", s)]
+
+
+def test_import_loads_no_module_that_it_does_not_need():
+    """The modules of `accelerate`, and those of torch.compile and Triton, are imported at first use."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import spade_kernels
+found = {name for name in set(sys.modules) - before if name.startswith("spade_kernels.accelerate.")}
+late = {"torch._dynamo", "torch._inductor", "triton", "statistics"}
+print(*found, *late & (set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import spade_kernels",
+        "import spade_kernels.accelerate",
+        "from spade_kernels import accelerate",
+        "from spade_kernels.accelerate import Family",
+        "from spade_kernels.accelerate import *",
+        "import spade_kernels.accelerate.layer",
+        "import spade_kernels.accelerate.replace",
+    ],
+)
+def test_accelerate_is_a_function_in_every_order_of_imports(first):
+    program = f"""
+{first}
+import spade_kernels as sk, sys
+model = sk.restore(sk.SPADE("spadebatch3x3", 4, 3))
+assert not sk.accelerate(model).replaced
+import spade_kernels.accelerate
+from spade_kernels import accelerate
+from spade_kernels.accelerate import FAMILIES, Family, Parts, Projection, Report, Unsupported, formulas
+from spade_kernels.accelerate.layer import Family as same
+package = sys.modules["spade_kernels.accelerate"]
+assert sk.accelerate is accelerate is package.accelerate and type(accelerate) is type(sk.freeze)
+assert Family is same and FAMILIES is package.FAMILIES and set(package.__all__) <= set(dir(package))
+assert not hasattr(package, "speedup")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
