@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
-from stand_ins import CLASSES, SIZE, Block, X, batch_norm, plain, planes, results
+from stand_ins import CLASSES, HIDDEN, SIZE, Block, Clade, VirtualTryOn, X, batch_norm, conv, plain, planes, results
+from torch import nn
 
 import spade_kernels as sk
 from spade_kernels.accelerate.block import AcceleratedBlock
 from spade_kernels.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("whatever_the_work")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -54,3 +57,36 @@ def test_hooks_of_layers_in_blocks_run():
     sk.accelerate(block)
     x = torch.randn(X, dtype=torch.float64)
     assert relative_error(block(x, planes(dtype=x.dtype)), stock(x, planes(dtype=x.dtype))) < 1e-10
+
+
+def test_blocks_of_layers_that_change_their_arguments():
+    """CLADE reads classes from the condition, and HR-VITON adds noise to x, which norm_0 and norm_s cannot share."""
+
+    def clade(norm: nn.Module, channels: int) -> nn.Module:
+        layer = Clade(norm)
+        affine = layer.class_specified_affine
+        affine.weight, affine.bias = (nn.Parameter(torch.randn(CLASSES, channels)) for _ in range(2))
+        return layer
+
+    def noisy(norm: nn.Module, channels: int) -> nn.Module:
+        layer = VirtualTryOn(norm)
+        layer.noise_scale = nn.Parameter(torch.randn(channels))
+        layer.conv_gamma, layer.conv_beta = conv(HIDDEN, channels), conv(HIDDEN, channels)
+        return layer
+
+    for build, size in ((clade, SIZE), (noisy, X[2:])):
+        torch.manual_seed(0)
+        stock = Block(8, 4, layer=build).double()
+        fast = copy.deepcopy(stock)
+        assert [one.name for one in sk.accelerate(fast).replaced] == ["norm_0", "norm_1", "norm_s", ""]
+        given = planes(size=size, dtype=torch.float64)
+        expected, found = (results(block, given, torch.float64) for block in (stock, fast))
+        for key, value in expected.items():
+            assert relative_error(found[key], value) < 1e-9 or value.abs().max() < 1e-9, key
+
+
+def test_a_block_after_a_step_with_spectral_norm():
+    """The hook leaves a weight with a gradient in the module, which `copy.deepcopy` refuses."""
+    block = Block(8, 4)
+    block(torch.randn(X), planes()).sum().backward()
+    assert len(sk.accelerate(block).replaced) == 4

@@ -14,11 +14,15 @@ from stand_ins import (
     HIDDEN,
     LAYERS,
     SIZE,
+    FewShot,
+    Imaginaire,
     Oasis,
     Original,
     StableSR,
+    VirtualTryOn,
     X,
     conditions,
+    instance,
     planes,
     results,
 )
@@ -29,6 +33,8 @@ from spade_kernels.accelerate import FAMILIES, Family, Projection, formulas
 from spade_kernels.accelerate.layer import AcceleratedLayer
 from spade_kernels.condition import as_condition
 from spade_kernels.testing import relative_error
+
+pytestmark = pytest.mark.usefixtures("whatever_the_work")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -233,3 +239,53 @@ def test_a_family_from_outside():
         assert relative_error(layer(planes(dtype=x.dtype), x), stock(planes(dtype=x.dtype), x)) < 1e-12
     finally:
         FAMILIES.pop()
+
+
+def test_little_work_takes_the_own_forward(monkeypatch):
+    monkeypatch.undo()
+    layer = Original(instance())
+    sk.accelerate(layer)
+    monkeypatch.setattr(Original, "forward", lambda *args: "own")
+    assert layer(torch.randn(X), planes()) == "own"
+    assert isinstance(layer(torch.randn(2, CHANNELS, 256, 256), planes()), Tensor)
+
+
+def test_conditions_that_are_left_out():
+    layer = Imaginaire(conditions=(CLASSES, 3)).double()
+    stock = copy.deepcopy(layer)
+    assert sk.accelerate(layer).replaced
+    x, first, second = torch.randn(X).double(), planes().double(), torch.rand(2, 3, *SIZE).double()
+    for given in ([first, None], [None, second], [first], [None, None]):
+        assert relative_error(layer(x, *given), stock(x, *given)) < 1e-12
+    few = FewShot(3).double()
+    stock = copy.deepcopy(few)
+    assert sk.accelerate(few).replaced
+    for maps in ([first, None], [None, second], first, [first]):
+        maps_for_stock = maps if isinstance(maps, list) else [maps]
+        assert relative_error(few(x, maps), stock(x, maps_for_stock)) < 1e-12
+
+
+def test_noise_is_drawn_once_in_a_call():
+    layer = VirtualTryOn(instance()).double()
+    stock = copy.deepcopy(layer)
+    assert sk.accelerate(layer).replaced
+    x, seg, mask = torch.randn(X).double(), planes(size=X[2:]).double(), torch.rand(2, 1, *X[2:]).double()
+    for given in ([seg], [seg, None], [seg, mask]):
+        following = []
+        for one in (layer, stock):
+            torch.manual_seed(0)
+            following.append((one(x, *given), torch.rand(1)))
+        assert relative_error(following[0][0], following[1][0]) < 1e-12
+        assert torch.equal(following[0][1], following[1][1])
+
+
+def test_spectral_norm_iterates_once_in_a_call():
+    layer = Imaginaire(wrap=torch.nn.utils.spectral_norm)
+    stock = copy.deepcopy(layer)
+    assert sk.accelerate(layer).replaced
+    x, condition = torch.randn(X), planes()
+    for one in (layer, stock):
+        for _ in range(3):
+            one(x, condition)
+    for (name, found), expected in zip(layer.named_buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)

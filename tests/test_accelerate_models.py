@@ -37,6 +37,8 @@ from spade_kernels.accelerate.layer import AcceleratedLayer
 from spade_kernels.testing import random_label_map, relative_error
 from spade_model.benchmark.results import Result
 
+pytestmark = pytest.mark.usefixtures("whatever_the_work")
+
 
 class Bilinear(Original):
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:

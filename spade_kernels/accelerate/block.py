@@ -62,7 +62,7 @@ class AcceleratedBlock(Accelerated):
         except Unsupported:
             return self._stock.forward(self, *args, **kwargs)
         parts = self.norm_0.parts() if is_block(self) else None
-        if parts is None or condition is None or x.dim() != 4 or x.numel() == 0 or len(condition) != len(x):
+        if parts is None or condition is None or not self.norm_0.is_worth(parts, x) or len(condition) != len(x):
             return self._stock.forward(self, *args, **kwargs)
         # Layers whose families change the condition take it as it came.
         is_plain = self.norm_0._spade_family.is_plain

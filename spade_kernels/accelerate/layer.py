@@ -20,7 +20,7 @@ from spade_kernels.modulation import DeferredModulation
 from spade_kernels.normalization import Moments, Normalized, apply_norm, check_input, identity_statistics
 
 # Attributes that only an accelerated module has.
-_OWN = ("_packed", "_spade_family", "_spade_choice")
+_OWN = ("_packed", "_spade_family", "_spade_choice", "_spade_least_work")
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,11 @@ def restore_class(module: nn.Module) -> None:
 
 
 class AcceleratedLayer(Accelerated):
-    """A SPADE layer whose forward is `functional.spade`."""
+    """A SPADE layer whose forward runs the stages of `functional`, except for so little work that its own is faster."""
 
     _spade_family: Family
     _spade_choice: int
+    _spade_least_work = 0
 
     def parts(self) -> Parts | None:
         """The layer's parts as they are now; None if they have become something that only its own forward can do."""
@@ -184,6 +185,13 @@ class AcceleratedLayer(Accelerated):
         parts = self.parts() if self._spade_family.is_plain else None
         return None if parts is None else self._defer(parts, x, [condition], negative_slope, moments)
 
+    def is_worth(self, parts: Parts, x: Tensor) -> bool:
+        """True if x is a batch of maps, and large enough for the kernels to pay."""
+        if x.dim() != 4 or x.numel() == 0:
+            return False
+        pixels = len(x) * x.shape[2] * x.shape[3]
+        return pixels * sum(one.work for one in parts.projections) >= self._spade_least_work
+
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Parts, Tensor, Sequence[Segmap | None]] | None:
         """Returns the parts, x and the conditions of a call; None if it goes to the own forward."""
         parts = self.parts()
@@ -194,7 +202,7 @@ class AcceleratedLayer(Accelerated):
         except Unsupported:
             return None
         given = [condition for condition in conditions if condition is not None]
-        is_usual = given and len(conditions) == len(parts.projections) and x.dim() == 4 and x.numel()
+        is_usual = given and len(conditions) == len(parts.projections) and self.is_worth(parts, x)
         return (parts, x, conditions) if is_usual and all(len(one) == len(x) for one in given) else None
 
     def _defer(

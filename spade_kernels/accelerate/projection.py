@@ -27,6 +27,7 @@ class Projection:
 
     Attributes:
         features, channels: channels of x and of the condition.
+        work: multiplications for each pixel of x, if the convolutions are evaluated at every pixel.
         weights: returns the weights, as they are now. A forward calls it once, since spectral norm may change them in
             every call.
         table_eps: eps of an instance norm of gamma and beta; None if there is none.
@@ -34,6 +35,7 @@ class Projection:
 
     features: int
     channels: int
+    work: int
     weights: Callable[[], Weights]
     table_eps: float | None = None
 
@@ -99,8 +101,8 @@ class Projection:
                 of_gamma = torch.zeros_like(of_gamma[0]), torch.zeros_like(of_gamma[1])
             return Weights(of_shared, of_gamma, of_beta, slope, padding_mode=mode)
 
-        channels = layers[0].module.in_channels
-        return cls(features if gamma else features // 2, channels, weights, beta.eps)
+        channels, work = layers[0].module.in_channels, sum(one.work for one in layers)
+        return cls(features if gamma else features // 2, channels, work, weights, beta.eps)
 
 
 class Convolution(NamedTuple):
@@ -116,6 +118,11 @@ class Convolution(NamedTuple):
     @property
     def features(self) -> int:
         return self.module.out_channels
+
+    @property
+    def work(self) -> int:
+        """Multiplications for each pixel."""
+        return self.kernel_size**2 * self.module.in_channels * self.features
 
     def weight_and_bias(self, side: int) -> tuple[Tensor, Tensor]:
         """The weight, with zeros around it if its kernel is smaller than side x side, and the bias, zeros if none."""
@@ -191,7 +198,7 @@ def _convolution(name: str, module: nn.Module, found: list[nn.Module]) -> Convol
     if not isinstance(conv, nn.Conv2d) or len(before) > 1:
         raise Unsupported(f"{name} is not one 2-d convolution")
     if not can_read_weight(conv) or any(has_hooks(one) for one in (module, *before) if one is not conv):
-        raise Unsupported(f"{name} has hooks")
+        raise Unsupported(f"{name} has hooks, or is of a class derived from Conv2d")
     side = conv.kernel_size[0]
     settings = conv.kernel_size, conv.stride, conv.dilation, conv.groups
     if side % 2 and settings == ((side, side), (1, 1), (1, 1), 1):

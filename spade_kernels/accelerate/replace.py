@@ -24,6 +24,9 @@ from spade_kernels.accelerate.report import Replaced, Report
 from spade_kernels.accelerate.speed import speedup
 from spade_kernels.layers import SPADE
 
+# Multiplications of a call from which on the kernels are faster than the layer's own forward, by experiment.
+_LEAST_WORK = 20_000_000
+
 
 def replace_layers(model: nn.Module, *, strict: bool, measure: bool) -> Report:
     """Does `accelerate`."""
@@ -59,7 +62,7 @@ def replace_layers(model: nn.Module, *, strict: bool, measure: bool) -> Report:
         name, layer, reason = report.left[0]
         raise ValueError(f"{len(report.left)} layers cannot be accelerated; {name or 'the model'} ({layer}): {reason}")
     for (module, family, choice), entry in zip(found, report.replaced, strict=True):
-        swap_class(module, AcceleratedLayer, _spade_family=family, _spade_choice=choice)
+        swap_class(module, AcceleratedLayer, _spade_family=family, _spade_choice=choice, _spade_least_work=_LEAST_WORK)
         if measure:
             entry.speedup = speedup(module)
     _accelerate_blocks(model, report)
