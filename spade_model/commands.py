@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -18,6 +18,7 @@ from spade_model.benchmark import tables
 from spade_model.benchmark.command import BenchConfig, run_bench
 from spade_model.config import (
     DataConfig,
+    ModelConfig,
     TrainConfig,
     default_data_config,
     default_train_config,
@@ -53,6 +54,18 @@ REMOVED_OPTIONS = {
     "--isTrain": "the command, train or generate, decides this",
 }
 """Options of the original that do not exist here; the error shows the text."""
+
+
+_USED_TO_GENERATE = {
+    DataConfig: (
+        *("dataset_mode", "dataroot", "label_dir", "instance_dir", "no_pairing_check", "max_dataset_size", "seed"),
+        *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift"),
+        *("preprocess_mode", "crop_size", "aspect_ratio"),
+    ),
+    ModelConfig: ("num_upsampling_layers",),
+}
+"""Options of data and model that `spade generate --help` lists. The others have no effect, or must not contradict the
+checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,8 @@ def _generate(arguments: list[str]) -> int:
             )
         trained = saved_config(checkpoint.load_part(file, "config"), file)
         default = replace(default, data=trained.data, model=trained.model)
+    if {"--help", "-h"} & set(arguments):
+        _parse(*_listing_only(_USED_TO_GENERATE, default), arguments, "spade generate")
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
     page, masks = run_generate(config)
     print(f"{_count(masks * config.samples, 'image')} of {_count(masks, 'mask')}, and their page: {page}")
@@ -217,6 +232,30 @@ def _take_denials(default: Any, arguments: list[str]) -> tuple[Any, list[str]]:
             changes[part.name] = said[-1] == yes if said else value
             arguments = [argument for argument in arguments if argument not in (yes, no)]
     return replace(default, **changes), arguments
+
+
+def _listing_only(names: dict[type, Sequence[str]], default: Any) -> tuple[type, Any]:
+    """Returns a subclass of the config's class whose parts list only the options `names`, and its default."""
+    parts = {}
+    for part in fields(default):
+        value = getattr(default, part.name)
+        if type(value) in names:
+            kind = type(value)
+            hints = get_type_hints(kind, include_extras=True)
+            hidden: list[Any] = [
+                (option.name, tyro.conf.Suppress[hints[option.name]], option.default)
+                for option in fields(kind)
+                if option.name not in names[kind]
+            ]
+            listed = make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=True)
+            parts[part.name] = listed(**vars(value))
+    kind = make_dataclass(
+        type(default).__name__,
+        [(name, type(part), part) for name, part in parts.items()],
+        bases=(type(default),),
+        frozen=True,
+    )
+    return kind, kind(**vars(default) | parts)
 
 
 def _count(number: int, noun: str) -> str:

@@ -279,6 +279,20 @@ def check_choices(config: Any) -> None:
             raise UserError(f"--{name} {getattr(config, name)!r} is not one of {_listed(choices)}")
 
 
+def contradiction(source: object, option: str, trained: Any, given: Any) -> UserError:
+    """Returns the error for an option whose value differs from the one that a checkpoint was trained with."""
+    return UserError(
+        f"{source} was trained {_said(option, trained)}, not {_said(option, given)}; leave the option out, because the "
+        "checkpoint decides it, or use another checkpoint"
+    )
+
+
+def _said(option: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} --{option}"
+    return f"with --{option} {value}"
+
+
 def check_name(name: str) -> None:
     """Raises UserError unless the run's name is that of a single folder; a path could leave checkpoints_dir."""
     if name in ("", "..") or Path(name).name != name:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from spade_model.config import (
     check_choices,
     check_name,
     config_from_dict,
+    contradiction,
     default_data_config,
 )
-from spade_model.data import Batch, create_dataset, create_loader, load_condition
+from spade_model.data import Batch, DataError, create_dataset, create_loader, load_condition
+from spade_model.data.classes import WrongIds, known_ids
 from spade_model.data.images import IMAGE_SUFFIXES, read_photograph, to_photograph
 from spade_model.data.item import photograph_to_tensor
 from spade_model.errors import UserError
@@ -34,6 +37,15 @@ from spade_model.original import complete, infer_generator
 from spade_model.pages import PageRow, write_results_page
 from spade_model.training import choose_device
 from spade_model.visualize import condition_image, overlay, to_image
+
+_OF_THE_MODEL = (
+    *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift", "output_nc", "image_bits"),
+    *(option.name for option in fields(ModelConfig)),
+)
+"""Options that say what a model is. A checkpoint of this project decides them."""
+
+_OF_THE_STYLE_LAYER = ("crop_size", "aspect_ratio")
+"""Options that decide the size of the first layer of a model with a VAE."""
 
 LabelFile = tuple[Path, Path | None]
 """A label image and its instance image."""
@@ -136,7 +148,8 @@ def generate(
         UserError: a file is missing, damaged, of another architecture, or does not fit the model.
     """
     loaded = load_model(checkpoint_file, data, model, device=device)
-    batch = load_condition(label, loaded.data, instance)
+    with _naming_known_ids(loaded.data):
+        batch = load_condition(label, loaded.data, instance)
     bits = loaded.data.image_bits
     return [to_image(image[0], bits) for image in _images(loaded, batch, style_image or "", samples, seed)]
 
@@ -154,13 +167,13 @@ def load_model(
     For VAE models of the original, the *_net_E.pth in the same folder is loaded too.
 
     Args:
-        data, model: configs that replace those of the checkpoint; for the original's files, the options that their
-            weights do not determine.
+        data, model: configs that replace those of the checkpoint, but for options that say what the model is; for the
+            original's files, the options that their weights do not determine.
         last_weights: use the last weights even if the checkpoint also holds averaged (EMA) weights.
 
     Raises:
-        UserError: the file is missing, damaged, or of another architecture; the generator cannot make images of the
-            size that `data` says; the device cannot be used.
+        UserError: the file is missing, damaged, or of another architecture; `data` or `model` contradicts it; the
+            generator cannot make images of the size that `data` says; the device cannot be used.
     """
     path = Path(path)
     where = choose_device(device)
@@ -171,6 +184,7 @@ def load_model(
         if "G" not in states:
             raise UserError(f"{path} holds no generator; pass a file that `spade train` wrote")
         data, model = data or saved.data, model or saved.model
+        _refuse_contradictions(saved, data, model, path)
         weights = states["G"] if last_weights else states.get("G_ema", states["G"])
     else:
         weights = checkpoint.read_state_dict(path)
@@ -196,6 +210,15 @@ def load_model(
     if isinstance(generator, SPADEGenerator):
         generator.freeze()
     return LoadedModel(generator, encoder, data, model, where)
+
+
+def _refuse_contradictions(saved: TrainConfig, data: DataConfig, model: ModelConfig, path: Path) -> None:
+    """Raises UserError for options that contradict those that the checkpoint's model was trained with."""
+    given = vars(data) | vars(model)
+    for name, trained in (vars(saved.data) | vars(saved.model)).items():
+        decided = name in _OF_THE_MODEL or (saved.model.use_vae and name in _OF_THE_STYLE_LAYER)
+        if decided and given[name] != trained:
+            raise contradiction(path, name, trained, given[name])
 
 
 def run_generate(config: GenerateConfig) -> tuple[Path, int]:
@@ -269,15 +292,26 @@ def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
 
 def _conditions(config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile]) -> Iterator[Batch]:
     """Yields the masks of the files, or of the validation split, as batches of one without photographs."""
-    if config.label:
-        for label, instance in files:
-            yield load_condition(label, data, instance)
-        return
-    dataset = create_dataset(data, "val", need_images=False)
-    one = replace(data, batch_size=1, num_workers=0)
-    loader = iter(create_loader(dataset, one, shuffle=False, epoch=0, drop_last=False))
-    for _, batch in zip(range(config.how_many), loader, strict=False):
-        yield batch
+    with _naming_known_ids(data):
+        if config.label:
+            for label, instance in files:
+                yield load_condition(label, data, instance)
+            return
+        dataset = create_dataset(data, "val", need_images=False)
+        one = replace(data, batch_size=1, num_workers=0)
+        loader = iter(create_loader(dataset, one, shuffle=False, epoch=0, drop_last=False))
+        for _, batch in zip(range(config.how_many), loader, strict=False):
+            yield batch
+
+
+@contextmanager
+def _naming_known_ids(data: DataConfig) -> Iterator[None]:
+    """Makes the error of an unknown id say which ids the model knows: a trained model cannot get more classes."""
+    try:
+        yield
+    except WrongIds as error:
+        fix = f"The model knows {known_ids(data)}: correct the image, or use a model that was trained with more classes"
+        raise DataError(replace(error.problem, fix=fix, label_nc=0)) from error
 
 
 def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_model.config import DataConfig, ModelConfig
+from spade_model.config import DataConfig, ModelConfig, contradiction, default_data_config
 from spade_model.errors import UserError
 
 _NEEDED = {"fc.weight": (2, 4), "conv_img.weight": (4,), "head_0.norm_0.mlp_shared.0.weight": (4,)}
@@ -32,8 +32,8 @@ def infer_generator(
         source: where the state comes from, for messages.
 
     Raises:
-        UserError: the state is not a SPADE generator's, its images are neither grey nor RGB, or its condition channels
-            contradict label_nc and no_instance.
+        UserError: the state is not a SPADE generator's, its images are neither grey nor RGB, or an option that is not
+            the default contradicts its shapes.
     """
     for name, ranks in _NEEDED.items():
         if name not in state or state[name].dim() not in ranks:
@@ -47,14 +47,28 @@ def infer_generator(
     ngf = state["conv_img.weight"].shape[1] * (2 if most else 1)
     mode: str = "most" if most else model.num_upsampling_layers
     found: dict[str, Any] = {"netG": "spade", "ngf": ngf, "norm_G": _norm(state, shared.shape[-1])}
-    data = _fit_channels(_fit_image(data, len(state["conv_img.weight"]), source), shared.shape[1], source)
+    usual = default_data_config(data.dataset_mode)
+    fitted = _fit_channels(_fit_image(data, len(state["conv_img.weight"]), source), shared.shape[1], usual, source)
     if state["fc.weight"].dim() == 2:
         found |= {"use_vae": True, "z_dim": state["fc.weight"].shape[1]}
         pixels = state["fc.weight"].shape[0] // (16 * ngf)
-        mode, data = _fit_start(data, "most" if most else None, mode, pixels, source)
+        mode, fitted = _fit_start(fitted, "most" if most else None, mode, pixels, source)
     else:
         found["use_vae"] = False
-    return data, replace(model, **found, num_upsampling_layers=mode)  # type: ignore[arg-type]
+    found_model = replace(model, **found, num_upsampling_layers=mode)  # type: ignore[arg-type]
+    _refuse_contradictions(model, found_model, ModelConfig(), source)
+    _refuse_contradictions(data, replace(fitted, load_size=data.load_size), usual, source)
+    return fitted, found_model
+
+
+def _refuse_contradictions(given: Any, found: Any, usual: Any, source: str) -> None:
+    """Raises UserError for an option that was given, because it is not the usual one, and that the shapes exclude."""
+    for part in fields(given):
+        value, shown = getattr(given, part.name), getattr(found, part.name)
+        # Batch norm and synchronized batch norm have the same parameters, and the same results in eval mode.
+        same = part.name == "norm_G" and value.replace("sync", "") == shown.replace("sync", "")
+        if value not in (shown, getattr(usual, part.name)) and not same:
+            raise contradiction(source, part.name, shown, value)
 
 
 def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,15 +110,19 @@ def _fit_image(data: DataConfig, channels: int, source: str) -> DataConfig:
     return replace(data, output_nc=channels)  # type: ignore[arg-type]
 
 
-def _fit_channels(data: DataConfig, channels: int, source: str) -> DataConfig:
-    """Returns the config with `channels` condition channels; flips no_instance or contain_dontcare_label if needed."""
-    if data.semantic_nc == channels:
-        return data
-    for no_instance in (data.no_instance, not data.no_instance):
-        for dontcare in (data.contain_dontcare_label, not data.contain_dontcare_label):
-            other = replace(data, no_instance=no_instance, contain_dontcare_label=dontcare)
-            if other.semantic_nc == channels:
-                return other
+def _fit_channels(data: DataConfig, channels: int, usual: DataConfig, source: str) -> DataConfig:
+    """Returns the config with `channels` condition channels.
+
+    It flips no_instance or contain_dontcare_label if needed, preferably one with the usual value.
+    """
+    flips = [(), ("no_instance",), ("contain_dontcare_label",), ("no_instance", "contain_dontcare_label")]
+    fitting = []
+    for names in flips:
+        other = replace(data, **{name: not getattr(data, name) for name in names})  # type: ignore[arg-type]
+        if other.semantic_nc == channels:
+            fitting.append((sum(getattr(data, name) != getattr(usual, name) for name in names), len(fitting), other))
+    if fitting:
+        return min(fitting, key=lambda choice: choice[:2])[2]
     raise UserError(
         f"{source} was trained with {channels} condition channels (label_nc, plus one for the unknown class, plus one "
         f"for instance boundaries); --label_nc {data.label_nc} cannot give that. Pass the label_nc it was trained with"

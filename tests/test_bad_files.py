@@ -282,7 +282,22 @@ GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
     "instance alone": (lambda t: ["--instance", save_labels(t / "a.png")], ["--instance", "needs the --label"]),
     "ids too large": (
         lambda t: ["--label", save_labels(t / "a.png", 9), "--instance", save_labels(t / "b.png")],
-        ["a.png", "id 9", "x=0, y=0", "0..6", "1024 of 1024"],
+        ["a.png", "id 9", "x=0, y=0", "1024 of 1024", "The model knows the ids 0..6: correct the image"],
+    ),
+    "ids of the val split too large": (
+        lambda t: [
+            *("--dataset_mode", "custom", "--label_dir", save_labels(t / "a/1.png", 9).parent),
+            *("--instance_dir", save_labels(t / "b/1.png").parent),
+        ],
+        ["1.png", "id 9", "The model knows the ids 0..6: correct the image"],
+    ),
+    "more classes": (
+        lambda t: ["--label", save_labels(t / "a.png", 9), "--label_nc", "10"],
+        ["trained with --label_nc 7, not with --label_nc 10", "leave the option out"],
+    ),
+    "unknown class": (
+        lambda t: ["--contain_dontcare_label"],
+        ["trained without --contain_dontcare_label, not with --contain_dontcare_label"],
     ),
     "instance of another size": (
         lambda t: ["--label", save_labels(t / "a.png"), "--instance", save_labels(t / "b.png", size=(16, 16))],
@@ -303,7 +318,7 @@ GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
     ),
     "no samples": (lambda t: ["--samples", "0"], ["--samples 0", "at least 1"]),
     "epoch missing": (lambda t: ["--which_epoch", "9"], ["9.safetensors", "--which_epoch", "--checkpoint"]),
-    "another model": (lambda t: ["--ngf", "4"], ["another architecture", "ngf"]),
+    "another model": (lambda t: ["--ngf", "4"], ["latest.safetensors was trained with --ngf 2, not with --ngf 4"]),
     "results under a file": (lambda t: ["--results_dir", save_labels(t / "a.png")], ["a.png", "cannot write"]),
     "results in /proc": (lambda t: ["--results_dir", "/proc/x"], ["/proc/x", "cannot write"]),
 }

@@ -38,7 +38,11 @@ GENERATE = """
     name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples results_dir how_many
     overlay device
 """
-OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + DATA + MODEL, "doctor": "split" + DATA}
+USED_TO_GENERATE = """
+    dataset_mode dataroot label_dir instance_dir no_pairing_check max_dataset_size seed label_nc contain_dontcare_label
+    no_instance ade20k_shift preprocess_mode crop_size aspect_ratio num_upsampling_layers
+"""
+OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + USED_TO_GENERATE, "doctor": "split" + DATA}
 """Options that scripts rely on: one that leaves this list needs an entry among those that are renamed or gone."""
 
 
@@ -232,6 +236,11 @@ def test_train_then_generate(spade, tmp_path):
     names = {path.relative_to(page.parent / "images") for path in page.parent.rglob("*.png")}
     columns = ("input_label", "synthesized_image", "overlay")
     assert names == {Path(column) / f"toy_{i:06d}.png" for column in columns for i in range(2)}
+
+
+def test_generate_takes_all_options_that_agree_with_the_checkpoint(spade, trained_run, tmp_path):
+    run = ["--name", "run", "--checkpoints_dir", trained_run.parent, "--results_dir", tmp_path, "--how_many", 1]
+    assert spade("generate", *run, "--batch_size", 3, "--ngf", 2, "--no_flip", "--label_nc", 7).status == 0
 
 
 def save_picture(path: Path, size: tuple[int, int] = (40, 32), value: int = 1, orientation: int = 1) -> None:

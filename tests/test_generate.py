@@ -16,6 +16,7 @@ import spade_model
 from spade_model.cli import main
 from spade_model.config import DataConfig, ModelConfig
 from spade_model.data import create_dataset, load_condition
+from spade_model.data.classes import known_ids
 from spade_model.errors import UserError
 from spade_model.networks import ConvEncoder, build_encoder, build_generator
 from spade_model.original import infer_generator
@@ -91,8 +92,48 @@ def test_images_of_other_channels_are_refused():
 def test_vae_crop_size_is_inferred():
     model, data = SHAPES["vae, 5x5"]
     state = build_generator(data, model).state_dict()
-    found, _ = infer_generator(state, replace(data, crop_size=999), ModelConfig(), "file")
+    found, _ = infer_generator(state, replace(data, crop_size=DataConfig().crop_size), ModelConfig(), "file")
     assert found.crop_size == 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "option", "value", "words"),
+    [
+        ("vae, 5x5", "crop_size", 512, "with --crop_size 128, not with --crop_size 512"),
+        ("vae, 5x5", "no_instance", True, "without --no_instance, not with --no_instance"),
+        ("normal", "use_vae", True, "without --use_vae, not with --use_vae"),
+        ("normal", "ngf", 5, "with --ngf 4, not with --ngf 5"),
+        ("normal", "norm_G", "spadeinstance3x3", "with --norm_G spectralspadesyncbatch3x3, not"),
+        ("normal", "output_nc", 1, "with --output_nc 3, not with --output_nc 1"),
+    ],
+)
+def test_options_that_contradict_the_originals_weights(shape, option, value, words):
+    model, data = SHAPES[shape]
+    state = build_generator(data, model).state_dict()
+    given = {
+        type(part): replace(part, **{option: value}) if hasattr(part, option) else part
+        for part in (data, ModelConfig())
+    }
+    with pytest.raises(UserError, match=f"file was trained {words}"):
+        infer_generator(state, given[DataConfig], given[ModelConfig], "file")
+
+
+def test_norms_of_equal_parameters_do_not_contradict():
+    model, data = SHAPES["normal"]
+    state = build_generator(data, model).state_dict()
+    infer_generator(state, data, replace(model, norm_G="spectralspadebatch3x3"), "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"contain_dontcare_label": False}, "the ids 0..4"),
+        ({}, "the ids 0..4, and 255 for unknown"),
+        ({"dataset_mode": "ade20k", "ade20k_shift": True}, "the ids 1..5, and 0 or 255 for unknown"),
+    ],
+)
+def test_known_ids(options, known):
+    assert known_ids(DataConfig(label_nc=5, **options)) == known
 
 
 @pytest.fixture(scope="module")

@@ -7,23 +7,35 @@ from pathlib import Path
 import numpy as np
 
 from spade_model.config import DataConfig
-from spade_model.data.problem import DataError, data_error
+from spade_model.data.problem import DataError, Problem
 from spade_model.registry import DATASETS
 
 UNKNOWN_ID = 255
 """The id that stands for "no class" in label files."""
 
 
+class WrongIds(DataError):
+    """Raised for a label file with ids outside the classes that the options say."""
+
+
+def known_ids(config: DataConfig) -> str:
+    """Describes the ids that `to_classes` accepts, such as "the ids 0..181, and 255 for unknown"."""
+    first = int(_is_shifted(config))
+    known = f"the ids {first}..{config.label_nc - 1 + first}"
+    unknown = ["0"] * first + [str(UNKNOWN_ID)]
+    return f"{known}, and {' or '.join(unknown)} for unknown" if config.contain_dontcare_label else known
+
+
 def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
     """Converts the ids of a label file, int32 (H, W), to classes 0..config.num_labels-1, int32 (H, W).
 
     With contain_dontcare_label, id 255 becomes class label_nc. With ade20k_shift, id 0 becomes class label_nc too, and
-    every other id is reduced by 1. Raises DataError with the largest wrong id, its first pixel and the number of wrong
+    every other id is reduced by 1. Raises WrongIds with the largest wrong id, its first pixel and the number of wrong
     pixels.
     """
     unknown = ids == UNKNOWN_ID if config.contain_dontcare_label else np.zeros_like(ids, dtype=bool)
     classes = ids
-    if config.ade20k_shift and DATASETS[config.dataset_mode].ids_from_1:
+    if _is_shifted(config):
         # Without an unknown class, an unknown pixel becomes label_nc, which is out of range like any other bad id.
         unknown = unknown | (ids == 0)
         classes = ids - 1
@@ -34,14 +46,19 @@ def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
     return classes
 
 
-def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Path) -> DataError:
+def _is_shifted(config: DataConfig) -> bool:
+    return config.ade20k_shift and DATASETS[config.dataset_mode].ids_from_1
+
+
+def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Path) -> WrongIds:
     worst = int(ids[wrong].max())
     y, x = np.argwhere(wrong & (ids == worst))[0]
     what = (
         f"id {worst} at pixel x={x}, y={y} is outside the classes 0..{config.num_labels - 1} "
         f"({int(wrong.sum())} of {ids.size} pixels have such ids)"
     )
-    return data_error(path, what, *_fix(ids[wrong], worst, config))
+    fix, label_nc = _fix(ids[wrong], worst, config)
+    return WrongIds(Problem(path, what, fix, label_nc=label_nc))
 
 
 def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
@@ -49,7 +66,7 @@ def _fix(wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, in
     spec = DATASETS[config.dataset_mode]
     if worst > UNKNOWN_ID and spec.byte_ids:
         return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0
-    if config.ade20k_shift and spec.ids_from_1 and worst == 0:
+    if _is_shifted(config) and worst == 0:
         return "Pass --contain_dontcare_label: with --ade20k_shift id 0 means unknown", 0
     if worst == UNKNOWN_ID and not config.contain_dontcare_label:
         others = wrong_ids[wrong_ids != UNKNOWN_ID]
