@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -134,9 +134,27 @@ def _generate(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         _parse(*_listing_only(_USED_TO_GENERATE, default), arguments, "spade generate")
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
-    page, masks = run_generate(config)
-    print(f"{_count(masks * config.samples, 'image')} of {_count(masks, 'mask')}, and their page: {page}")
-    return 0
+    if config.label and file.suffix == ".safetensors":
+        _require_usual_preprocessing(config.data, default.data)
+    done = run_generate(config)
+    for problem in done.problems:
+        print(f"error: {problem}")
+    print(
+        f"{_count(done.masks * config.samples, 'image')} of {_count(done.masks, 'mask')}, and their page: {done.page}"
+    )
+    if done.problems:
+        print(f"{_count(len(done.problems), 'mask')} could not be read")
+    return 2 if done.problems else 0
+
+
+def _require_usual_preprocessing(data: DataConfig, trained: DataConfig) -> None:
+    """Raises UserError for options that preprocess a data set, given for masks of --label."""
+    for name in ("preprocess_mode", "crop_size", "aspect_ratio"):
+        if getattr(data, name) != getattr(trained, name):
+            raise UserError(
+                f"--{name} {getattr(data, name)} is for the masks of a data set; masks given by --label keep their "
+                "size, or get the one that --size and --fit say"
+            )
 
 
 def _bench(arguments: list[str]) -> int:
@@ -234,7 +252,7 @@ def _take_denials(default: Any, arguments: list[str]) -> tuple[Any, list[str]]:
     return replace(default, **changes), arguments
 
 
-def _listing_only(names: dict[type, Sequence[str]], default: Any) -> tuple[type, Any]:
+def _listing_only(names: Mapping[type, Sequence[str]], default: Any) -> tuple[type, Any]:
     """Returns a subclass of the config's class whose parts list only the options `names`, and its default."""
     parts = {}
     for part in fields(default):
@@ -243,7 +261,7 @@ def _listing_only(names: dict[type, Sequence[str]], default: Any) -> tuple[type,
             kind = type(value)
             hints = get_type_hints(kind, include_extras=True)
             hidden: list[Any] = [
-                (option.name, tyro.conf.Suppress[hints[option.name]], option.default)
+                (option.name, Annotated[hints[option.name], tyro.conf.Suppress], option.default)
                 for option in fields(kind)
                 if option.name not in names[kind]
             ]

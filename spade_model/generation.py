@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spade_kernels import LabelMap
 from spade_kernels.condition import Segmap
 from spade_model import checkpoint
 from spade_model.config import (
@@ -26,10 +30,12 @@ from spade_model.config import (
     contradiction,
     default_data_config,
 )
-from spade_model.data import Batch, DataError, create_dataset, create_loader, load_condition
+from spade_model.data import Batch, DataError, Problem, SpadeDataset, create_dataset, load_condition
 from spade_model.data.classes import WrongIds, known_ids
-from spade_model.data.images import IMAGE_SUFFIXES, read_photograph, to_photograph
+from spade_model.data.images import IMAGE_SUFFIXES, MAX_PIXELS, read_header, read_photograph, to_photograph
 from spade_model.data.item import photograph_to_tensor
+from spade_model.data.preprocess import Fit, Geometry, fit_into
+from spade_model.data.sample import collate
 from spade_model.errors import UserError
 from spade_model.networks import SPADEGenerator, build_encoder, build_generator
 from spade_model.networks.check import check_generator
@@ -46,6 +52,8 @@ _OF_THE_MODEL = (
 
 _OF_THE_STYLE_LAYER = ("crop_size", "aspect_ratio")
 """Options that decide the size of the first layer of a model with a VAE."""
+
+_logger = logging.getLogger("spade_model")
 
 LabelFile = tuple[Path, Path | None]
 """A label image and its instance image."""
@@ -73,6 +81,12 @@ class GenerateConfig:
     """VAE models: take the style of this photograph."""
     samples: int = 1
     """VAE models: images per mask, each with its own style."""
+    size: str = ""
+    """With --label: size in pixels of the images, 640x480, or one number for the longer side; default: the mask's own.
+    Models with a VAE have one size."""
+    fit: Fit = "pad"
+    """How a mask of other proportions fits --size, or a VAE model's one size: `pad` scales it into it whole, `crop`
+    fills it with the middle, `stretch` distorts."""
     results_dir: str = "./results"
     """Folder for images and their page. They go into a new subfolder: <run>/<epoch>, then <run>/<epoch>_2 and so on."""
     how_many: int = 2**31 - 1
@@ -113,13 +127,26 @@ class LoadedModel:
             photograph = read_photograph(Path(image), *kind)
         return encoder(photograph_to_tensor(photograph).unsqueeze(0).to(self.device))
 
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the smallest image size (H, W) that is at least (height, width), or the model's `only_size`."""
+        find = getattr(self.generator, "fitting_size", None)
+        return self.data.image_size if find is None else find(height, width)
+
+    @property
+    def only_size(self) -> tuple[int, int] | None:
+        """(H, W) of all images of a model that makes one size only, with a VAE for example; otherwise None."""
+        resizable = hasattr(self.generator, "fitting_size") and not self.model.use_vae
+        return None if resizable else self.fitting_size(1, 1)
+
     @torch.no_grad()
-    def __call__(self, segmap: Segmap, z: Tensor | None = None) -> Tensor:
+    def __call__(self, segmap: Segmap, z: Tensor | None = None, *, size: tuple[int, int] | None = None) -> Tensor:
         """Returns images, float32 (N, output_nc, H, W) in [-1, 1], for a condition.
 
-        VAE models take style vectors z (N, z_dim).
+        VAE models take style vectors z (N, z_dim). `size` is (H, W), one that `fitting_size` returns; by default it is
+        that of training for SPADE generators, and the condition's for others.
         """
-        return self.generator(segmap.to(self.device), None if z is None else z.to(self.device)).float()
+        sized = {} if size is None or not isinstance(self.generator, SPADEGenerator) else {"size": size}
+        return self.generator(segmap.to(self.device), None if z is None else z.to(self.device), **sized).float()
 
 
 def generate(
@@ -129,6 +156,8 @@ def generate(
     instance: str | Path | None = None,
     style_image: str | Path | None = None,
     samples: int = 1,
+    size: tuple[int, int] | None = None,
+    fit: Fit = "pad",
     seed: int = 0,
     device: str = "auto",
     data: DataConfig | None = None,
@@ -141,6 +170,8 @@ def generate(
         label: the label image. instance: its instance image, for models trained with instances.
         style_image: a photograph that gives the style, for VAE models; without it, styles are drawn from `seed`.
         samples: number of images.
+        size: (width, height) of the images in pixels; by default that of the label image, or the model's only size.
+        fit: how a label image of other proportions is brought to that size, see `preprocess.fit_into`.
         data, model: configs that replace those of the checkpoint; for the original's files, the options that their
             weights do not determine (dataset mode, crop_size, ...).
 
@@ -148,10 +179,11 @@ def generate(
         UserError: a file is missing, damaged, of another architecture, or does not fit the model.
     """
     loaded = load_model(checkpoint_file, data, model, device=device)
+    _check_size(loaded, size)
     with _naming_known_ids(loaded.data):
-        batch = load_condition(label, loaded.data, instance)
-    bits = loaded.data.image_bits
-    return [to_image(image[0], bits) for image in _images(loaded, batch, style_image or "", samples, seed)]
+        batch = load_condition(label, loaded.data, instance, _plan(loaded, size, fit))
+    bits, style = loaded.data.image_bits, loaded.style(style_image) if style_image else None
+    return [to_image(image[0], bits) for image in _images(loaded, batch, style, samples, seed)]
 
 
 def load_model(
@@ -221,12 +253,26 @@ def _refuse_contradictions(saved: TrainConfig, data: DataConfig, model: ModelCon
             raise contradiction(path, name, trained, given[name])
 
 
-def run_generate(config: GenerateConfig) -> tuple[Path, int]:
-    """Runs `spade generate`: writes all images and their page; returns the page's path and the number of masks.
+@dataclass(frozen=True)
+class Generated:
+    """The result of `run_generate`."""
+
+    page: Path
+    masks: int
+    """Number of masks of which images were made."""
+    problems: list[Problem]
+    """The masks that could not be read."""
+
+
+def run_generate(config: GenerateConfig) -> Generated:
+    """Runs `spade generate`: writes all images and their page. Masks that cannot be read are left out.
 
     Raises:
-        UserError: see `generate`; or the results cannot be written. Images written before the error are kept.
+        UserError: see `generate`; no mask can be read; or the results cannot be written. Images written before that are
+            kept, with a page.
     """
+    check_choices(config)
+    size = _parse_size(config)
     for name in ("samples", "how_many"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least 1")
@@ -238,22 +284,44 @@ def run_generate(config: GenerateConfig) -> tuple[Path, int]:
         raise UserError(
             f"--samples {config.samples} needs a model trained with --use_vae; this one makes one image of each mask"
         )
+    style = None
     if config.style_image:
         _require_encoder(loaded, f"--style_image {config.style_image}")
+        style = loaded.style(config.style_image)
+    _check_size(loaded, size)
+    if config.label and (note := _size_note(loaded, size, config.fit, files)):
+        _logger.info("%s", note)
     run, stem = _run_and_stem(checkpoint_path(config))
     columns = ["input label", *_column_names(config)]
-    masks = itertools.count()
-    rows = (row for row, _ in zip(_rows(config, loaded, files), masks, strict=False))
-    page = write_results_page(_unused(Path(config.results_dir) / run / stem), f"{run}, {stem}", columns, rows)
-    return page, next(masks)
+    problems: list[Problem] = []
+    masks = _masks(config, loaded.data, files, _plan(loaded, size, config.fit))
+    rows = _rows(config, loaded, style, masks, problems)
+    first = next(rows, None)
+    if first is None:
+        raise UserError("\n".join(map(str, problems)))
+    folder = _unused(Path(config.results_dir) / run / stem)
+    page = write_results_page(folder, f"{run}, {stem}", columns, itertools.chain([first], rows))
+    return Generated(page, len(masks) - len(problems), problems)
 
 
-def _rows(config: GenerateConfig, loaded: LoadedModel, files: Sequence[LabelFile]) -> Iterator[PageRow]:
-    """Yields the page's rows, one per mask."""
-    for batch in _conditions(config, loaded.data, files):
+def _rows(
+    config: GenerateConfig,
+    loaded: LoadedModel,
+    style: tuple[Tensor, Tensor] | None,
+    masks: Sequence[Callable[[], Batch]],
+    problems: list[Problem],
+) -> Iterator[PageRow]:
+    """Yields the page's rows, one per mask; adds those of masks that cannot be read to `problems`."""
+    for read in masks:
+        try:
+            with _naming_known_ids(loaded.data):
+                batch = read()
+        except DataError as error:
+            problems.append(error.problem)
+            continue
         label = condition_image(batch.segmap, 0)
         pictures: list[Image.Image | None] = [label]
-        for image in _images(loaded, batch, config.style_image, config.samples, config.data.seed):
+        for image in _images(loaded, batch, style, config.samples, config.data.seed):
             pictures.append(to_image(image[0], loaded.data.image_bits))
             if config.overlay:
                 pictures.append(overlay(to_image(image[0]), label))
@@ -290,18 +358,92 @@ def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
     return config_from_dict(state["config"], str(path))
 
 
-def _conditions(config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile]) -> Iterator[Batch]:
-    """Yields the masks of the files, or of the validation split, as batches of one without photographs."""
-    with _naming_known_ids(data):
-        if config.label:
-            for label, instance in files:
-                yield load_condition(label, data, instance)
-            return
-        dataset = create_dataset(data, "val", need_images=False)
-        one = replace(data, batch_size=1, num_workers=0)
-        loader = iter(create_loader(dataset, one, shuffle=False, epoch=0, drop_last=False))
-        for _, batch in zip(range(config.how_many), loader, strict=False):
-            yield batch
+def _masks(
+    config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile], plan: Callable[[tuple[int, int]], Geometry]
+) -> list[Callable[[], Batch]]:
+    """Returns functions that read the files, or the validation split, as batches of one mask without photograph."""
+    if config.label:
+        return [partial(load_condition, label, data, instance, plan) for label, instance in files]
+    dataset = create_dataset(data, "val", need_images=False)
+    return [partial(_item, dataset, index) for index in range(min(len(dataset), config.how_many))]
+
+
+def _item(dataset: SpadeDataset, index: int) -> Batch:
+    return collate([dataset[index]], dataset.config.num_labels)
+
+
+def _plan(loaded: LoadedModel, size: tuple[int, int] | None, fit: Fit) -> Callable[[tuple[int, int]], Geometry]:
+    """Returns the function from a mask's (width, height) to its geometry; `size` is (width, height), too."""
+    box = size if loaded.only_size is None else loaded.only_size[::-1]
+    return lambda mask: fit_into(mask, box or mask, fit)
+
+
+def _parse_size(config: GenerateConfig) -> tuple[int, int] | None:
+    """Returns the (width, height) that --size says."""
+    if not config.size:
+        return None
+    if not config.label:
+        raise UserError(
+            f"--size {config.size} is for masks given by --label; those of the data set get the size that --crop_size "
+            "and --preprocess_mode say"
+        )
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", config.size)
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(
+            f"--size {config.size!r} is no size in pixels: pass WIDTHxHEIGHT, such as 640x480, or one number for the "
+            f"longer side; at most {MAX_PIXELS} pixels"
+        )
+    return width, height
+
+
+def _check_size(loaded: LoadedModel, size: tuple[int, int] | None) -> None:
+    """Raises UserError for a (width, height) that a model with one size cannot make."""
+    only = loaded.only_size
+    if size is not None and only is not None and size != only[::-1]:
+        raise UserError(
+            f"--size {_text(size)} does not fit: this model makes images of {_text(only[::-1])} only"
+            f"{_why_one_size(loaded)}; leave --size out"
+        )
+
+
+def _size_note(loaded: LoadedModel, size: tuple[int, int] | None, fit: Fit, files: Sequence[LabelFile]) -> str:
+    """Returns a line about the sizes of images whose masks differ from those of training, or from what can be made."""
+    sizes = [header[1] for label, _ in files if (header := read_header(label)) is not None]
+    trained = loaded.data.image_size[::-1]
+    if loaded.only_size is not None:
+        only = loaded.only_size[::-1]
+        if all(mask == only for mask in sizes):
+            return ""
+        how = {
+            "pad": "scaled into that whole (--fit crop fills it, --fit stretch distorts)",
+            "crop": "scaled to fill it, and cropped",
+            "stretch": "stretched to it",
+        }
+        return f"this model makes images of {_text(only)} only{_why_one_size(loaded)}; other masks are {how[fit]}"
+    made = [_plan(loaded, size, fit)(mask).result_size for mask in sizes]
+    notes = []
+    if size is None and any(image != trained for image in made):
+        longer = max(trained)
+        notes.append(
+            f"images get the sizes of their masks; the model was trained at {_text(trained)}, and --size {longer} "
+            "stays close to that"
+        )
+    if padded := [image for image in made if loaded.fitting_size(image[1], image[0]) != image[::-1]]:
+        canvas = loaded.fitting_size(padded[0][1], padded[0][0])[::-1]
+        notes.append(
+            f"the generator makes certain sizes only: for {_text(padded[0])} it makes {_text(canvas)}, with the mask's "
+            "border repeated, and the middle is kept"
+        )
+    return "; ".join(notes)
+
+
+def _why_one_size(loaded: LoadedModel) -> str:
+    return ", which the first layer of a model with a VAE fixes" if loaded.model.use_vae else ""
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 @contextmanager
@@ -334,33 +476,48 @@ def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:
     return [(file, instance / file.name if config.instance else None) for file in files]
 
 
-def _images(loaded: LoadedModel, batch: Batch, style_image: str | Path, samples: int, seed: int) -> Iterator[Tensor]:
-    """Yields `samples` images, each (1, output_nc, H, W).
+def _images(
+    loaded: LoadedModel, batch: Batch, style: tuple[Tensor, Tensor] | None, samples: int, seed: int
+) -> Iterator[Tensor]:
+    """Yields `samples` images, each (1, output_nc, H, W) for a batch of one mask (H, W).
 
-    With a style image, the first image uses the mean of its style distribution, and the others use random samples.
+    With a style, mu and logvar, the first image uses its mean, and the others use random samples.
     """
     noise = torch.Generator().manual_seed(seed)
-    if style_image:
-        mu, logvar = (t.cpu() for t in loaded.style(style_image))
+    height, width = batch.segmap.shape[-2:]
+    size = loaded.fitting_size(height, width)
+    if size[0] < height or size[1] < width:
+        raise UserError(
+            f"the mask {batch.names[0]} is {_text((width, height))} pixels after preprocessing, but the generator "
+            f"makes {_text(size[::-1])}; use --preprocess_mode fixed or resize_and_crop"
+        )
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    segmap = _extended(batch.segmap, size, top, left)
     for i in range(samples):
         z = None
         if loaded.model.use_vae:
             z = torch.randn(1, loaded.model.z_dim, generator=noise)
-            if style_image:
+            if style is not None:
+                mu, logvar = (part.cpu() for part in style)
                 z = mu + (0.5 * logvar).exp() * z * (i > 0)
-        image = loaded(batch.segmap, z)
-        _require_mask_size(image, batch)
-        yield image
+        yield loaded(segmap, z, size=size)[..., top : top + height, left : left + width]
 
 
-def _require_mask_size(image: Tensor, batch: Batch) -> None:
-    """Raises UserError if an image and its mask differ in size, because the image would be distorted."""
-    made, mask = (f"{t.shape[-1]}x{t.shape[-2]}" for t in (image, batch.segmap))
-    if made != mask:
-        raise UserError(
-            f"the mask {batch.names[0]} is {mask} pixels after preprocessing, but the generator makes {made}; "
-            "use --preprocess_mode fixed or resize_and_crop"
-        )
+def _extended(segmap: LabelMap | Tensor, size: tuple[int, int], top: int, left: int) -> LabelMap | Tensor:
+    """Returns the condition at `size` (H, W), with its first pixel at (top, left), by repeating its border."""
+    height, width = segmap.shape[-2:]
+    if size == (height, width):
+        return segmap
+    rows = (torch.arange(size[0]) - top).clamp(0, height - 1)
+    columns = (torch.arange(size[1]) - left).clamp(0, width - 1)
+
+    def extend(planes: Tensor) -> Tensor:
+        return planes[..., rows, :][..., columns]
+
+    if not isinstance(segmap, LabelMap):
+        return extend(segmap)
+    edges = None if segmap.edges is None else extend(segmap.edges)
+    return LabelMap(extend(segmap.labels), segmap.num_labels, edges)
 
 
 def _column_names(config: GenerateConfig) -> list[str]:

@@ -116,7 +116,7 @@ def _fit_channels(data: DataConfig, channels: int, usual: DataConfig, source: st
     It flips no_instance or contain_dontcare_label if needed, preferably one with the usual value.
     """
     flips = [(), ("no_instance",), ("contain_dontcare_label",), ("no_instance", "contain_dontcare_label")]
-    fitting = []
+    fitting: list[tuple[int, int, DataConfig]] = []
     for names in flips:
         other = replace(data, **{name: not getattr(data, name) for name in names})  # type: ignore[arg-type]
         if other.semantic_nc == channels:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypedDict
@@ -57,7 +58,8 @@ def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: I
     For 16-bit pictures the page shows 8-bit copies from folder/previews, which link to the pictures.
 
     File names are the captions with unsafe characters replaced, numbered where two would be equal. Files of an
-    earlier page with the same names are replaced; others are kept. `rows` is read once, so it may be a generator.
+    earlier page with the same names are replaced; others are kept. `rows` is read once, so it may be a generator. If it
+    raises, or is interrupted, the page shows the rows before that.
 
     Returns:
         The page, folder/index.html.
@@ -66,9 +68,21 @@ def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: I
         UserError: the folder cannot be written.
         ValueError: a row has more or fewer pictures than there are columns.
     """
-    saved = _save_rows(folder, "images", columns, rows)
-    section = {"heading": "", "columns": list(columns), "rows": saved}
-    return _write_page(folder, title=title, note=_count(len(saved), "image"), sections=[section])
+    saved: list[_Row] = []
+
+    def write() -> Path:
+        section = {"heading": "", "columns": list(columns), "rows": saved}
+        return _write_page(folder, title=title, note=_count(len(saved), "image"), sections=[section])
+
+    try:
+        for row in _save_rows(folder, "images", columns, rows):
+            saved.append(row)
+    except BaseException:
+        if saved:
+            with suppress(UserError):
+                write()
+        raise
+    return write()
 
 
 class SamplePage:
@@ -93,7 +107,7 @@ class SamplePage:
         Raises:
             ValueError: a row has more or fewer pictures than there are columns.
         """
-        saved = _save_rows(self._folder, _step_folder(step), columns, rows)
+        saved = list(_save_rows(self._folder, _step_folder(step), columns, rows))
         others = [sample for sample in self._samples if sample["step"] != step]
         added = _Sample(step=step, columns=list(columns), rows=saved)
         self._samples = sorted([*others, added], key=lambda sample: sample["step"])
@@ -189,19 +203,18 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _save_rows(folder: Path, pictures: str, columns: Sequence[str], rows: Iterable[PageRow]) -> list[_Row]:
+def _save_rows(folder: Path, pictures: str, columns: Sequence[str], rows: Iterable[PageRow]) -> Iterator[_Row]:
+    """Saves the pictures of each row, and then yields it."""
     taken: set[str] = set()
     folders = [f"{pictures}/{_file_name(column, taken)}" for column in columns]
     taken.clear()
-    saved: list[_Row] = []
     for caption, images in rows:
         file = _file_name(caption, taken) + ".png"
         cells = [
             None if image is None else _save_picture(folder, f"{column}/{file}", image)
             for column, image in zip(folders, images, strict=True)
         ]
-        saved.append(_Row(caption=caption, pictures=cells))
-    return saved
+        yield _Row(caption=caption, pictures=cells)
 
 
 def _save_picture(folder: Path, file: str, image: Image.Image) -> _Picture:

@@ -309,13 +309,27 @@ GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
         lambda t: ["--dataset_mode", "custom", "--crop_size", "100", "--preprocess_mode", "resize_and_crop"],
         ["100x100", "makes 96x96", "multiples of 32"],
     ),
-    "size of the mask": (
-        lambda t: [
-            *("--dataset_mode", "custom", "--label", save_labels(t / "a.png", size=(120, 100))),
-            *("--instance", save_labels(t / "b.png", size=(120, 100)), "--preprocess_mode", "none"),
-        ],
-        ["mask a is 128x96", "makes 32x32", "--preprocess_mode fixed"],
+    "crop_size": (
+        lambda t: ["--label", save_labels(t / "a.png"), "--crop_size", "64"],
+        ["--crop_size 64", "--size and --fit"],
     ),
+    "every mask of a folder": (
+        lambda t: [
+            *("--label", [save_labels(t / f"a/{number}.png", 10 - number).parent for number in (1, 2)][0]),
+            *("--instance", save_labels(t / "b/1.png").parent),
+        ],
+        ["1.png: id 9", "2.png: id 8"],
+    ),
+    "no size": (
+        lambda t: ["--label", save_labels(t / "a.png"), "--size", "12x"],
+        ["--size '12x'", "WIDTHxHEIGHT", "640x480"],
+    ),
+    "size of millions": (
+        lambda t: ["--label", save_labels(t / "a.png"), "--size", "99999"],
+        ["--size '99999'", "at most"],
+    ),
+    "size without label": (lambda t: ["--size", "64"], ["--size 64", "--label", "--crop_size"]),
+    "fit": (lambda t: ["--fit", "squash"], ["squash", "pad", "crop", "stretch"]),
     "no samples": (lambda t: ["--samples", "0"], ["--samples 0", "at least 1"]),
     "epoch missing": (lambda t: ["--which_epoch", "9"], ["9.safetensors", "--which_epoch", "--checkpoint"]),
     "another model": (lambda t: ["--ngf", "4"], ["latest.safetensors was trained with --ngf 2, not with --ngf 4"]),

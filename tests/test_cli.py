@@ -35,8 +35,8 @@ TRAIN = """
     tensorboard
 """
 GENERATE = """
-    name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples results_dir how_many
-    overlay device
+    name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples size fit results_dir
+    how_many overlay device
 """
 USED_TO_GENERATE = """
     dataset_mode dataroot label_dir instance_dir no_pairing_check max_dataset_size seed label_nc contain_dontcare_label

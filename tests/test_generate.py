@@ -230,6 +230,85 @@ def test_generate_command_on_folders(vae_run, label_files, capsys):
     assert len(list(page.parent.rglob("*.png"))) == 2 * 5, "label, two images, two overlays of two masks"
 
 
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A run without a VAE, trained at 32x32."""
+    return spade_model.train(small_config(tmp_path_factory.mktemp("plain"), max_steps=2, data={"no_instance": True}))
+
+
+def save_mask(path: Path, size: tuple[int, int], ids: int = 7) -> Path:
+    """Left third, middle and right third of different classes."""
+    path.parent.mkdir(exist_ok=True)
+    columns = np.arange(size[0]) * ids // size[0]
+    Image.fromarray(np.tile(columns.astype(np.uint8), (size[1], 1))).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "made"),
+    [
+        (None, "pad", (80, 50)),
+        ((64, 64), "pad", (64, 40)),
+        ((64, 64), "crop", (64, 64)),
+        ((64, 96), "stretch", (64, 96)),
+        ((30, 30), "pad", (30, 19)),
+    ],
+)
+def test_sizes_without_a_vae(plain_run, tmp_path, size, fit, made):
+    mask = save_mask(tmp_path / "a.png", (80, 50))
+    assert spade_model.generate(plain_run / "latest.safetensors", mask, size=size, fit=fit)[0].size == made
+
+
+@pytest.mark.parametrize(("fit", "made"), [("pad", (32, 20)), ("crop", (32, 32)), ("stretch", (32, 32))])
+def test_sizes_with_a_vae(vae_run, tmp_path, fit, made):
+    where = {"label": save_mask(tmp_path / "a.png", (80, 50)), "instance": save_mask(tmp_path / "b.png", (80, 50))}
+    assert spade_model.generate(vae_run / "latest.safetensors", **where, fit=fit)[0].size == made
+    with pytest.raises(UserError, match=r"--size 64x64 does not fit: this model makes images of 32x32 only, .*VAE"):
+        spade_model.generate(vae_run / "latest.safetensors", **where, size=(64, 64))
+
+
+def test_a_mask_of_another_size_is_generated_as_by_a_generator_of_that_size(plain_run, tmp_path):
+    """The border of 80x50 is repeated to 96x64, the next multiples of 32, and cut off again."""
+    file, mask = plain_run / "latest.safetensors", save_mask(tmp_path / "a.png", (80, 50))
+    loaded = spade_model.load_model(file)
+    larger = build_generator(replace(loaded.data, crop_size=96, aspect_ratio=1.5), loaded.model).eval()
+    larger.load_state_dict({**larger.state_dict(), **loaded.generator.train().state_dict()})
+    labels = np.pad(np.asarray(Image.open(mask)), ((7, 7), (8, 8)), mode="edge")
+    larger.eval().freeze()
+    with torch.no_grad():
+        whole = larger(torch.from_numpy(labels.astype(np.int64))[None])
+    expected = np.asarray(to_image(whole[0, :, 7:57, 8:88]))
+    assert (np.asarray(spade_model.generate(file, mask)[0]) == expected).all()
+
+
+def test_a_folder_of_mixed_sizes_with_bad_files(plain_run, tmp_path, spade, caplog):
+    save_mask(tmp_path / "masks/a.png", (80, 50))
+    save_mask(tmp_path / "masks/b.png", (32, 32))
+    save_mask(tmp_path / "masks/c.png", (80, 50), ids=9)
+    (tmp_path / "masks/d.png").write_text("hello")
+    command = ["generate", "--name", "run", "--checkpoints_dir", plain_run.parent, "--label", tmp_path / "masks"]
+    with caplog.at_level("INFO", "spade_model"):
+        done = spade(*command, "--results_dir", tmp_path / "out")
+    assert done.status == 2
+    page = tmp_path / "out/run/latest/index.html"
+    lines = done.out.splitlines()
+    assert [line.split(": ")[1] for line in lines[:2]] == [str(tmp_path / f"masks/{name}.png") for name in "cd"]
+    assert "The model knows the ids 0..6" in lines[0]
+    assert "not a readable" in lines[1]
+    assert lines[2:] == [f"2 images of 2 masks, and their page: {page}", "2 masks could not be read"]
+    made = {path.name: Image.open(path).size for path in (page.parent / "images/synthesized_image").iterdir()}
+    assert made == {"a.png": (80, 50), "b.png": (32, 32)}
+    assert len(caplog.messages) == 1
+    assert "the model was trained at 32x32, and --size 32 stays close" in caplog.messages[0]
+    assert "for 80x50 it makes 96x64" in caplog.messages[0]
+
+
+def test_instances_get_the_size_of_their_mask(tmp_path, label_files):
+    run = spade_model.train(small_config(tmp_path, max_steps=1))
+    where = {"label": save_mask(tmp_path / "a.png", (80, 50)), "instance": save_mask(tmp_path / "b.png", (80, 50), 3)}
+    assert spade_model.generate(run / "latest.safetensors", **where)[0].size == (80, 50)
+
+
 def test_results_never_mix(vae_run, label_files, capsys):
     """Runs with checkpoints of the same name, and a second run of the same: each has a folder of its own."""
     other = shutil.copytree(vae_run, label_files / "other")

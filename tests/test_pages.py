@@ -85,6 +85,16 @@ def test_rows_may_come_from_a_generator(tmp_path):
     assert len(page.pictures()) == 5
 
 
+def test_rows_before_an_interruption_have_their_page(tmp_path):
+    def rows():
+        yield "a", [picture(1)]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_results_page(tmp_path, "t", ["x"], rows())
+    assert Page(tmp_path / "index.html").shades() == [1]
+
+
 def test_an_empty_page(tmp_path):
     assert "0 images" in Page(write_results_page(tmp_path, "t", COLUMNS, [])).texts
 

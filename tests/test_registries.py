@@ -117,7 +117,7 @@ def test_both_from_training_to_images(spade, tmp_path):
     assert (type(loaded.generator), loaded.generator.depth) == (Painter, 2)
     label = tmp_path / "label.png"
     Image.fromarray(np.zeros((40, 30), np.uint8)).save(label)
-    assert spade_model.generate(tmp_path / "run" / "latest.safetensors", label)[0].size == (16, 16)
+    assert spade_model.generate(tmp_path / "run" / "latest.safetensors", label)[0].size == (12, 16)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from spade_model.config import DataConfig, check_choices
 from spade_model.data.folders import find_items
 from spade_model.data.item import ItemFiles, read_sample
+from spade_model.data.preprocess import Geometry, plan_geometry
 from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import ITEM_AUGMENTATION, random_stream
 from spade_model.errors import UserError
@@ -61,7 +63,8 @@ class FolderDataset(SpadeDataset):
         return len(self.items)
 
     def sample(self, index: int, random: np.random.Generator | None) -> Sample:
-        return read_sample(self.items[index], self.config, random)
+        files = self.items[index]
+        return read_sample(files, self.config, lambda size: plan_geometry(size, self.config, random, files.label))
 
 
 def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) -> SpadeDataset:
@@ -76,12 +79,19 @@ def create_dataset(config: DataConfig, split: str, *, need_images: bool = True) 
     return (DATASETS[config.dataset_mode].create or FolderDataset)(config, split, need_images=need_images)
 
 
-def load_condition(label: str | Path, config: DataConfig, instance: str | Path | None = None) -> Batch:
+def load_condition(
+    label: str | Path,
+    config: DataConfig,
+    instance: str | Path | None = None,
+    plan: Callable[[tuple[int, int]], Geometry] | None = None,
+) -> Batch:
     """Reads a label image (an RGB image if label_nc is 0) and its instance image as a batch of one without photograph.
 
-    The images are preprocessed like validation items; for a data set without files, they are resized to the size of
-    generated images. Raises UserError for bad files, when `instance` is missing although the configuration uses
-    instances, and when `instance` is given although the configuration does not use them.
+    `plan` returns the geometry for the (width, height) of the files. By default they are preprocessed like validation
+    items, or, for a data set without files, resized to the size of generated images.
+
+    Raises UserError for bad files, when `instance` is missing although the configuration uses instances, and when
+    `instance` is given although the configuration does not use them.
     """
     check_config(config)
     if instance is None and not config.no_instance:
@@ -95,10 +105,11 @@ def load_condition(label: str | Path, config: DataConfig, instance: str | Path |
             f"--instance {instance} needs a model that takes instance boundaries; this one was trained with "
             "--no_instance: leave --instance out"
         )
-    if DATASETS[config.dataset_mode].layout is None:
-        config = replace(config, preprocess_mode="fixed")
     files = ItemFiles(Path(label), None, None if instance is None else Path(instance))
-    return collate([read_sample(files, config, None)], config.num_labels)
+    has_files = DATASETS[config.dataset_mode].layout is not None
+    usual = config if has_files else replace(config, preprocess_mode="fixed")
+    sample = read_sample(files, config, plan or (lambda size: plan_geometry(size, usual, None, files.label)))
+    return collate([sample], config.num_labels)
 
 
 def check_config(config: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from spade_kernels.label_map import instance_edges
 from spade_model.config import DataConfig
 from spade_model.data.classes import to_classes
 from spade_model.data.images import FULL_16, orientation, read_ids, read_photograph
-from spade_model.data.preprocess import Geometry, plan_geometry
+from spade_model.data.preprocess import Geometry
 from spade_model.data.problem import data_error
 from spade_model.data.sample import Sample
 
@@ -49,10 +50,13 @@ def require_size(size: tuple[int, int], path: Path, label_size: tuple[int, int],
         raise data_error(path, what, fix)
 
 
-def read_sample(files: ItemFiles, config: DataConfig, random: np.random.Generator | None) -> Sample:
-    """Reads and preprocesses an item; `random` is passed to `plan_geometry`. Raises DataError for bad files."""
+def read_sample(files: ItemFiles, config: DataConfig, plan: Callable[[tuple[int, int]], Geometry]) -> Sample:
+    """Reads and preprocesses an item. `plan` returns the geometry for the (width, height) of its files.
+
+    Raises DataError for bad files.
+    """
     condition = read_condition(files.label, config)
-    geometry = plan_geometry(condition.size, config, random, files.label)
+    geometry = plan(condition.size)
     edges = image = None
     if files.instance is not None:
         instances = read_instances(files.instance)

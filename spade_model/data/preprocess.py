@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,9 @@ _SIZE_MULTIPLE = 32
 
 _LARGEST_LOAD_SIZE = 2**24
 
+Fit = Literal["pad", "crop", "stretch"]
+"""How an image of other proportions is brought into a box."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -30,6 +34,14 @@ class Geometry:
     flip: bool
     """Flip left to right, after the crop."""
 
+    @property
+    def result_size(self) -> tuple[int, int]:
+        """(width, height) of the result."""
+        if self.crop is None:
+            return self.size
+        left, top, right, bottom = self.crop
+        return right - left, bottom - top
+
     def apply(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         """Returns the resized, cropped and flipped image. Ids need NEAREST, photographs BICUBIC."""
         if image.size != self.size:
@@ -37,6 +49,25 @@ class Geometry:
         if self.crop is not None:
             image = image.crop(self.crop)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+
+def fit_into(size: tuple[int, int], box: tuple[int, int], fit: Fit) -> Geometry:
+    """Returns the geometry that brings an image of `size` into a box; both are (width, height).
+
+    With "pad" the image is scaled until it touches the box from inside, so one side can be shorter than the box's.
+    With "crop" it is scaled until it fills the box, and its middle is kept. With "stretch" it takes on the box's
+    proportions.
+    """
+    if fit == "stretch":
+        return Geometry(box, None, False)
+    scales = [inner / side for inner, side in zip(box, size, strict=True)]
+    scale = min(scales) if fit == "pad" else max(scales)
+    width, height = (max(1, round(side * scale)) for side in size)
+    if fit == "pad":
+        return Geometry((min(width, box[0]), min(height, box[1])), None, False)
+    scaled = max(width, box[0]), max(height, box[1])
+    left, top = _crop_corner(scaled[0] - box[0], scaled[1] - box[1], None)
+    return Geometry(scaled, (left, top, left + box[0], top + box[1]), False)
 
 
 def plan_geometry(

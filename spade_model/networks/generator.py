@@ -116,24 +116,29 @@ class SPADEGenerator(nn.Module):
             self.up_4 = block(ngf, ngf // 2)
             last = ngf // 2
         self.conv_img = Conv2d(last, output_nc, 3, padding=1)
+        self._least_pixels = 2 if "instance" in norm_G else 1
         self.kernel_size: int = self.head_0.norm_0.mlp_gamma.kernel_size[0]
         """Kernel size of the SPADE layers' convolutions at construction."""
 
-    def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, segmap: Segmap, z: torch.Tensor | None = None, *, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Returns images (N, output_nc, H, W) in [-1, 1].
 
         Args:
             segmap: LabelMap, integer label map (N, H, W), or float (N, semantic_nc, H, W); each layer
                 resizes it to the size of its input.
             z: (N, z_dim) style vectors with `use_vae`; drawn from a standard normal when None.
+            size: (H, W), one that `fitting_size` returns; by default the size at construction.
 
         Raises:
-            TypeError, ValueError: the segmap (see `as_condition`) or z does not fit.
+            TypeError, ValueError: the segmap (see `as_condition`), z or the size does not fit.
         """
         segmap = as_condition(segmap, self.semantic_nc)
+        start = self.start_size if size is None else self._start_of(size)
         if isinstance(segmap, LabelMap):
-            segmap.prepare(self.resolutions(), self.kernel_size, gradients=False)
-        x = self.head_0(self._start(segmap, z), segmap)
+            segmap.prepare(self._resolutions(start), self.kernel_size, gradients=False)
+        x = self.head_0(self._start(segmap, z, start), segmap)
         x = self.G_middle_0(x, segmap, upsample=2)
         x = self.G_middle_1(x, segmap, upsample=1 if self.num_upsampling_layers == "normal" else 2)
         for block in (self.up_0, self.up_1, self.up_2, self.up_3):
@@ -146,9 +151,31 @@ class SPADEGenerator(nn.Module):
         """Sets eval mode, folds spectral norm and packs weights. `train()` undoes it; see `spade_kernels.freeze`."""
         freeze(self)
 
-    def _start(self, segmap: Segmap, z: torch.Tensor | None) -> torch.Tensor:
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the smallest image size (H, W) that the network can make and that is at least (height, width).
+
+        With `use_vae` the first layer fixes the size, which is returned whatever height and width are.
+        """
+        step = 2 ** DOUBLINGS[self.num_upsampling_layers]
+        if self.use_vae:
+            rows, columns = self.start_size
+        else:
+            rows, columns = -(-height // step), -(-width // step)
+            # Instance norm has no variance of a single pixel.
+            columns = max(columns, -(-self._least_pixels // rows))
+        return rows * step, columns * step
+
+    def _start_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.fitting_size(*size) != tuple(size):
+            raise ValueError(
+                f"size must be one that fitting_size returns, such as {self.fitting_size(*size)}, got {size}"
+            )
+        step = 2 ** DOUBLINGS[self.num_upsampling_layers]
+        return size[0] // step, size[1] // step
+
+    def _start(self, segmap: Segmap, z: torch.Tensor | None, start: tuple[int, int]) -> torch.Tensor:
         if not self.use_vae:
-            return self._downsampled(segmap)
+            return self._downsampled(segmap, start)
         count = len(segmap)
         if z is None:
             z = torch.randn(count, self.z_dim, device=segmap.device)
@@ -158,16 +185,19 @@ class SPADEGenerator(nn.Module):
             )
         return self.fc(z).view(count, -1, *self.start_size)
 
-    def _downsampled(self, segmap: Segmap) -> torch.Tensor:
+    def _downsampled(self, segmap: Segmap, start: tuple[int, int]) -> torch.Tensor:
         if keeps_size(self.fc):
             padding = self.fc.kernel_size[0] // 2
-            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=padding, size=self.start_size)
+            return conv2d(segmap, self.fc.weight, self.fc.bias, padding=padding, size=start)
         planes = as_planes(segmap, parameter_dtype([self.fc], torch.float32))
-        return self.fc(F.interpolate(planes, self.start_size))
+        return self.fc(F.interpolate(planes, start))
 
     def resolutions(self) -> list[tuple[int, int]]:
         """Returns (height, width) of every feature map that SPADE layers modulate, smallest first."""
-        height, width = self.start_size
+        return self._resolutions(self.start_size)
+
+    def _resolutions(self, start: tuple[int, int]) -> list[tuple[int, int]]:
+        height, width = start
         return [(height << n, width << n) for n in range(DOUBLINGS[self.num_upsampling_layers] + 1)]
 
 

@@ -61,6 +61,7 @@ class Pix2PixHDGenerator(nn.Module):
         border = resnet_initial_kernel_size // 2
         # The blocks' input must be larger than their reflection padding, and have more than one pixel to normalize.
         in_blocks = max(1, resnet_kernel_size // 2)
+        self._step = 2**resnet_n_downsample
         self.least_side = max(border, in_blocks * 2**resnet_n_downsample) + 1
         first = nn.Conv2d(semantic_nc, ngf, resnet_initial_kernel_size)
         layers: list[nn.Module] = [nn.ReflectionPad2d(border), normalized(first, norm_G), nn.ReLU()]
@@ -75,6 +76,13 @@ class Pix2PixHDGenerator(nn.Module):
             width //= 2
         layers += [nn.ReflectionPad2d(border), nn.Conv2d(width, output_nc, resnet_initial_kernel_size), nn.Tanh()]
         self.model = nn.Sequential(*layers)
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the smallest image size (H, W) that the network can make and that is at least (height, width)."""
+        return self._fitting_side(height), self._fitting_side(width)
+
+    def _fitting_side(self, side: int) -> int:
+        return -(-max(side, self.least_side) // self._step) * self._step
 
     def forward(self, segmap: Segmap, z: torch.Tensor | None = None) -> torch.Tensor:
         """Returns images (N, output_nc, H, W) in [-1, 1]. `z` is ignored; SPADEGenerator has the same signature.
