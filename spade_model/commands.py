@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -24,7 +25,8 @@ from spade_model.config import (
     default_train_config,
     load_config,
 )
-from spade_model.data import DATASETS, check_dataset
+from spade_model.data import DATASETS, inspect_dataset
+from spade_model.data.problem import grouped
 from spade_model.errors import UserError
 from spade_model.generation import GenerateConfig, checkpoint_path, run_generate, saved_config
 from spade_model.training import train
@@ -177,23 +179,20 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _check_split(data: DataConfig, split: str) -> int:
-    """Prints the problems of a split and returns the number of errors."""
-    items = 0
-
-    def progress(reports: Iterable[Any], total: int) -> Iterable[Any]:
-        nonlocal items
-        items = total
-        return tqdm(reports, total=total, desc=split, disable=None)
-
-    problems = check_dataset(data, split, progress=progress)
-    for problem in problems:
-        print(f"{'warning' if problem.is_warning else 'error'}: {problem}")
-    needed = [problem.label_nc for problem in problems if problem.label_nc]
-    if len(needed) > 1:
-        print(f"{split}: {len(needed)} label images have ids that are too large; --label_nc {max(needed)} fits all")
-    found = _count(len(problems), "problem") if problems else "no problems"
-    print(f"{split}: {found}" + (f" in {_count(items, 'item')}" if items else ""))
-    return sum(not problem.is_warning for problem in problems)
+    """Prints the ids and the problems of a split and returns the number of errors."""
+    found = inspect_dataset(data, split, progress=partial(tqdm, desc=split, disable=None))
+    if found.ids:
+        total = sum(entry.pixels for entry in found.ids.values())
+        print(
+            f"{split}: {_count(len(found.ids), 'id')} in {_count(found.label_images, 'label image')}, share of pixels:"
+        )
+        for number, entry in found.ids.items():
+            print(f"{number:7} {entry.pixels / total:8.2%}  in {_count(entry.images, 'image')}")
+    for line in grouped(found.problems):
+        print(line)
+    said = _count(len(found.problems), "problem") if found.problems else "no problems"
+    print(f"{split}: {said}" + (f" in {_count(found.items, 'item')}" if found.items else ""))
+    return sum(not problem.is_warning for problem in found.problems)
 
 
 def _translate(arguments: list[str]) -> list[str]:

@@ -315,7 +315,7 @@ GENERATE: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
     ),
     "every mask of a folder": (
         lambda t: [
-            *("--label", [save_labels(t / f"a/{number}.png", 10 - number).parent for number in (1, 2)][0]),
+            *("--label", (save_labels(t / "a/1.png", 9).parent, save_labels(t / "a/2.png", 8))[0]),
             *("--instance", save_labels(t / "b/1.png").parent),
         ],
         ["1.png: id 9", "2.png: id 8"],

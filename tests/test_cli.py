@@ -258,14 +258,21 @@ def test_doctor_reads_custom_data_once_and_sums_up(spade, tmp_path):
     data += ["--output_nc", 1]
     result = spade("doctor", *data, "--no_instance")
     assert result.status == 2
-    assert result.out.splitlines()[2:] == [
-        "train: 2 label images have ids that are too large; --label_nc 41 fits all",
-        "train: 2 problems in 3 items",
+    lines = result.out.splitlines()
+    assert lines[:5] == [
+        "train: 3 ids in 3 label images, share of pixels:",
+        *(f"{number:7}   33.33%  in 1 image" for number in (1, 20, 40)),
+        "error in 2 places: Set --label_nc to at least 41, or correct the image:",
     ]
-    assert spade("doctor", *data, "--no_instance", "--label_nc", 41).out == "train: no problems in 3 items\n"
+    assert [line.partition(": ")[0] for line in lines[5:7]] == [f"    {tmp_path}/masks/{name}.png" for name in "bc"]
+    assert lines[7].startswith("warning: the ids have gaps: 3 of 0..40 occur. ")
+    assert lines[8:] == ["train: 3 problems in 3 items"]
+    save_picture(tmp_path / "masks/b.png", value=0)
+    save_picture(tmp_path / "masks/c.png", value=2)
+    assert spade("doctor", *data, "--no_instance").out.splitlines()[-1] == "train: no problems in 3 items"
     (tmp_path / "masks/a.png").unlink()
     save_picture(tmp_path / "masks/sub/a.png")
-    assert_refused(spade("doctor", *data, "--no_instance"), f"subfolder, {tmp_path}/photos/sub/a.*", "4 problems")
+    assert_refused(spade("doctor", *data, "--no_instance"), f"subfolder, {tmp_path}/photos/sub/a.*", "2 problems")
 
 
 def test_doctor_says_all_that_the_options_lack(spade):

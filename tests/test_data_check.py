@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from spade_model.config import DataConfig, default_data_config
-from spade_model.data import Problem, check_dataset, create_dataset
+from spade_model.data import Problem, check_dataset, create_dataset, inspect_dataset
 from spade_model.data import images as image_reading
+from spade_model.data.plausibility import closing_map, common_factor, is_antialiased
+from spade_model.data.problem import grouped
 from spade_model.errors import UserError
 
 SIZE = (40, 40)
@@ -404,8 +406,93 @@ class TestCheckDataset:
                 seen.append(total)
                 yield item
 
-        check_dataset(make_coco(tmp_path, 3), "train", progress=progress)
+        inspect_dataset(make_coco(tmp_path, 3), "train", progress=progress)
         assert seen == [3, 3, 3]
+
+
+def disc(low: int, high: int, *, smooth: bool) -> np.ndarray:
+    """A disc of one id on another, (40, 40), with or without interpolated ids at its border."""
+    large = np.where(np.hypot(*np.mgrid[-80:80, -80:80]) < 50, high, low).astype(np.uint8)
+    return np.asarray(Image.fromarray(large).resize(SIZE, Image.Resampling.BOX if smooth else Image.Resampling.NEAREST))
+
+
+def custom_masks(root: Path, *masks: np.ndarray, **options) -> DataConfig:
+    for number, mask in enumerate(masks):
+        save(root / f"masks/{number}.png", mask)
+        save(root / f"photos/{number}.png", rgb())
+    folders = {"label_dir": str(root / "masks"), "image_dir": str(root / "photos")}
+    small = {"no_instance": True, "load_size": 36, "crop_size": 32}
+    return replace(default_data_config("custom"), **folders, **small, **options)
+
+
+class TestPlausibility:
+    def test_ids_and_their_share(self, tmp_path):
+        found = inspect_dataset(custom_masks(tmp_path, ids_with(3), ids(5), label_nc=6), "train")
+        assert {number: (entry.pixels, entry.images) for number, entry in found.ids.items()} == {
+            3: (1, 1),
+            5: (3199, 2),
+        }
+        assert (found.items, found.label_images) == (2, 2)
+
+    def test_antialiased_masks(self, tmp_path):
+        config = custom_masks(tmp_path, disc(0, 200, smooth=True), disc(0, 200, smooth=False), disc(0, 1, smooth=False))
+        smooth, *crisp = check_dataset(config, "train")
+        assert "id 200 at pixel" in smooth.what
+        assert "anti-aliased" in smooth.fix
+        assert (smooth.label_nc, crisp[0].is_warning) == (0, False)
+        assert "multiples of 200: divide them by 200" in crisp[0].fix
+
+        warnings = check_dataset(replace(config, label_nc=201), "train")
+        assert "is anti-aliased (1 label image(s)" in warnings[0].what
+        assert "2 of 0..200" not in str(warnings)
+        assert "If the others do not exist, map 0..1 -> 0..1, 200 -> 2, and pass --label_nc 3" in warnings[1].fix
+        assert all(problem.is_warning for problem in warnings)
+
+    def test_real_masks_are_not_antialiased(self, coco_dir):
+        for path in sorted(coco_dir.glob("*_label/*.png")):
+            with Image.open(path) as mask:
+                assert not is_antialiased(np.asarray(mask)), path
+                smooth = mask.resize((300, 200), Image.Resampling.BILINEAR)
+            assert is_antialiased(np.asarray(smooth)), path
+
+    @pytest.mark.parametrize(
+        ("masks", "options", "words"),
+        [
+            ([disc(0, 255, smooth=False)], {"contain_dontcare_label": True}, ["0 and 255 only", "--label_nc 2"]),
+            ([disc(0, 255, smooth=False)], {}, ["id 255", "save white as 1", "--contain_dontcare_label"]),
+            ([disc(0, 1, smooth=False).astype(np.uint16) * 256], {}, ["id 256", "multiples of 256"]),
+            ([disc(1, 2, smooth=False).astype(np.uint16) * 257], {}, ["id 514", "multiples of 257"]),
+            ([disc(0, 4, smooth=False), ids(8)], {}, ["multiples of 4", "Divide them by 4", "--label_nc 3"]),
+            ([disc(0, 7, smooth=False), ids(8)], {}, ["3 of 0..8 occur", "map 0 -> 0, 7..8 -> 1..2", "--label_nc 3"]),
+        ],
+    )
+    def test_ids_of_another_meaning(self, tmp_path, masks, options, words):
+        found = "\n".join(map(str, check_dataset(custom_masks(tmp_path, *masks, **options), "train")))
+        assert [word for word in words if word not in found] == [], found
+
+    def test_plausible_ids(self, tmp_path):
+        assert check_dataset(custom_masks(tmp_path, disc(0, 2, smooth=False), ids(1)), "train") == []
+
+    @pytest.mark.parametrize(
+        ("numbers", "factor"),
+        [([0, 40, 80], 40), ([5, 200], 1), ([20], 1), ([256], 256), ([0, 255], 1), ([], 1), ([0], 1), ([3, 6, 255], 3)],
+    )
+    def test_common_factor(self, numbers, factor):
+        assert common_factor(numbers) == factor
+
+    def test_closing_map(self):
+        assert closing_map([7, 8, 9, 0, 33]) == "0 -> 0, 7..9 -> 1..3, 33 -> 4"
+
+    def test_equal_problems_share_a_line(self):
+        problems = [Problem(Path(f"{n}.png"), f"id {n}", f"Set --label_nc to {n}", label_nc=n) for n in (20, 30, 25)]
+        lines = grouped([*problems, Problem(Path("a"), "odd", "Look", True)])
+        assert lines == [
+            "error in 3 places: Set --label_nc to 30:",
+            *(f"    {n}.png: id {n}" for n in (20, 30, 25)),
+            "warning: a: odd. Look.",
+        ]
+        many = grouped([problems[0]] * 25)
+        assert (len(many), many[-1]) == (12, "    ... and 15 more")
 
 
 def assert_found(problems: list[Problem], expected: list[tuple[Path, str, bool]]) -> None:

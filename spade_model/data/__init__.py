@@ -1,6 +1,6 @@
 """Data sets, batches and the check of a data set."""
 
-from spade_model.data.check import check_dataset
+from spade_model.data.check import check_dataset, inspect_dataset
 from spade_model.data.dataset import FolderDataset, SpadeDataset, create_dataset, load_condition
 from spade_model.data.layouts import ADE20K, CITYSCAPES, COCO, CUSTOM, FACADES, FileGroup, Layout
 from spade_model.data.loader import Loader, create_loader
@@ -34,5 +34,6 @@ __all__ = [
     "check_dataset",
     "create_dataset",
     "create_loader",
+    "inspect_dataset",
     "load_condition",
 ]

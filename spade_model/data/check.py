@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from spade_model.config import DataConfig
+from spade_model.data.classes import to_classes
 from spade_model.data.dataset import check_config
 from spade_model.data.folders import list_files
 from spade_model.data.images import (
@@ -23,9 +24,11 @@ from spade_model.data.images import (
     WIDE_MODES,
     orientation,
     read_header,
+    read_ids,
     read_photograph,
 )
-from spade_model.data.item import ItemFiles, read_condition, read_instances, require_size
+from spade_model.data.item import ItemFiles, read_instances, require_size
+from spade_model.data.plausibility import NOT_ANTIALIASED, doubt, is_antialiased
 from spade_model.data.preprocess import plan_geometry
 from spade_model.data.problem import DataError, Problem
 from spade_model.errors import UserError
@@ -34,15 +37,41 @@ from spade_model.registry import DATASETS
 _Result = TypeVar("_Result")
 
 
-def check_dataset(
+@dataclass
+class FoundId:
+    """The pixels with an id, and the label images that have such pixels."""
+
+    pixels: int = 0
+    images: int = 0
+
+
+@dataclass
+class Findings:
+    """What is in a split of a data set."""
+
+    problems: list[Problem] = field(default_factory=list)
+    """All problems, warnings last."""
+    items: int = 0
+    label_images: int = 0
+    """Number of label images that hold ids, without those that are anti-aliased."""
+    ids: dict[int, FoundId] = field(default_factory=dict)
+    """The ids in these label images as stored, in ascending order."""
+
+
+def check_dataset(config: DataConfig, split: str, *, need_images: bool = True) -> list[Problem]:
+    """Returns the problems that `inspect_dataset` finds; the list is empty if there are none."""
+    return inspect_dataset(config, split, need_images=need_images).problems
+
+
+def inspect_dataset(
     config: DataConfig,
     split: str,
     *,
     need_images: bool = True,
     num_threads: int = 8,
     progress: Callable[..., Iterable[Any]] | None = None,
-) -> list[Problem]:
-    """Returns all problems of the split "train" or "val", warnings last; the list is empty if there are none.
+) -> Findings:
+    """Reads all files of the split "train" or "val"; returns all problems, and the ids that the label images hold.
 
     Args:
         need_images: also check photographs and their pairing; otherwise only labels and instances are checked.
@@ -54,10 +83,11 @@ def check_dataset(
     try:
         check_config(config)
         if DATASETS[config.dataset_mode].layout is None:
-            return []
+            return Findings()
         listing = list_files(config, split, need_images=need_images)
     except UserError as error:
-        return [Problem(None, str(error).rstrip("."), "Correct the options"), *_missing_folders(config)]
+        return Findings([Problem(None, str(error).rstrip("."), "Correct the options"), *_missing_folders(config)])
+    found = Findings(items=len(listing.items))
     problems = listing.problems + [_stray(path) for path in listing.strays]
     remarks: dict[str, list[Path]] = {}
     brightest = (-1.0, Path())
@@ -69,12 +99,20 @@ def check_dataset(
             problems += report.problems
             for remark, path in report.remarks:
                 remarks.setdefault(remark, []).append(path)
+            found.label_images += bool(report.ids)
+            for number, pixels in report.ids.items():
+                entry = found.ids.setdefault(number, FoundId())
+                entry.pixels, entry.images = entry.pixels + pixels, entry.images + 1
             if files.image is not None:
                 brightest = max(brightest, (report.brightest, files.image))
     problems += [_warning(remark, remarks[remark]) for remark in _WARNINGS if remark in remarks]
     if 0 <= brightest[0] < (FULL_16 + 1) // 4:
         problems.append(_dark_warning(*brightest))
-    return sorted(problems, key=lambda problem: problem.is_warning)
+    if found.ids and (warning := doubt(found.ids, config)):
+        problems.append(warning)
+    found.ids = dict(sorted(found.ids.items()))
+    found.problems = sorted(problems, key=lambda problem: problem.is_warning)
+    return found
 
 
 @dataclass
@@ -84,6 +122,8 @@ class _Report:
     problems: list[Problem] = field(default_factory=list)
     remarks: list[tuple[str, Path]] = field(default_factory=list)
     """Keys of `_WARNINGS` and the files they apply to."""
+    ids: dict[int, int] = field(default_factory=dict)
+    """The number of pixels of each id in the label file; empty if it has none or is anti-aliased."""
     brightest: float = -1
     """The highest level of the photograph with image_bits 16; otherwise -1."""
 
@@ -98,7 +138,10 @@ class _Report:
 
 def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
     report = _Report()
-    report.attempt(partial(read_condition, files.label, config))
+    if config.label_nc:
+        _look_at_ids(files.label, config, report)
+    else:
+        report.attempt(partial(read_photograph, files.label))
     # Mode and size come from the header, so that sizes are checked even if the ids are bad.
     mode, size = read_header(files.label) or ("", None)
     if mode == "P" and config.label_nc:
@@ -118,6 +161,18 @@ def _check_item(files: ItemFiles, config: DataConfig, split: str) -> _Report:
     turned = [path for path in (files.label, files.instance, files.image) if path and orientation(path) != 1]
     report.remarks += [("turned", path) for path in turned]
     return report
+
+
+def _look_at_ids(path: Path, config: DataConfig, report: _Report) -> None:
+    """Counts the ids of a label file, and adds a remark if they are those of an anti-aliased image."""
+    ids = report.attempt(partial(read_ids, path))
+    if ids is None:
+        return
+    is_readable = report.attempt(partial(to_classes, ids, config, path)) is not None
+    if not is_antialiased(ids):
+        report.ids = dict(zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True))
+    elif is_readable:
+        report.remarks.append(("anti-aliased", path))
 
 
 def _look_at_photograph(photograph: Image.Image, path: Path, config: DataConfig, report: _Report) -> None:
@@ -145,6 +200,10 @@ def _stray(path: Path) -> Problem:
 
 
 _WARNINGS = {
+    "anti-aliased": (
+        "is anti-aliased ({} label image(s) in total): its borders have ids between those on either side",
+        NOT_ANTIALIASED,
+    ),
     "palette": (
         "has a palette ({} label image(s) in total): the palette's indexes are used as ids",
         "Check that the indexes, not the colours, are the classes",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +25,35 @@ class Problem:
     label_nc: int = 0
     """The smallest --label_nc that includes all ids of the file, if this would fix the problem; otherwise 0."""
 
+    @property
+    def kind(self) -> str:
+        """ "warning" or "error"."""
+        return "warning" if self.is_warning else "error"
+
     def __str__(self) -> str:
         where = "" if self.path is None else f"{self.path}: "
         return f"{where}{self.what}. {self.fix}."
+
+
+_SHOWN_OF_A_GROUP = 10
+
+
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """Returns lines that list the problems; those with the same fix, but for its numbers, share one."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.kind, re.sub(r"\d+", "#", problem.fix)), []).append(problem)
+    lines = []
+    for (kind, _), group in groups.items():
+        if len(group) == 1:
+            lines.append(f"{kind}: {group[0]}")
+            continue
+        largest = max(group, key=lambda problem: problem.label_nc)
+        lines.append(f"{kind} in {len(group)} places: {largest.fix}:")
+        lines += [f"    {problem.path or 'options'}: {problem.what}" for problem in group[:_SHOWN_OF_A_GROUP]]
+        if len(group) > _SHOWN_OF_A_GROUP:
+            lines.append(f"    ... and {len(group) - _SHOWN_OF_A_GROUP} more")
+    return lines
 
 
 class DataError(UserError):
