@@ -26,6 +26,7 @@ from spade_model.colours import ClassColours
 from spade_model.config import ModelConfig, TrainConfig, default_train_config
 from spade_model.data import Batch, create_dataset, create_loader
 from spade_model.generation import LoadedModel, load_model
+from spade_model.legend import find_legend
 from spade_model.networks import build_generator, initialize
 from spade_model.pages import write_results_page
 from spade_model.training import train
@@ -84,7 +85,13 @@ def pictures(model: LoadedModel, config: TrainConfig) -> Iterator[tuple[str, lis
 def write_page(rows: list[tuple[str, list[Image.Image]]], config: TrainConfig, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(config.run_dir / "web" / "losses.png", out / "losses.png")
-    return write_results_page(out, "SPADE on toy landscapes it has not seen", ["mask", "generated", "real"], rows)
+    return write_results_page(
+        out,
+        "SPADE on toy landscapes it has not seen",
+        ["mask", "generated", "real"],
+        rows,
+        find_legend(config.data).entries(),
+    )
 
 
 def write_sheet(rows: list[tuple[str, list[Image.Image]]], path: Path, count: int = 8, side: int = 128) -> None:

@@ -26,9 +26,11 @@ from spade_model.config import (
     load_config,
 )
 from spade_model.data import DATASETS, inspect_dataset
+from spade_model.data.classes import class_ids
 from spade_model.data.problem import grouped
 from spade_model.errors import UserError
-from spade_model.generation import GenerateConfig, checkpoint_path, run_generate, saved_config
+from spade_model.generation import GenerateConfig, checkpoint_paths, run_generate, saved_config
+from spade_model.legend import find_legend
 from spade_model.training import train
 
 RENAMED = {
@@ -60,7 +62,16 @@ REMOVED_OPTIONS = {
 
 _USED_TO_GENERATE = {
     DataConfig: (
-        *("dataset_mode", "dataroot", "label_dir", "instance_dir", "no_pairing_check", "max_dataset_size", "seed"),
+        *(
+            "dataset_mode",
+            "dataroot",
+            "label_dir",
+            "instance_dir",
+            "no_pairing_check",
+            "max_dataset_size",
+            "seed",
+            "classes",
+        ),
         *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift"),
         *("preprocess_mode", "crop_size", "aspect_ratio"),
     ),
@@ -121,18 +132,22 @@ def _train(arguments: list[str]) -> int:
 def _generate(arguments: list[str]) -> int:
     known, _ = _peek(arguments)
     default = GenerateConfig(data=default_data_config(known.get("dataset_mode", "coco")))
-    file = checkpoint_path(
+    files = checkpoint_paths(
         replace(
             default, **{k: known[k] for k in ("name", "checkpoints_dir", "which_epoch", "checkpoint") if k in known}
         )
     )
+    file = files[0]
     if file.suffix == ".safetensors" and "--help" not in arguments:
-        if not file.is_file():
+        if missing := [path for path in files if not path.is_file()]:
             raise UserError(
-                f"no model at {file}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
+                f"no model at {missing[0]}: check --name, --checkpoints_dir and --which_epoch, or pass --checkpoint"
             )
         trained = saved_config(checkpoint.load_part(file, "config"), file)
         default = replace(default, data=trained.data, model=trained.model)
+        if trained.data.classes and "classes" not in known and not Path(trained.data.classes).is_file():
+            print(f"the names of the classes are not shown: {trained.data.classes} of training is not here (--classes)")
+            default = replace(default, data=replace(trained.data, classes=""))
     if {"--help", "-h"} & set(arguments):
         _parse(*_listing_only(_USED_TO_GENERATE, default), arguments, "spade generate")
     config: GenerateConfig = _parse(GenerateConfig, default, arguments, "spade generate")
@@ -141,9 +156,8 @@ def _generate(arguments: list[str]) -> int:
     done = run_generate(config)
     for problem in done.problems:
         print(f"error: {problem}")
-    print(
-        f"{_count(done.masks * config.samples, 'image')} of {_count(done.masks, 'mask')}, and their page: {done.page}"
-    )
+    images = done.masks * config.samples * len(checkpoint_paths(config))
+    print(f"{_count(images, 'image')} of {_count(done.masks, 'mask')}, and their page: {done.page}")
     if done.problems:
         print(f"{_count(len(done.problems), 'mask')} could not be read")
     return 2 if done.problems else 0
@@ -182,17 +196,25 @@ def _check_split(data: DataConfig, split: str) -> int:
     """Prints the ids and the problems of a split and returns the number of errors."""
     found = inspect_dataset(data, split, progress=partial(tqdm, desc=split, disable=None))
     if found.ids:
+        names = _class_names(data)
         total = sum(entry.pixels for entry in found.ids.values())
         print(
             f"{split}: {_count(len(found.ids), 'id')} in {_count(found.label_images, 'label image')}, share of pixels:"
         )
         for number, entry in found.ids.items():
-            print(f"{number:7} {entry.pixels / total:8.2%}  in {_count(entry.images, 'image')}")
+            line = f"{number:7} {entry.pixels / total:8.2%}  in {_count(entry.images, 'image')}"
+            print(f"{line}  {names.get(number, '')}".rstrip())
     for line in grouped(found.problems):
         print(line)
     said = _count(len(found.problems), "problem") if found.problems else "no problems"
     print(f"{split}: {said}" + (f" in {_count(found.items, 'item')}" if found.items else ""))
     return sum(not problem.is_warning for problem in found.problems)
+
+
+def _class_names(data: DataConfig) -> dict[int, str]:
+    """Returns the names of the ids of label files, as far as they have one."""
+    names = zip(class_ids(data), find_legend(data).names, strict=True)
+    return {number: name for number, name in names if name != str(number)}
 
 
 def _translate(arguments: list[str]) -> list[str]:
@@ -226,7 +248,17 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
         found, rest = parser.parse_known_args(arguments)
         return vars(found), rest
 
-    shared = ("dataset_mode", "dataroot", "label_dir", "name", "checkpoints_dir", "which_epoch", "checkpoint", "netG")
+    shared = (
+        "dataset_mode",
+        "dataroot",
+        "label_dir",
+        "name",
+        "checkpoints_dir",
+        "which_epoch",
+        "checkpoint",
+        "netG",
+        "classes",
+    )
     seen, _ = parse(shared)
     taken, rest = parse(own)
     # An option without a value is left to the parser of all options, which reports the error.

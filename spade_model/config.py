@@ -69,6 +69,8 @@ class DataConfig:
     """Number of label classes, without the unknown class. With 0 the condition is an RGB image instead of labels."""
     contain_dontcare_label: bool = True
     """Treat label 255 as an additional class, "unknown", with the class number label_nc."""
+    classes: str = ""
+    """CSV file with the id, the name and, if wanted, the colour (#rrggbb) of each class, for the legends of pages."""
     no_instance: _No = False
     """Do not add the instance boundary plane to the condition."""
     ade20k_shift: bool = False

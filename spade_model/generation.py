@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from spade_model.data.item import photograph_to_tensor
 from spade_model.data.preprocess import Fit, Geometry, fit_into
 from spade_model.data.sample import collate
 from spade_model.errors import UserError
+from spade_model.legend import find_legend
 from spade_model.networks import SPADEGenerator, build_encoder, build_generator
 from spade_model.networks.check import check_generator
 from spade_model.original import complete, infer_generator
@@ -58,6 +60,9 @@ _logger = logging.getLogger("spade_model")
 LabelFile = tuple[Path, Path | None]
 """A label image and its instance image."""
 
+Style = tuple[Tensor, Tensor]
+"""mu and logvar of a photograph, each (1, z_dim)."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -68,7 +73,8 @@ class GenerateConfig:
     checkpoints_dir: str = "./checkpoints"
     """Folder of all runs."""
     which_epoch: str = "latest"
-    """Checkpoint of the run: `latest`, or the number of a saved epoch."""
+    """Checkpoint of the run: `latest`, or the number of a saved epoch. Several, such as 10,20,latest, are compared on
+    one page."""
     checkpoint: str = ""
     """Checkpoint file to use instead of a run's: a .safetensors of this project, or the original's *_net_G.pth."""
     last_weights: bool = False
@@ -273,74 +279,84 @@ def run_generate(config: GenerateConfig) -> Generated:
     """
     check_choices(config)
     size = _parse_size(config)
+    paths = checkpoint_paths(config)
     for name in ("samples", "how_many"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is too small; it must be at least 1")
     files = _label_files(config)
-    loaded = load_model(
-        checkpoint_path(config), config.data, config.model, last_weights=config.last_weights, device=config.device
-    )
+    models = [
+        load_model(path, config.data, config.model, last_weights=config.last_weights, device=config.device)
+        for path in paths
+    ]
+    # Checkpoints of one run differ in their weights only.
+    loaded = models[0]
     if config.samples > 1 and not loaded.model.use_vae:
         raise UserError(
             f"--samples {config.samples} needs a model trained with --use_vae; this one makes one image of each mask"
         )
-    style = None
     if config.style_image:
         _require_encoder(loaded, f"--style_image {config.style_image}")
-        style = loaded.style(config.style_image)
+    styles = [model.style(config.style_image) if config.style_image else None for model in models]
     _check_size(loaded, size)
     if config.label and (note := _size_note(loaded, size, config.fit, files)):
         _logger.info("%s", note)
-    run, stem = _run_and_stem(checkpoint_path(config))
-    columns = ["input label", *_column_names(config)]
+    run, stems = _run_and_stems(paths)
+    columns = ["input label", *itertools.chain(*(_column_names(config, stem) for stem in stems))]
     problems: list[Problem] = []
-    masks = _masks(config, loaded.data, files, _plan(loaded, size, config.fit))
-    rows = _rows(config, loaded, style, masks, problems)
+    masks, first_label = _masks(config, loaded.data, files, _plan(loaded, size, config.fit))
+    legend = find_legend(loaded.data, first_label)
+    rows = _rows(config, list(zip(models, styles, strict=True)), masks, legend.colours, problems)
     first = next(rows, None)
     if first is None:
         raise UserError("\n".join(map(str, problems)))
-    folder = _unused(Path(config.results_dir) / run / stem)
-    page = write_results_page(folder, f"{run}, {stem}", columns, itertools.chain([first], rows))
+    folder = _unused(Path(config.results_dir) / run / "_".join(stems))
+    title = f"{run}, {', '.join(stems)}"
+    page = write_results_page(folder, title, columns, itertools.chain([first], rows), legend.entries())
     return Generated(page, len(masks) - len(problems), problems)
 
 
 def _rows(
     config: GenerateConfig,
-    loaded: LoadedModel,
-    style: tuple[Tensor, Tensor] | None,
+    models: Sequence[tuple[LoadedModel, Style | None]],
     masks: Sequence[Callable[[], Batch]],
+    colours: np.ndarray,
     problems: list[Problem],
 ) -> Iterator[PageRow]:
     """Yields the page's rows, one per mask; adds those of masks that cannot be read to `problems`."""
+    data = models[0][0].data
     for read in masks:
         try:
-            with _naming_known_ids(loaded.data):
+            with _naming_known_ids(data):
                 batch = read()
         except DataError as error:
             problems.append(error.problem)
             continue
-        label = condition_image(batch.segmap, 0)
+        label = condition_image(batch.segmap, 0, colours if data.label_nc else None)
         pictures: list[Image.Image | None] = [label]
-        for image in _images(loaded, batch, style, config.samples, config.data.seed):
-            pictures.append(to_image(image[0], loaded.data.image_bits))
+        made = (_images(model, batch, style, config.samples, config.data.seed) for model, style in models)
+        for image in itertools.chain.from_iterable(made):
+            pictures.append(to_image(image[0], data.image_bits))
             if config.overlay:
                 pictures.append(overlay(to_image(image[0]), label))
         yield batch.names[0], pictures
 
 
-def checkpoint_path(config: GenerateConfig) -> Path:
-    """Returns the path of the checkpoint to use. Raises UserError for a run name that is no plain folder name."""
+def checkpoint_paths(config: GenerateConfig) -> list[Path]:
+    """Returns the paths of the checkpoints to use, one or more.
+
+    Raises UserError for a run name that is no plain folder name.
+    """
     if config.checkpoint:
-        return Path(config.checkpoint)
+        return [Path(config.checkpoint)]
     check_name(config.name)
-    return Path(config.checkpoints_dir) / config.name / f"{config.which_epoch}.safetensors"
+    epochs = dict.fromkeys(part.strip() for part in config.which_epoch.split(","))
+    return [Path(config.checkpoints_dir) / config.name / f"{epoch}.safetensors" for epoch in epochs]
 
 
-def _run_and_stem(file: Path) -> tuple[str, str]:
-    """Returns the name of the checkpoint's folder, which is the run's name, and the file's name without suffix."""
+def _run_and_stems(files: Sequence[Path]) -> tuple[str, list[str]]:
+    """Returns the name of the checkpoints' folder, which is the run's name, and their names without suffix."""
     # Links are not resolved: a link to a run keeps its own name.
-    file = Path(os.path.abspath(file))
-    return file.parent.name or "checkpoint", file.stem
+    return Path(os.path.abspath(files[0])).parent.name or "checkpoint", [file.stem for file in files]
 
 
 def _unused(folder: Path) -> Path:
@@ -360,12 +376,15 @@ def saved_config(state: Mapping[str, Any], path: Path) -> TrainConfig:
 
 def _masks(
     config: GenerateConfig, data: DataConfig, files: Sequence[LabelFile], plan: Callable[[tuple[int, int]], Geometry]
-) -> list[Callable[[], Batch]]:
-    """Returns functions that read the files, or the validation split, as batches of one mask without photograph."""
+) -> tuple[list[Callable[[], Batch]], Path | None]:
+    """Returns functions that read the files, or the validation split, as batches of one mask without photograph.
+
+    The second value is the first label file; None for a data set without files.
+    """
     if config.label:
-        return [partial(load_condition, label, data, instance, plan) for label, instance in files]
+        return [partial(load_condition, label, data, instance, plan) for label, instance in files], files[0][0]
     dataset = create_dataset(data, "val", need_images=False)
-    return [partial(_item, dataset, index) for index in range(min(len(dataset), config.how_many))]
+    return [partial(_item, dataset, index) for index in range(min(len(dataset), config.how_many))], dataset.first_label
 
 
 def _item(dataset: SpadeDataset, index: int) -> Batch:
@@ -476,9 +495,7 @@ def _label_files(config: GenerateConfig) -> Sequence[LabelFile]:
     return [(file, instance / file.name if config.instance else None) for file in files]
 
 
-def _images(
-    loaded: LoadedModel, batch: Batch, style: tuple[Tensor, Tensor] | None, samples: int, seed: int
-) -> Iterator[Tensor]:
+def _images(loaded: LoadedModel, batch: Batch, style: Style | None, samples: int, seed: int) -> Iterator[Tensor]:
     """Yields `samples` images, each (1, output_nc, H, W) for a batch of one mask (H, W).
 
     With a style, mu and logvar, the first image uses its mean, and the others use random samples.
@@ -520,13 +537,17 @@ def _extended(segmap: LabelMap | Tensor, size: tuple[int, int], top: int, left: 
     return LabelMap(extend(segmap.labels), segmap.num_labels, edges)
 
 
-def _column_names(config: GenerateConfig) -> list[str]:
+def _column_names(config: GenerateConfig, stem: str) -> list[str]:
+    """Returns the columns of one checkpoint's images; with several checkpoints they begin with its name."""
+    epoch = ""
+    if len(checkpoint_paths(config)) > 1:
+        epoch = f"epoch {stem}: " if stem.isdecimal() else f"{stem}: "
     names = []
     for i in range(config.samples):
         number = f" {i + 1}" if config.samples > 1 else ""
-        names.append(f"synthesized image{number}")
+        names.append(f"{epoch}synthesized image{number}")
         if config.overlay:
-            names.append(f"overlay{number}")
+            names.append(f"{epoch}overlay{number}")
     return names
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from spade_model.errors import UserError
 from spade_model.files import replacing
+from spade_model.legend import LegendEntry
 from spade_model.visualize import preview
 
 PageRow = tuple[str, Sequence[Image.Image | None]]
@@ -52,7 +53,9 @@ class _Sample(TypedDict):
     rows: list[_Row]
 
 
-def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: Iterable[PageRow]) -> Path:
+def write_results_page(
+    folder: Path, title: str, columns: Sequence[str], rows: Iterable[PageRow], legend: Sequence[LegendEntry] = ()
+) -> Path:
     """Saves pictures as folder/images/<column>/<caption>.png and a page that shows them.
 
     For 16-bit pictures the page shows 8-bit copies from folder/previews, which link to the pictures.
@@ -72,7 +75,8 @@ def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: I
 
     def write() -> Path:
         section = {"heading": "", "columns": list(columns), "rows": saved}
-        return _write_page(folder, title=title, note=_count(len(saved), "image"), sections=[section])
+        note = _count(len(saved), "image")
+        return _write_page(folder, title=title, note=note, sections=[section], legend=legend)
 
     try:
         for row in _save_rows(folder, "images", columns, rows):
@@ -88,15 +92,16 @@ def write_results_page(folder: Path, title: str, columns: Sequence[str], rows: I
 class SamplePage:
     """The page of a training run: loss curves on top, then samples, newest first. It reloads itself until `finish`.
 
-    A resumed run keeps the samples listed in folder/samples.json. The loss curves are the file `LOSSES_FILE` in the
-    folder, which `plot_losses` can write. Every file is replaced atomically, so a browser never reads a partial file.
+    `legend` has the classes of the masks. A resumed run keeps the samples listed in folder/samples.json. The loss
+    curves are the file `LOSSES_FILE` in the folder, which `plot_losses` can write. Every file is replaced atomically: a
+    browser never reads a partial file.
 
     Raises (every method and the constructor):
         UserError: the folder cannot be written, or samples.json is damaged.
     """
 
-    def __init__(self, folder: Path, title: str) -> None:
-        self._folder, self._title = folder, title
+    def __init__(self, folder: Path, title: str, legend: Sequence[LegendEntry] = ()) -> None:
+        self._folder, self._title, self._legend = folder, title, legend
         self._training = True
         self._samples = _read_manifest(self._manifest)
         self._write()
@@ -144,6 +149,7 @@ class SamplePage:
             note=note,
             refresh=_REFRESH_SECONDS if self._training else None,
             curves=LOSSES_FILE if (self._folder / LOSSES_FILE).is_file() else None,
+            legend=self._legend,
             sections=[{"heading": f"Step {sample['step']:,}", **sample} for sample in shown],
         )
 
@@ -151,19 +157,29 @@ class SamplePage:
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots every loss over the steps as a PNG: a smoothed curve above the raw curve in a lighter shade.
 
+    Losses differ in scale, so each has a panel of its own; those of the discriminator on photographs and on generated
+    images, which are compared with each other, share one.
+
     Args:
-        records: the result of `RunLog.records`. Losses are the entries whose names begin with a capital letter; those
-            of the discriminator begin with "D_" and have their own panel. None and NaN are skipped.
+        records: the result of `RunLog.records`. Losses are the entries whose names begin with a capital letter. None
+            and NaN are skipped.
         path: path of the PNG, which is replaced atomically.
 
     Raises:
         UserError: the picture cannot be written.
     """
     names = [name for name in dict.fromkeys(key for record in records for key in record) if name[:1].isupper()]
-    panels = {"Generator": lambda name: not name.startswith("D_"), "Discriminator": lambda name: name.startswith("D_")}
-    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
-    for axes, (title, belongs) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        _draw_curves(axes, title, {name: _curve(records, name) for name in names if belongs(name)})
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        panels.setdefault("Discriminator" if name in ("D_Fake", "D_real") else name, []).append(name)
+    columns = min(4, max(1, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(12, 3 * lines), dpi=110, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (title, shown) in zip(grid, panels.items(), strict=False):
+        _draw_curves(axes, title, {name: _curve(records, name) for name in shown})
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     picture = BytesIO()
     figure.savefig(picture, format="png")
     _replace_file(path, picture.getvalue())
@@ -187,6 +203,7 @@ def _draw_curves(axes: Axes, title: str, curves: dict[str, tuple[np.ndarray, np.
         low, high = np.percentile(everything, (0.5, 99.5))
         margin = 0.05 * (high - low) or 0.5
         axes.set_ylim(low - margin, high + margin)
+    if len(curves) > 1:
         axes.legend(frameon=False, ncols=len(curves), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axes.set_title(title, loc="left", fontweight="bold", pad=8)
     axes.set_xlabel("step")

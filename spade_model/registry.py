@@ -44,6 +44,8 @@ class DatasetSpec:
     """True if the condition can be RGB images instead of labels, with --label_nc 0."""
     byte_ids: bool = False
     """True if label images have 8-bit ids, so that a larger id shows that a file is not a label image."""
+    class_names: tuple[str, ...] = ()
+    """Names of its classes, in their order, for legends."""
     ids_from_1: bool = False
     """True if id 0 means unknown and classes begin at id 1; --ade20k_shift then converts the ids."""
 

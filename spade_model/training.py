@@ -25,6 +25,7 @@ from spade_model.data import Batch, DataError, create_dataset, create_loader
 from spade_model.data.loader import count_batches
 from spade_model.errors import UserError
 from spade_model.files import remove_leftovers
+from spade_model.legend import find_legend
 from spade_model.networks import SPADEGenerator
 from spade_model.networks.check import check_networks
 from spade_model.networks.discriminator import build_windows
@@ -76,6 +77,7 @@ class _Run:
             )
         check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
+        self.legend = find_legend(config.data, self.dataset.first_label)
         self.epoch, self.batches_done = 1, 0
         self.epoch_batches = count_batches(len(self.dataset), config.data, world_size)
         if self.epoch_batches < config.accumulate:
@@ -94,7 +96,9 @@ class _Run:
             self.total_steps = min(self.total_steps, config.max_steps)
         if rank == 0:
             self._prepare_folder()
-        self.page = None if config.no_html or rank else SamplePage(self.folder / "web", config.name)
+        self.page = (
+            None if config.no_html or rank else SamplePage(self.folder / "web", config.name, self.legend.entries())
+        )
         if self.page is not None:
             self.page.rewind(self.trainer.steps)
 
@@ -201,8 +205,9 @@ class _Run:
         if self.page is None:
             return
         shown = range(min(4, len(batch.names)))
+        colours = self.legend.colours if self.config.data.label_nc else None
         rows = [
-            (batch.names[i], [condition_image(batch.segmap, i), to_image(fake[i]), to_image(batch.image[i])])  # type: ignore[index]
+            (batch.names[i], [condition_image(batch.segmap, i, colours), to_image(fake[i]), to_image(batch.image[i])])  # type: ignore[index]
             for i in shown
         ]
         plot_losses(log.records(), self.folder / "web" / "losses.png")

@@ -61,7 +61,7 @@ def colour_labels(labels: torch.Tensor | np.ndarray, num_labels: int) -> Image.I
     Raises:
         ValueError: labels are not (H, W).
     """
-    return Image.fromarray(_paint(labels, num_labels))
+    return Image.fromarray(_paint(labels, num_labels, None))
 
 
 def to_image(image: torch.Tensor, bits: int = 8) -> Image.Image:
@@ -97,7 +97,7 @@ def preview(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
 
 
-def condition_image(segmap: LabelMap | torch.Tensor, index: int) -> Image.Image:
+def condition_image(segmap: LabelMap | torch.Tensor, index: int, colours: np.ndarray | None = None) -> Image.Image:
     """Draws the condition of one image of a batch as an RGB picture.
 
     Args:
@@ -105,11 +105,12 @@ def condition_image(segmap: LabelMap | torch.Tensor, index: int) -> Image.Image:
             condition (N, C, H, W), of which `to_image` shows the first three channels, or the first channel in grey
             if C < 3.
         index: index of the image in the batch.
+        colours: uint8 (num_labels, 3), the colours of a label map's labels; by default `label_colours`.
     """
     if not isinstance(segmap, LabelMap):
         planes = segmap[index]
         return to_image(planes[:3] if len(planes) >= 3 else planes[:1].expand(3, -1, -1))
-    pixels = _paint(segmap.labels[index], segmap.num_labels)
+    pixels = _paint(segmap.labels[index], segmap.num_labels, colours)
     if segmap.edges is not None:
         edges = segmap.edges[index].cpu().numpy()
         pixels[edges] = pixels[edges] * _EDGE_BRIGHTNESS
@@ -125,11 +126,11 @@ def overlay(image: Image.Image, labels: Image.Image, alpha: float = 0.5) -> Imag
     return Image.blend(image.convert("RGB"), labels, alpha)
 
 
-def _paint(labels: torch.Tensor | np.ndarray, num_labels: int) -> np.ndarray:
+def _paint(labels: torch.Tensor | np.ndarray, num_labels: int, chosen: np.ndarray | None) -> np.ndarray:
     ids = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if ids.ndim != 2:
         raise ValueError(f"expected labels (H, W), got shape {ids.shape}")
-    colours = np.vstack((label_colours(num_labels), _NO_CLASS))
+    colours = np.vstack((label_colours(num_labels) if chosen is None else chosen, _NO_CLASS))
     return colours[np.where((ids >= 0) & (ids < num_labels), ids, num_labels)]
 
 

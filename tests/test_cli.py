@@ -20,9 +20,9 @@ from spade_model.config import TrainConfig, default_train_config, load_config, s
 from spade_model.data import DATASETS
 
 DATA = """
-    dataset_mode dataroot label_dir image_dir instance_dir label_nc contain_dontcare_label no_instance ade20k_shift
-    preprocess_mode load_size crop_size aspect_ratio output_nc image_bits no_flip batch_size num_workers serial_batches
-    max_dataset_size no_pairing_check coco_no_portraits seed
+    dataset_mode dataroot label_dir image_dir instance_dir label_nc contain_dontcare_label classes no_instance
+    ade20k_shift preprocess_mode load_size crop_size aspect_ratio output_nc image_bits no_flip batch_size num_workers
+    serial_batches max_dataset_size no_pairing_check coco_no_portraits seed
 """
 MODEL = """
     netG ngf norm_G num_upsampling_layers use_vae z_dim resnet_n_downsample resnet_n_blocks resnet_kernel_size
@@ -39,8 +39,8 @@ GENERATE = """
     how_many overlay device
 """
 USED_TO_GENERATE = """
-    dataset_mode dataroot label_dir instance_dir no_pairing_check max_dataset_size seed label_nc contain_dontcare_label
-    no_instance ade20k_shift preprocess_mode crop_size aspect_ratio num_upsampling_layers
+    dataset_mode dataroot label_dir instance_dir no_pairing_check max_dataset_size seed classes label_nc
+    contain_dontcare_label no_instance ade20k_shift preprocess_mode crop_size aspect_ratio num_upsampling_layers
 """
 OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + USED_TO_GENERATE, "doctor": "split" + DATA}
 """Options that scripts rely on: one that leaves this list needs an entry among those that are renamed or gone."""

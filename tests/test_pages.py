@@ -277,6 +277,14 @@ def test_losses_of_any_kind_can_be_drawn(tmp_path, records):
         assert drawn.width > 1000
 
 
+def test_losses_have_axes_of_their_own(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("spade_model.pages._draw_curves", lambda axes, title, curves: drawn.update({title: [*curves]}))
+    alone, pair = ("KLD", "GAN", "GAN_Feat", "D_R1"), ("D_Fake", "D_real")
+    plot_losses([{"step": 1, "epoch": 1, **dict.fromkeys(alone + pair, 0.5)}], tmp_path / "losses.png")
+    assert drawn == {**{name: [name] for name in alone}, "Discriminator": [*pair]}
+
+
 def test_only_losses_are_drawn(tmp_path):
     losses = [{"step": i, "GAN": 1.0} for i in range(9)]
     plot_losses(losses, tmp_path / "a.png")

@@ -30,6 +30,13 @@ def known_ids(config: DataConfig) -> str:
     return f"{known}, and {' or '.join(unknown)} for unknown" if config.contain_dontcare_label else known
 
 
+def class_ids(config: DataConfig) -> list[int]:
+    """Returns the id that label files have for each class, in the order of the classes; [] for an RGB condition."""
+    first = int(_is_shifted(config))
+    ids = list(range(first, config.label_nc + first))
+    return [*ids, 0 if first else UNKNOWN_ID] if config.contain_dontcare_label and ids else ids
+
+
 def to_classes(ids: np.ndarray, config: DataConfig, path: Path) -> np.ndarray:
     """Converts the ids of a label file, int32 (H, W), to classes 0..config.num_labels-1, int32 (H, W).
 

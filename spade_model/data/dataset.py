@@ -37,6 +37,11 @@ class SpadeDataset(Dataset[Sample]):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    @property
+    def first_label(self) -> Path | None:
+        """The label file of the first item; None for a data set without files."""
+        return None
+
     def __getitem__(self, key: ItemKey) -> Sample:
         """Returns the item; raises IndexError for an index out of range and DataError for bad files."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -61,6 +66,10 @@ class FolderDataset(SpadeDataset):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def first_label(self) -> Path | None:
+        return self.items[0].label
 
     def sample(self, index: int, random: np.random.Generator | None) -> Sample:
         files = self.items[index]

@@ -134,6 +134,16 @@ def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
+def read_palette(path: Path) -> np.ndarray | None:
+    """Returns the palette of an image file, uint8 (n, 3); None without one and for unreadable files."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            levels = image.getpalette("RGB") if image.mode == "P" else None
+    except (*_DAMAGE, *_BOMBS):
+        return None
+    return np.array(levels, dtype=np.uint8).reshape(-1, 3) if levels else None
+
+
 def _require_all_bits(image: ImageFile.ImageFile, path: Path) -> None:
     """Raises DataError if Pillow would read only 8 of 16 bits a channel. The image must not be decoded yet."""
     # This matches raw modes such as RGB;16B and LA;16B, but not BGR;16, which has 16 bits for all channels together.

@@ -64,6 +64,7 @@ TOY = DatasetSpec(
         max_dataset_size=2048,
     ),
     create=ToyDataset,
+    class_names=TOY_CLASSES,
     check=_check,
     folder_options=(),
 )
