@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -62,23 +63,18 @@ REMOVED_OPTIONS = {
 
 _USED_TO_GENERATE = {
     DataConfig: (
-        *(
-            "dataset_mode",
-            "dataroot",
-            "label_dir",
-            "instance_dir",
-            "no_pairing_check",
-            "max_dataset_size",
-            "seed",
-            "classes",
-        ),
-        *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift"),
+        *("dataset_mode", "dataroot", "label_dir", "instance_dir", "no_pairing_check", "max_dataset_size", "seed"),
+        *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift", "classes"),
         *("preprocess_mode", "crop_size", "aspect_ratio"),
     ),
     ModelConfig: ("num_upsampling_layers",),
 }
 """Options of data and model that `spade generate --help` lists. The others have no effect, or must not contradict the
 checkpoint."""
+
+
+# Instance images, taken for label images by mistake, have tens of thousands.
+_LISTED_IDS = 256
 
 
 @dataclass(frozen=True)
@@ -98,11 +94,13 @@ def run(command: str, arguments: list[str]) -> int:
     commands = {"train": _train, "generate": _generate, "bench": _bench, "doctor": _doctor}
     try:
         return commands[command](_translate(arguments))
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"out of memory: {first_line} Use a smaller --batch_size or --crop_size, or --precision bf16"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU, torch reports missing memory as a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        first_line = (str(error) or "a file does not fit").splitlines()[0]
+        smaller = "--size" if command == "generate" else "--batch_size or --crop_size, or --precision bf16"
+        raise UserError(f"out of memory: {first_line} Use a smaller {smaller}") from error
 
 
 def _train(arguments: list[str]) -> int:
@@ -201,9 +199,11 @@ def _check_split(data: DataConfig, split: str) -> int:
         print(
             f"{split}: {_count(len(found.ids), 'id')} in {_count(found.label_images, 'label image')}, share of pixels:"
         )
-        for number, entry in found.ids.items():
+        for number, entry in islice(found.ids.items(), _LISTED_IDS):
             line = f"{number:7} {entry.pixels / total:8.2%}  in {_count(entry.images, 'image')}"
             print(f"{line}  {names.get(number, '')}".rstrip())
+        if len(found.ids) > _LISTED_IDS:
+            print(f"    ... and {len(found.ids) - _LISTED_IDS} more")
     for line in grouped(found.problems):
         print(line)
     said = _count(len(found.problems), "problem") if found.problems else "no problems"
@@ -248,17 +248,10 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
         found, rest = parser.parse_known_args(arguments)
         return vars(found), rest
 
-    shared = (
-        "dataset_mode",
-        "dataroot",
-        "label_dir",
-        "name",
-        "checkpoints_dir",
-        "which_epoch",
-        "checkpoint",
-        "netG",
-        "classes",
-    )
+    shared = [
+        *("dataset_mode", "dataroot", "label_dir", "classes", "netG"),
+        *("name", "checkpoints_dir", "which_epoch", "checkpoint"),
+    ]
     seen, _ = parse(shared)
     taken, rest = parse(own)
     # An option without a value is left to the parser of all options, which reports the error.

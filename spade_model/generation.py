@@ -141,8 +141,8 @@ class LoadedModel:
     @property
     def only_size(self) -> tuple[int, int] | None:
         """(H, W) of all images of a model that makes one size only, with a VAE for example; otherwise None."""
-        resizable = hasattr(self.generator, "fitting_size") and not self.model.use_vae
-        return None if resizable else self.fitting_size(1, 1)
+        height, width = self.fitting_size(1, 1)
+        return (height, width) if self.fitting_size(height + 1, width + 1) == (height, width) else None
 
     @torch.no_grad()
     def __call__(self, segmap: Segmap, z: Tensor | None = None, *, size: tuple[int, int] | None = None) -> Tensor:
@@ -471,7 +471,11 @@ def _naming_known_ids(data: DataConfig) -> Iterator[None]:
     try:
         yield
     except WrongIds as error:
-        fix = f"The model knows {known_ids(data)}: correct the image, or use a model that was trained with more classes"
+        known = f"The model knows {known_ids(data)}"
+        if error.problem.in_file:
+            fix = f"{known}. {error.problem.fix}"
+        else:
+            fix = f"{known}: correct the image, or use a model that was trained with more classes"
         raise DataError(replace(error.problem, fix=fix, label_nc=0)) from error
 
 

@@ -303,6 +303,24 @@ def test_a_folder_of_mixed_sizes_with_bad_files(plain_run, tmp_path, spade, capl
     assert "for 80x50 it makes 96x64" in caplog.messages[0]
 
 
+def test_masks_that_need_repair_say_so(plain_run, tmp_path, spade):
+    command = ["generate", "--name", "run", "--checkpoints_dir", plain_run.parent, "--results_dir", tmp_path / "out"]
+    Image.fromarray(np.repeat(np.array([[0], [256]], np.uint16), 32, 1)).save(tmp_path / "a.png")
+    refused = spade(*command, "--label", tmp_path / "a.png")
+    assert (refused.status, (tmp_path / "out").exists()) == (2, False)
+    assert "The model knows the ids 0..6. All its ids are multiples of 256: divide them by 256." in refused.err
+
+
+def test_missing_memory_on_a_cpu_is_an_error_with_a_remedy(plain_run, tmp_path, spade, monkeypatch):
+    def allocate(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nDetails")
+
+    monkeypatch.setattr("spade_model.generation.LoadedModel.__call__", allocate)
+    save_mask(tmp_path / "a.png", (80, 50))
+    refused = spade("generate", "--name", "run", "--checkpoints_dir", plain_run.parent, "--label", tmp_path / "a.png")
+    assert (refused.status, "9 bytes. Use a smaller --size" in refused.err) == (2, True)
+
+
 def test_instances_get_the_size_of_their_mask(tmp_path, label_files):
     run = spade_model.train(small_config(tmp_path, max_steps=1))
     where = {"label": save_mask(tmp_path / "a.png", (80, 50)), "instance": save_mask(tmp_path / "b.png", (80, 50), 3)}

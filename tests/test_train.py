@@ -167,7 +167,7 @@ def test_rgb_condition_trains_and_generates(tmp_path, no_instance):
         tmp_path / "labels" / "a.png",
         instance=None if no_instance else tmp_path / "instances" / "a.png",
     )
-    assert images[0].size == (32, 32)
+    assert images[0].size == (40, 40), "the mask's own size"
 
 
 def test_vgg_loss_from_a_weights_file(tmp_path):

@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spade_model.config import DataConfig
-from spade_model.data.plausibility import (
-    NOT_ANTIALIASED,
-    UNKNOWN_ID,
-    common_factor,
-    is_antialiased,
-    is_black_and_white,
-)
+from spade_model.data.plausibility import UNKNOWN_ID, is_black_and_white, repair
 from spade_model.data.problem import DataError, Problem
 from spade_model.registry import DATASETS
 
@@ -68,6 +62,8 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
         f"id {worst} at pixel x={x}, y={y} is outside the classes 0..{config.num_labels - 1} "
         f"({int(wrong.sum())} of {ids.size} pixels have such ids)"
     )
+    if fix := repair(ids):
+        return WrongIds(Problem(path, what, fix, in_file=True))
     fix, label_nc = _fix(ids, ids[wrong], worst, config)
     return WrongIds(Problem(path, what, fix, label_nc=label_nc))
 
@@ -75,12 +71,7 @@ def _wrong_ids(ids: np.ndarray, wrong: np.ndarray, config: DataConfig, path: Pat
 def _fix(ids: np.ndarray, wrong_ids: np.ndarray, worst: int, config: DataConfig) -> tuple[str, int]:
     """Returns the fix, and the smallest label_nc that includes the ids, or 0 if more classes would not help."""
     spec = DATASETS[config.dataset_mode]
-    if is_antialiased(ids):
-        return f"The mask is anti-aliased, its borders have ids between those on either side. {NOT_ANTIALIASED}", 0
-    found = np.unique(ids).tolist()
-    if (factor := common_factor(found)) > 1:
-        return f"All its ids are multiples of {factor}: divide them by {factor}", 0
-    if is_black_and_white(found):
+    if is_black_and_white(np.unique(ids).tolist()):
         return "The mask is black and white: save white as 1, or pass --contain_dontcare_label if it means unknown", 0
     if worst > UNKNOWN_ID and spec.byte_ids:
         return f"{config.dataset_mode} labels are 8-bit class ids; this looks like an instance or panoptic image", 0

@@ -20,6 +20,14 @@ _INTERPOLATED_SHARE = 0.05
 _FEWEST_INTERPOLATED_IDS = 3
 
 
+def repair(ids: np.ndarray) -> str:
+    """Returns the instruction to repair an id image (H, W) whose ids cannot be meant as they are; otherwise ""."""
+    if is_antialiased(ids):
+        return f"The mask is anti-aliased, its borders have ids between those on either side. {NOT_ANTIALIASED}"
+    factor = common_factor(np.unique(ids).tolist())
+    return f"All its ids are multiples of {factor}: divide them by {factor}" if factor > 1 else ""
+
+
 def is_antialiased(ids: np.ndarray) -> bool:
     """True if borders in an id image (H, W) have ids between those on either side that fill no area anywhere."""
     low, high = _extremes(ids)

@@ -25,9 +25,12 @@ class Problem:
     label_nc: int = 0
     """The smallest --label_nc that includes all ids of the file, if this would fix the problem; otherwise 0."""
 
+    in_file: bool = False
+    """True if the ids in the file cannot be meant as they are, whatever the options say."""
+
     @property
     def kind(self) -> str:
-        """ "warning" or "error"."""
+        """The word that begins the problem's line, warning or error."""
         return "warning" if self.is_warning else "error"
 
     def __str__(self) -> str:
