@@ -47,16 +47,25 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written or the disk is full; the old file is untouched.
     """
-    tensors: dict[str, Tensor] = {}
-    skeleton = _take_tensors(tree, "", tensors)
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"tree": json.dumps(skeleton)})
+            write(temporary, tree)
     except (OSError, SafetensorError) as error:
         kept = f"; the previous {path.name} is untouched" if path.exists() else ""
         raise UserError(
             f"could not save {path}: {error}{kept}. Free some space or choose another --checkpoints_dir"
         ) from error
+
+
+def write(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes what `save` writes, but into `path` itself.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _take_tensors(tree, "", tensors)
+    save_file(tensors, path, metadata={"tree": json.dumps(skeleton)})
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -86,13 +95,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, corrupt, or holds code or anything else but tensors.
     """
+    return as_state_dict(read_weights(path), path)
+
+
+def read_weights(path: Path) -> Any:
+    """Reads what `read_state_dict` reads, but returns the content of a PyTorch file as it is, nested dicts for example.
+
+    Raises:
+        UserError: the file is missing, corrupt, or holds code.
+    """
     if path.suffix == ".safetensors":
         with _open(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it holds more than tensors, which could run code when loaded, or it is damaged. "
@@ -100,13 +118,34 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from error
     except _DAMAGE as error:
         raise UserError(f"{path} is truncated or not a PyTorch file; copy or download it again") from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+
+
+def as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """Returns the names and tensors of a file's content, without the prefix `module.` that DataParallel adds.
+
+    Raises:
+        UserError: the content is no dict of tensors, or two names differ in the prefix only.
+    """
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} does not hold a state dict (names and tensors)")
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    if len(state) < len(content):
+        raise UserError(f"{path} holds two networks: some names occur both with and without the prefix module.")
+    return state
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Calls `module.load_state_dict`, with a readable error when the state does not fit.
+
+    Raises:
+        UserError: see `require_fit`.
+    """
+    require_fit(module, state, source)
+    module.load_state_dict(dict(state))
+
+
+def require_fit(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Checks that `module.load_state_dict` can load the state and keeps its values.
 
     Raises:
         UserError: the state belongs to another architecture; the message names the first differences.
@@ -114,10 +153,16 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
     own = module.state_dict()
     differences = [f"{k} is missing" for k in own if k not in state]
     differences += [f"{k} is not expected" for k in state if k not in own]
+    both = {k: v for k, v in own.items() if k in state}
     differences += [
         f"{k} has shape {tuple(state[k].shape)}, the network {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
+        for k, v in both.items()
+        if state[k].shape != v.shape
+    ]
+    differences += [
+        f"{k} has dtype {state[k].dtype}, the network {v.dtype}"
+        for k, v in both.items()
+        if state[k].is_floating_point() != v.is_floating_point() or state[k].is_complex()
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -126,7 +171,6 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
             "Use the options it was trained with (label_nc, no_instance, output_nc, ngf, norm_G, "
             "num_upsampling_layers, use_vae)"
         )
-    module.load_state_dict(dict(state))
 
 
 @contextmanager

@@ -23,13 +23,14 @@ _USAGE = """usage: spade <command> [options]
 commands:
   train      train a model; `torchrun --nproc_per_node N -m spade_model.cli train ...` for several processes
   generate   make images from masks
+  convert    convert checkpoints from and to other projects' layouts
   bench      compare times and memory with stock PyTorch, on this machine and your masks
   doctor     show the environment; with options, such as --dataroot, check a whole data set
 
 `spade <command> --help` lists the options.
 """
 
-_COMMANDS = ("train", "generate", "bench", "doctor")
+_COMMANDS = ("train", "generate", "convert", "bench", "doctor")
 
 _EXTRAS = {
     "PIL": "pillow",

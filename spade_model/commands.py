@@ -1,4 +1,4 @@
-"""The subcommands of `spade`: train, generate, bench, doctor."""
+"""The subcommands of `spade`: train, generate, convert, bench, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from spade_model import checkpoint
+from spade_model.architecture import likely_data
 from spade_model.benchmark import tables
 from spade_model.benchmark.command import BenchConfig, run_bench
 from spade_model.config import (
@@ -26,6 +27,7 @@ from spade_model.config import (
     default_train_config,
     load_config,
 )
+from spade_model.conversion import ConvertConfig, convert, describe, read_source
 from spade_model.data import DATASETS, inspect_dataset
 from spade_model.data.classes import class_ids
 from spade_model.data.problem import grouped
@@ -91,7 +93,7 @@ def run(command: str, arguments: list[str]) -> int:
 
     Raises UserError for unusable input and when memory runs out, and SystemExit after --help or an invalid option.
     """
-    commands = {"train": _train, "generate": _generate, "bench": _bench, "doctor": _doctor}
+    commands = {"train": _train, "generate": _generate, "convert": _convert, "bench": _bench, "doctor": _doctor}
     try:
         return commands[command](_translate(arguments))
     except (RuntimeError, MemoryError) as error:
@@ -171,6 +173,34 @@ def _require_usual_preprocessing(data: DataConfig, trained: DataConfig) -> None:
             )
 
 
+def _convert(arguments: list[str]) -> int:
+    known, _ = _peek(arguments)
+    default = ConvertConfig(data=default_data_config(known.get("dataset_mode", "custom")))
+    if "--help" in arguments or "-h" in arguments:
+        _parse(ConvertConfig, default, arguments, "spade convert")
+    for option, purpose in (("checkpoint", "read"), ("output", "write")):
+        if option not in known:
+            raise UserError(f"spade convert needs --{option}, the file to {purpose}")
+    source = read_source(Path(known["checkpoint"]), known.get("from", ""))
+    if source.config is not None:
+        default = replace(default, data=source.config.data, model=source.config.model)
+    elif "dataset_mode" not in known and "label_nc" not in known:
+        default = replace(default, data=likely_data(source.states["G"]))
+    config: ConvertConfig = _parse(ConvertConfig, default, arguments, "spade convert")
+    files, data, model = convert(
+        source,
+        Path(config.output),
+        config.data,
+        config.model,
+        to=config.to,
+        last_weights=config.last_weights,
+        overwrite=config.overwrite,
+    )
+    print(f"{source.path} converted to {', '.join(map(str, files))}")
+    print(describe(source, data, model))
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     known, _ = _peek(arguments)
     data = default_data_config(known.get("dataset_mode", "coco" if "dataroot" in known else "toy"))
@@ -248,11 +278,9 @@ def _peek(arguments: list[str], *own: str) -> tuple[dict[str, Any], list[str]]:
         found, rest = parser.parse_known_args(arguments)
         return vars(found), rest
 
-    shared = [
-        *("dataset_mode", "dataroot", "label_dir", "classes", "netG"),
-        *("name", "checkpoints_dir", "which_epoch", "checkpoint"),
-    ]
-    seen, _ = parse(shared)
+    data = ("dataset_mode", "dataroot", "label_dir", "label_nc", "classes")
+    files = ("name", "checkpoints_dir", "which_epoch", "checkpoint", "output", "from")
+    seen, _ = parse((*data, *files, "netG"))
     taken, rest = parse(own)
     # An option without a value is left to the parser of all options, which reports the error.
     return {name: value for name, value in seen.items() if value} | taken, rest

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from spade_kernels import LabelMap
 from spade_kernels.condition import Segmap
-from spade_model import checkpoint
+from spade_model import checkpoint, checkpoint_layouts
+from spade_model.architecture import infer_encoder, infer_generator
+from spade_model.checkpoint_layouts import complete
 from spade_model.config import (
     DataConfig,
     ModelConfig,
@@ -41,7 +43,6 @@ from spade_model.errors import UserError
 from spade_model.legend import find_legend
 from spade_model.networks import SPADEGenerator, build_encoder, build_generator
 from spade_model.networks.check import check_generator
-from spade_model.original import complete, infer_generator
 from spade_model.pages import PageRow, write_results_page
 from spade_model.training import choose_device
 from spade_model.visualize import condition_image, overlay, to_image
@@ -225,12 +226,9 @@ def load_model(
         _refuse_contradictions(saved, data, model, path)
         weights = states["G"] if last_weights else states.get("G_ema", states["G"])
     else:
-        weights = checkpoint.read_state_dict(path)
+        states = checkpoint_layouts.read(path, networks="GE")
+        weights = states["G"]
         data, model = infer_generator(weights, data or default_data_config("coco"), model or ModelConfig(), str(path))
-        beside = path.with_name(path.name.replace("_net_G", "_net_E"))
-        states = (
-            {"E": checkpoint.read_state_dict(beside)} if model.use_vae and beside != path and beside.exists() else {}
-        )
     check_choices(data)
     check_choices(model)
     # A batch of two skips a check for training: in eval mode batch norm accepts one value per channel.
@@ -239,7 +237,7 @@ def load_model(
     checkpoint.load_into(generator, complete(weights, generator.state_dict()), str(path))
     encoder = None
     if model.use_vae and "E" in states:
-        encoder = build_encoder(data, _encoder_shape(model, states["E"]))
+        encoder = build_encoder(data, infer_encoder(states["E"], model))
         assert encoder is not None
         checkpoint.load_into(encoder, complete(states["E"], encoder.state_dict()), f"the encoder of {path}")
         encoder = encoder.eval().to(where)
@@ -562,9 +560,3 @@ def _require_encoder(loaded: LoadedModel, what: str) -> nn.Module:
         )
         raise UserError(f"{what} needs a model trained with --use_vae and its encoder; {reason}")
     return loaded.encoder
-
-
-def _encoder_shape(model: ModelConfig, state: dict[str, Tensor]) -> ModelConfig:
-    """Returns the model config with the encoder's width, read from its weights: the original's files have no config."""
-    first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4), None)
-    return model if first is None else replace(model, ngf=first.shape[0])

@@ -42,7 +42,13 @@ USED_TO_GENERATE = """
     dataset_mode dataroot label_dir instance_dir no_pairing_check max_dataset_size seed classes label_nc
     contain_dontcare_label no_instance ade20k_shift preprocess_mode crop_size aspect_ratio num_upsampling_layers
 """
-OPTIONS = {"train": TRAIN + DATA + MODEL, "generate": GENERATE + USED_TO_GENERATE, "doctor": "split" + DATA}
+CONVERT = "checkpoint output from to last_weights overwrite"
+OPTIONS = {
+    "train": TRAIN + DATA + MODEL,
+    "generate": GENERATE + USED_TO_GENERATE,
+    "convert": CONVERT + DATA + MODEL,
+    "doctor": "split" + DATA,
+}
 """Options that scripts rely on: one that leaves this list needs an entry among those that are renamed or gone."""
 
 
@@ -81,7 +87,7 @@ def test_the_last_of_a_flag_and_its_opposite_counts(parsed):
 def test_usage(spade, arguments):
     result = spade(*arguments)
     assert result.status == 0
-    assert [word for word in ("train", "generate", "doctor", "torchrun") if word not in result.out] == []
+    assert [word for word in ("train", "generate", "convert", "doctor", "torchrun") if word not in result.out] == []
 
 
 def test_version(spade):

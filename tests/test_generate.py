@@ -13,13 +13,13 @@ from PIL import Image
 from test_train import small_config
 
 import spade_model
+from spade_model.architecture import infer_generator
 from spade_model.cli import main
 from spade_model.config import DataConfig, ModelConfig
 from spade_model.data import create_dataset, load_condition
 from spade_model.data.classes import known_ids
 from spade_model.errors import UserError
 from spade_model.networks import ConvEncoder, build_encoder, build_generator
-from spade_model.original import infer_generator
 from spade_model.visualize import to_image
 
 SHAPES = {

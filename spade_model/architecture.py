@@ -1,4 +1,4 @@
-"""Infers the configs of the original implementation's generators from their weights."""
+"""Infers the configs of generators, encoders and discriminators from the shapes of their weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from spade_model.config import DataConfig, ModelConfig, contradiction, default_data_config
+from spade_model.data import DATASETS
 from spade_model.errors import UserError
 
 _NEEDED = {"fc.weight": (2, 4), "conv_img.weight": (4,), "head_0.norm_0.mlp_shared.0.weight": (4,)}
@@ -35,13 +35,7 @@ def infer_generator(
         UserError: the state is not a SPADE generator's, its images are neither grey nor RGB, or an option that is not
             the default contradicts its shapes.
     """
-    for name, ranks in _NEEDED.items():
-        if name not in state or state[name].dim() not in ranks:
-            what = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
-            raise UserError(
-                f"{source} does not hold a SPADE generator: {name} {what}{_other_network(state)}. Pass the file whose "
-                "name ends in _net_G.pth"
-            )
+    require_generator(state, source)
     shared = state["head_0.norm_0.mlp_shared.0.weight"]
     most = "up_4.conv_0.bias" in state
     ngf = state["conv_img.weight"].shape[1] * (2 if most else 1)
@@ -71,36 +65,74 @@ def _refuse_contradictions(given: Any, found: Any, usual: Any, source: str) -> N
             raise contradiction(source, part.name, shown, value)
 
 
-def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts a state dict of an old PyTorch version to the current format.
+def require_generator(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError unless the state holds the weights from which `infer_generator` starts."""
+    for name, ranks in _NEEDED.items():
+        if name not in state or state[name].dim() not in ranks or not state[name].numel():
+            what = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
+            raise UserError(
+                f"{source} does not hold a SPADE generator: {name} {what}{_other_network(state)}. Pass the file whose "
+                "name ends in _net_G.pth"
+            )
+    hidden = len(state["head_0.norm_0.mlp_shared.0.weight"])
+    if hidden != 128:
+        raise UserError(
+            f"{source}: its SPADE layers have {hidden} hidden channels, those of this project 128. gan-compression's "
+            "generators have 2 * ngf: only those with ngf 64 fit"
+        )
 
-    Old state dicts lack spectral norm's second vector and batch norm's counters, and also hold the normalized weight.
-    `wanted` is the state dict of the network that will load the result.
+
+def likely_data(state: Mapping[str, Tensor]) -> DataConfig:
+    """Returns the defaults of the first data set with as many condition channels as a generator has.
+
+    If there is none, they are those of `custom` with the label_nc that gives this number, with instance boundaries.
     """
-    result = {k: v for k, v in state.items() if not (k.endswith(".weight") and f"{k}_orig" in state)}
-    for name, value in wanted.items():
-        if name in result:
-            continue
-        stem, _, kind = name.rpartition(".")
-        if kind == "num_batches_tracked":
-            result[name] = value
-        elif kind == "weight_v" and {f"{stem}.weight_orig", f"{stem}.weight_u"} <= result.keys():
-            weight = result[f"{stem}.weight_orig"].flatten(1)
-            result[name] = F.normalize(weight.t() @ result[f"{stem}.weight_u"], dim=0, eps=1e-12)
-    return result
+    channels = state["head_0.norm_0.mlp_shared.0.weight"].shape[1]
+    defaults = (default_data_config(name) for name in DATASETS)
+    custom = default_data_config("custom")
+    other = replace(custom, label_nc=max(channels - 1, 1), contain_dontcare_label=False, no_instance=channels < 2)
+    return next((data for data in defaults if data.semantic_nc == channels), other)
+
+
+def infer_encoder(state: Mapping[str, Tensor], model: ModelConfig) -> ModelConfig:
+    """Returns the config with the encoder's width, as ngf, and its norm; of foreign weights it is left as it is."""
+    first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4), None)
+    return model if first is None else replace(model, ngf=len(first), norm_E=_plain_norm(state, "layer1"))
+
+
+def infer_discriminator(state: Mapping[str, Tensor], model: ModelConfig) -> ModelConfig:
+    """Returns the config with the discriminator's size and norm; of foreign weights it is left as it is."""
+    first = state.get("discriminator_0.model0.0.weight")
+    if first is None or first.dim() != 4:
+        return model
+    scales = {name.partition(".")[0] for name in state}
+    layers = {name.split(".")[1] for name in state if name.startswith("discriminator_0.")}
+    norm = _plain_norm(state, "discriminator_0.model1.0") if len(layers) > 2 else model.norm_D
+    return replace(model, ndf=len(first), num_D=len(scales), n_layers_D=len(layers) - 1, norm_D=norm)
 
 
 def _other_network(state: Mapping[str, Tensor]) -> str:
     """Returns the end of an error message, which names the network that the state belongs to, if recognised."""
     if any(name.startswith("discriminator_") for name in state):
         return "; these are a discriminator's weights"
-    return "; these are an encoder's weights" if "fc_mu.weight" in state else ""
+    if "fc_mu.weight" in state:
+        return "; these are an encoder's weights"
+    return "; these are a pix2pixHD generator's weights" if any(name.startswith("model.") for name in state) else ""
 
 
 def _norm(state: Mapping[str, Tensor], kernel_size: int) -> str:
     spectral = "spectral" if "head_0.conv_0.weight_orig" in state else ""
     base = "syncbatch" if "head_0.norm_0.param_free_norm.running_mean" in state else "instance"
     return f"{spectral}spade{base}{kernel_size}x{kernel_size}"
+
+
+def _plain_norm(state: Mapping[str, Tensor], layer: str) -> str:
+    """Returns the norm of a convolution of `networks.normalization.normalized`, which has the name `layer`."""
+    with_norm = any(f"{layer}.0.{kind}" in state for kind in ("weight", "weight_orig"))
+    spectral = "spectral" if f"{layer}.{'0.' if with_norm else ''}weight_orig" in state else ""
+    if not with_norm:
+        return f"{spectral}none"
+    return f"{spectral}{'syncbatch' if f'{layer}.1.running_mean' in state else 'instance'}"
 
 
 def _fit_image(data: DataConfig, channels: int, source: str) -> DataConfig:
