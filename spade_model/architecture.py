@@ -95,15 +95,15 @@ def likely_data(state: Mapping[str, Tensor]) -> DataConfig:
 
 
 def infer_encoder(state: Mapping[str, Tensor], model: ModelConfig) -> ModelConfig:
-    """Returns the config with the encoder's width, as ngf, and its norm; of foreign weights it is left as it is."""
-    first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4), None)
+    """Returns the config with the encoder's width, as ngf, and its norm; other networks' weights leave it unchanged."""
+    first = next((v for k, v in state.items() if k.startswith("layer1.") and v.dim() == 4 and v.numel()), None)
     return model if first is None else replace(model, ngf=len(first), norm_E=_plain_norm(state, "layer1"))
 
 
 def infer_discriminator(state: Mapping[str, Tensor], model: ModelConfig) -> ModelConfig:
-    """Returns the config with the discriminator's size and norm; of foreign weights it is left as it is."""
+    """Returns the config with the discriminator's size and norm; other networks' weights leave it unchanged."""
     first = state.get("discriminator_0.model0.0.weight")
-    if first is None or first.dim() != 4:
+    if first is None or first.dim() != 4 or not first.numel():
         return model
     scales = {name.partition(".")[0] for name in state}
     layers = {name.split(".")[1] for name in state if name.startswith("discriminator_0.")}

@@ -136,22 +136,27 @@ def recognize(names: Collection[str]) -> str:
     return NVLABS
 
 
-def read(path: Path, layout: str = "", networks: Collection[str] = NETWORKS) -> dict[str, dict[str, Tensor]]:
-    """Reads a generator file of another layout, and with it the files of other networks beside it.
+def read(path: Path, layout: str = "") -> dict[str, Tensor]:
+    """Reads a network's file of another layout; returns its state dict with this project's parameter names.
 
     Args:
-        path: the generator's file. Where its name contains _net_G, those with _net_E and _net_D belong to it.
-        layout: name of the layout of all files; by default it is recognized, in each file, by its names.
-        networks: letters of the networks to read.
-
-    Returns:
-        State dicts with this project's parameter names, keyed by the letters of the networks.
+        layout: name of the layout; by default it is recognized by the names in the file.
 
     Raises:
-        UserError: a file is missing, damaged, no state dict, or of a layout that cannot be converted.
+        UserError: the file is missing, damaged, no state dict, or of a layout that cannot be converted.
     """
-    files = {"G": path} | {n: file for n, file in beside(path).items() if n in networks and file.exists()}
-    return {network: _read_file(file, layout) for network, file in files.items()}
+    content = checkpoint.read_weights(path)
+    description = find_layout(layout or recognize(list(_tensor_names(content))), str(path))
+    return to_ours(checkpoint.as_state_dict(content, path), description, str(path))
+
+
+def read_beside(path: Path, networks: Collection[str], layout: str = "") -> dict[str, dict[str, Tensor]]:
+    """Reads the files of other networks beside a generator's, those that exist; see `beside` and `read`.
+
+    Args:
+        networks: letters of the networks to read, by which the result is keyed.
+    """
+    return {n: read(file, layout) for n, file in beside(path).items() if n in networks and file.exists()}
 
 
 def beside(path: Path) -> dict[str, Path]:
@@ -214,12 +219,6 @@ def complete(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
             if weight.dim() > 1 and u.shape == weight.shape[:1] and u.dtype == weight.dtype:
                 result[name] = F.normalize(weight.flatten(1).t() @ u, dim=0, eps=1e-12)
     return result
-
-
-def _read_file(path: Path, layout: str) -> dict[str, Tensor]:
-    content = checkpoint.read_weights(path)
-    description = find_layout(layout or recognize(list(_tensor_names(content))), str(path))
-    return to_ours(checkpoint.as_state_dict(content, path), description, str(path))
 
 
 def _tensor_names(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -93,9 +93,11 @@ def read_source(path: Path, layout: str = "") -> Source:
         if config.model.netG != "spade":
             raise UserError(f"{path} holds a {config.model.netG} generator; only those of --netG spade are converted")
         return Source(path, {n: tree[n] for n in NETWORKS if n in tree}, tree.get("G_ema"), config)
-    states = checkpoint_layouts.read(path, layout)
-    require_generator(states["G"], str(path))
-    return Source(path, states)
+    generator = checkpoint_layouts.read(path, layout)
+    require_generator(generator, str(path))
+    # An encoder belongs to generators that take style vectors: those that begin with a linear layer.
+    others = "ED" if generator["fc.weight"].dim() == 2 else "D"
+    return Source(path, {"G": generator, **checkpoint_layouts.read_beside(path, others, layout)})
 
 
 def convert(

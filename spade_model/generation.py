@@ -226,9 +226,9 @@ def load_model(
         _refuse_contradictions(saved, data, model, path)
         weights = states["G"] if last_weights else states.get("G_ema", states["G"])
     else:
-        states = checkpoint_layouts.read(path, networks="GE")
-        weights = states["G"]
+        weights = checkpoint_layouts.read(path)
         data, model = infer_generator(weights, data or default_data_config("coco"), model or ModelConfig(), str(path))
+        states = checkpoint_layouts.read_beside(path, "E") if model.use_vae else {}
     check_choices(data)
     check_choices(model)
     # A batch of two skips a check for training: in eval mode batch norm accepts one value per channel.

@@ -194,7 +194,7 @@ def test_joint_and_renamed_tensors(tmp_path, monkeypatch):
     assert torch.equal(there[f"{norm}.mlp_both.weight"], both)
     assert torch.equal(there[f"{norm}.first_norm.running_var"], state[f"{norm}.param_free_norm.running_var"])
     torch.save(there, tmp_path / "G.pth")
-    assert_equal(checkpoint_layouts.read(tmp_path / "G.pth")["G"], state)
+    assert_equal(checkpoint_layouts.read(tmp_path / "G.pth"), state)
     torch.save(there | {f"{norm}.mlp_both.bias": torch.zeros(9)}, tmp_path / "G.pth")
     with pytest.raises(UserError, match=r"up_1\.norm_s\.mlp_both\.bias has shape \(9,\).* into 2 equal parts"):
         checkpoint_layouts.read(tmp_path / "G.pth")
@@ -300,13 +300,23 @@ def test_bad_files_are_refused(spade, tmp_path, name):
     assert files(tmp_path) == ["latest_net_G.pth"]
 
 
+def test_an_encoder_without_use_is_left_out(spade, tmp_path):
+    torch.save(stand_in(), tmp_path / "latest_net_G.pth")
+    (tmp_path / "latest_net_E.pth").write_text("hello")
+    arguments = ["convert", "--checkpoint", tmp_path / "latest_net_G.pth", "--output", tmp_path / "a.safetensors"]
+    assert spade(*arguments).status == 0
+    assert sorted(checkpoint.load(tmp_path / "a.safetensors")) == ["G", "config"]
+    spade_model.load_model(tmp_path / "latest_net_G.pth", DataConfig(label_nc=12, crop_size=64), device="cpu")
+
+
 def test_damaged_neighbours_are_refused(spade, tmp_path):
     torch.save(stand_in(), tmp_path / "latest_net_G.pth")
     arguments = ["convert", "--checkpoint", tmp_path / "latest_net_G.pth", "--output", tmp_path / "a.safetensors"]
     (tmp_path / "latest_net_D.pth").write_text("hello")
     assert_refused(spade(*arguments), "latest_net_D.pth")
     torch.save(MultiscaleDiscriminator(9, ndf=2).state_dict(), tmp_path / "latest_net_D.pth")
-    assert_refused(spade(*arguments), "the discriminator of", "discriminator_0.model0.0.weight has shape (2, 12, 4, 4)")
+    result = spade(*arguments)
+    assert_refused(result, "the discriminator of", "discriminator_0.model0.0.weight has shape (2, 12, 4, 4)")
     assert files(tmp_path) == ["latest_net_D.pth", "latest_net_G.pth"]
 
 
