@@ -92,7 +92,9 @@ def read_source(path: Path, layout: str = "") -> Source:
         config = config_from_dict(tree["config"], str(path))
         if config.model.netG != "spade":
             raise UserError(f"{path} holds a {config.model.netG} generator; only those of --netG spade are converted")
-        return Source(path, {n: tree[n] for n in NETWORKS if n in tree}, tree.get("G_ema"), config)
+        states = {n: checkpoint.as_state_dict(tree[n], path) for n in (*NETWORKS, "G_ema") if n in tree}
+        average = states.pop("G_ema", None)
+        return Source(path, states, average, config)
     generator = checkpoint_layouts.read(path, layout)
     require_generator(generator, str(path))
     # An encoder belongs to generators that take style vectors: those that begin with a linear layer.

@@ -224,6 +224,7 @@ def load_model(
             raise UserError(f"{path} holds no generator; pass a file that `spade train` wrote")
         data, model = data or saved.data, model or saved.model
         _refuse_contradictions(saved, data, model, path)
+        states = {n: checkpoint.as_state_dict(states[n], path) for n in ("G", "G_ema", "E") if n in states}
         weights = states["G"] if last_weights else states.get("G_ema", states["G"])
     else:
         weights = checkpoint_layouts.read(path)

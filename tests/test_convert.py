@@ -300,6 +300,20 @@ def test_bad_files_are_refused(spade, tmp_path, name):
     assert files(tmp_path) == ["latest_net_G.pth"]
 
 
+@pytest.mark.parametrize("part", ["G", "G_ema", "D"])
+@pytest.mark.parametrize("content", [5, {}, {"fc.weight": 3}])
+def test_checkpoints_without_state_dicts_are_refused(spade, trained_run, tmp_path, part, content):
+    file = tmp_path / "a.safetensors"
+    checkpoint.save(file, {**checkpoint.load_part(trained_run / "latest.safetensors", "G", "config"), part: content})
+    assert_refused(
+        spade("convert", "--checkpoint", file, "--output", tmp_path / "a_net_G.pth"), "not hold a state dict"
+    )
+    if part != "D":
+        made = spade("generate", "--checkpoint", file, "--results_dir", tmp_path / "results", "--device", "cpu")
+        assert_refused(made, "not hold a state dict")
+    assert files(tmp_path) == ["a.safetensors"]
+
+
 def test_an_encoder_without_use_is_left_out(spade, tmp_path):
     torch.save(stand_in(), tmp_path / "latest_net_G.pth")
     (tmp_path / "latest_net_E.pth").write_text("hello")
