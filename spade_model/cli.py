@@ -45,7 +45,7 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status.
 
-    The status is 0 on success, also when Ctrl-C stopped a training run and its state was saved; 2 for unusable input
+    The status is 0 on success, also when a signal stopped a training run and its state was saved; 2 for unusable input
     and for missing packages; 130 for any other interruption; and 141 when the pipe behind stdout was closed.
 
     With SPADE_DEBUG=1 in the environment, errors also show their traceback.

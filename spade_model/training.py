@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,6 +28,7 @@ from spade_model.networks.check import check_networks
 from spade_model.networks.discriminator import build_windows
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
+from spade_model.stopping import StopRequest
 from spade_model.trainer import Trainer
 from spade_model.visualize import condition_image, to_image
 
@@ -37,8 +36,9 @@ from spade_model.visualize import condition_image, to_image
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Trains a model, in a single process or as one of torchrun's processes, and returns the run's folder.
 
-    The state is saved every save_latest_freq steps, every save_epoch_freq epochs, at the end, and on Ctrl-C or SIGTERM.
-    With continue_train, training resumes from the saved state, with results bitwise equal to an uninterrupted run.
+    The state is saved every save_latest_freq steps, every save_epoch_freq epochs, at the end, and on Ctrl-C, SIGTERM,
+    SIGHUP or SIGUSR1, which end the run after the current step. With continue_train, training resumes from the saved
+    state, with results bitwise equal to an uninterrupted run.
 
     Raises:
         UserError: the config, the data, or the state to continue from cannot be used; the disk is full; or the losses
@@ -107,8 +107,9 @@ class _Run:
             log.write(f"{what} of {config.name} are done (step {saved_at} of {self.total_steps}): {more}")
         elif saved_at:
             log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}")
-        with _StopSignal(self.device, self.world_size) as stop:
-            while self.trainer.steps < self.total_steps and not stop.requested:
+        stopped = False
+        with StopRequest() as stop:
+            while self.trainer.steps < self.total_steps and not stopped:
                 for batches in self._steps_of_epoch():
                     losses, fake = self.trainer.step(batches)
                     self.batches_done += len(batches)
@@ -121,18 +122,27 @@ class _Run:
                     if step % config.save_latest_freq == 0:
                         self._save("latest")
                         saved_at = step
-                    if stop.check() or step >= self.total_steps:
+                    stopped = self._in_any_process(stop.received)
+                    if stopped or step >= self.total_steps:
                         break
                 else:
                     self._finish_epoch()
                     saved_at = self.trainer.steps if self._is_kept(self.epoch - 1) else saved_at
             if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
                 self._save("latest")
-        if stop.requested:
+        if stopped:
             log.write(
                 f"stopped at step {self.trainer.steps}; everything is saved in {self.folder}. Go on with: "
                 f"spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
             )
+
+    def _in_any_process(self, flag: bool) -> bool:
+        """Returns True if the flag is set in any process; the result is equal in all processes."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def close(self) -> None:
         """Stops the sample page from reloading itself, however the run ended."""
@@ -262,42 +272,6 @@ class _Run:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; choose another --checkpoints_dir"
             ) from error
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one has its usual effect.
-
-    `requested` is the result of the last `check`, so it is equal in all processes.
-    """
-
-    def __init__(self, device: torch.device, world_size: int):
-        self.requested = self._received = False
-        self._device, self._world_size = device, world_size
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignal:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Only the main thread receives signals and can set handlers.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> bool:
-        """Returns True if any process was asked to stop; the result is equal in all processes."""
-        self.requested = self._received
-        if self._world_size > 1:
-            flag = torch.tensor(float(self._received), device=self._device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.requested = bool(flag)
-        return self.requested
-
-    def _request(self, number: int, frame: object) -> None:
-        self._received = True
-        signal.signal(number, self._previous[number])
 
 
 @contextmanager

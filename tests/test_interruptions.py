@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from PIL import Image
 
 from spade_model import checkpoint, losses
 from spade_model.config import load_config
+from spade_model.stopping import STOP_SIGNALS
 from spade_model.training import train
 
 REFRESH = 'http-equiv="refresh"'
@@ -40,16 +42,29 @@ def processes() -> Iterator[list[subprocess.Popen]]:
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_the_run_goes_on(spade, tmp_path, processes, number):
-    # With the page: the last --no_html counts.
-    options = ["--name", "run", "--checkpoints_dir", tmp_path, "--niter", "100000", "--no_no_html"]
-    process = start(["train", *TINY, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start_training(processes: list[subprocess.Popen], folder: Path, *options: object, **streams) -> subprocess.Popen:
+    """Starts a long run and returns its process after the first step."""
+    run = ["--name", "run", "--checkpoints_dir", folder, "--niter", "100000"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": react_to_signals, **streams}
+    process = start(["train", *TINY, *run, *options], **streams)
     processes.append(process)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 1/"):
             break
+    return process
+
+
+def react_to_signals() -> None:
+    """Undoes what a shell does to the processes that it starts in the background."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signal_saves_and_the_run_goes_on(spade, tmp_path, processes, number):
+    # With the page: the last --no_html counts.
+    process = start_training(processes, tmp_path, "--no_no_html")
     assert REFRESH in (tmp_path / "run/web/index.html").read_text()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -64,6 +79,27 @@ def test_signal_saves_and_the_run_goes_on(spade, tmp_path, processes, number):
     resume = ["--name", "run", "--checkpoints_dir", tmp_path, "--continue_train", "--max_steps", steps + 2]
     assert spade("train", *resume).status == 0
     assert checkpoint.load(tmp_path / "run/latest.safetensors")["steps"] == steps + 2
+
+
+def test_a_terminal_that_closes_signals_the_whole_group_twice(tmp_path, processes):
+    process = start_training(processes, tmp_path, "--num_workers", 1, start_new_session=True)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGHUP)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (0, False), err
+    assert checkpoint.load(tmp_path / "run/latest.safetensors")["steps"] >= 1
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, processes):
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = start_training(processes, tmp_path, preexec_fn=ignore)
+    assert process.stderr is not None
+    process.send_signal(signal.SIGHUP)
+    assert [process.stderr.readline().split("/")[0] for _ in range(3)] == ["step 2", "step 3", "step 4"]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_interrupted_before_training(spade, monkeypatch):

@@ -20,6 +20,7 @@ from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import EPOCH_ORDER, random_stream
 from spade_model.errors import UserError
 from spade_model.registry import DATASETS, DatasetSpec
+from spade_model.stopping import STOP_SIGNALS
 
 
 class Loader:
@@ -157,5 +158,5 @@ def _start_worker(worker: int, datasets: dict[str, DatasetSpec]) -> None:
     DATASETS.update(datasets)
     torch.set_num_threads(1)
     # A stop signal can reach the whole process group. Workers ignore it, because the training process ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
