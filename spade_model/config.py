@@ -288,13 +288,13 @@ def check_name(name: str) -> None:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the config as JSON and replaces the file atomically. Raises OSError when the file cannot be written."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
     """Reads a config of `save_config`. Raises UserError for a missing or damaged file and for unknown options."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except ValueError as error:

@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from spade_model import checkpoint
 from spade_model.config import default_train_config, load_config, save_config
 from spade_model.errors import UserError
+from spade_model.files import remove_leftovers, replacing
 from spade_model.networks import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
+from spade_model.pages import write_results_page
 from spade_model.training import train
 
 
@@ -356,6 +358,34 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert torch.equal(checkpoint.load(file)["G"]["a"], TREE["G"]["a"])
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "latest.safetensors", TREE)
+        save_config(default_train_config("toy"), tmp_path / "config.json")
+        write_results_page(tmp_path, "page", ["picture"], [("a", [Image.new("L", (2, 2))])])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(("latest.safetensors", "config.json", "index.html", "a.png"), mode)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    """A process that dies while it writes leaves its temporary files, and those of safetensors beside them."""
+    file = tmp_path / "web" / "latest.safetensors"
+    if (child := os.fork()) == 0:
+        with replacing(file) as temporary:
+            temporary.write_bytes(b"a")
+            temporary.with_name(".tmp123").write_bytes(b"b")
+            os._exit(0)
+    os.waitpid(child, 0)
+    (tmp_path / "old.safetensors.partial").write_bytes(b"c")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "web"]
 
 
 def test_saving_below_a_file_says_so(tmp_path):
