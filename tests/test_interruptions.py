@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -211,14 +216,72 @@ def test_training_in_a_thread(run_copy):
 @pytest.mark.parametrize("arguments", [["doctor"], ["train", "--help"]])
 def test_output_that_nobody_reads(processes, arguments):
     """The reader of the output has gone before the first line, like that of `spade ... | head`."""
+    with closed_pipe() as pipe:
+        process = start(arguments, stdout=pipe, stderr=subprocess.PIPE)
+    processes.append(process)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+@contextmanager
+def closed_pipe() -> Iterator[int]:
     reader, writer = os.pipe()
     os.close(reader)
-    process = start(arguments, stdout=writer, stderr=subprocess.PIPE)
-    processes.append(process)
+    yield writer
     os.close(writer)
-    _, err = process.communicate(timeout=60)
-    assert err == ""
-    assert process.returncode == 141
+
+
+def close_streams() -> None:
+    for number in (0, 1, 2):
+        os.close(number)
+
+
+def open_for_reading() -> None:
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDONLY), number)
+
+
+STREAMS: dict[str, Callable[[], object]] = {"closed": close_streams, "for reading only": open_for_reading}
+
+
+@pytest.mark.parametrize("streams", ["broken pipe", *STREAMS])
+def test_training_does_not_depend_on_its_output(tmp_path, processes, streams):
+    with closed_pipe() as pipe:
+        output = {"stdout": pipe, "stderr": pipe, "preexec_fn": STREAMS.get(streams)}
+        process = start(["train", *TINY, "--name", "run", "--checkpoints_dir", tmp_path], **output)
+    processes.append(process)
+    assert process.wait(timeout=60) == 0
+    assert checkpoint.load(tmp_path / "run/latest.safetensors")["steps"] == 2
+    refused = start(["train", "--lr", "-1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    processes.append(refused)
+    assert refused.wait(timeout=60) == 2
+
+
+def test_a_terminal_that_has_gone(tmp_path, processes):
+    """The progress bar is on a terminal whose other end is closed in mid-run."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    run = ["--name", "run", "--checkpoints_dir", tmp_path, "--niter", 20]
+    process = start(["train", *TINY, *run], stdout=theirs, stderr=theirs)
+    processes.append(process)
+    os.close(theirs)
+    while b"0/40" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert checkpoint.load(tmp_path / "run/latest.safetensors")["steps"] == 40
+
+
+def test_a_console_that_lacks_the_characters_of_a_path(tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    runs = tmp_path / "\u30de\u30b9\u30af"
+    for arguments, status in ((["train", *TINY, "--name", "run"], 0), (["train", *TINY, "--name", "run"], 2)):
+        command = [*arguments, "--checkpoints_dir", runs]
+        process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, "Traceback" in err, "Error" in err) == (status, False, False), err
+        assert r"\u30de\u30b9\u30af" in (err if status else out)
 
 
 def test_debugging_shows_the_traceback(spade, monkeypatch):
