@@ -76,22 +76,18 @@ class _Run:
             )
         check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
-        self.epoch, self.batches_done = 1, 0
-        self.epoch_batches = count_batches(len(self.dataset), config.data, world_size)
-        if self.epoch_batches < config.accumulate:
-            raise UserError(
-                f"--accumulate {config.accumulate} is more than the {self.epoch_batches} batches of an epoch"
-            )
+        self.epoch, self.images_done = 1, 0
+        self.changes = ""
+        epoch_batches = count_batches(len(self.dataset), config.data, world_size)
+        if epoch_batches < config.accumulate:
+            raise UserError(f"--accumulate {config.accumulate} is more than the {epoch_batches} batches of an epoch")
         torch.manual_seed(config.data.seed)
         self.trainer = Trainer(config, self.device)
         self.prepare = index_builder(self.trainer.generator, config.model.num_D)
         torch.manual_seed(config.data.seed + rank + 1)
         if config.continue_train:
             self._resume(self.folder / f"{config.which_epoch}.safetensors")
-        epochs = config.niter + config.niter_decay
-        self.total_steps = epochs * (self.epoch_batches // config.accumulate)
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.total_steps = self._count_steps()
         if rank == 0:
             self._prepare_folder()
         self.page = None if config.no_html or rank else SamplePage(self.folder / "web", config.name)
@@ -106,13 +102,13 @@ class _Run:
             more = f"raise --{'max_steps' if what == 'all steps' else 'niter'} to train on"
             log.write(f"{what} of {config.name} are done (step {saved_at} of {self.total_steps}): {more}")
         elif saved_at:
-            log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}")
+            log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}{self.changes}")
         stopped = False
         with StopRequest() as stop:
             while self.trainer.steps < self.total_steps and not stopped:
                 for batches in self._steps_of_epoch():
                     losses, fake = self.trainer.step(batches)
-                    self.batches_done += len(batches)
+                    self.images_done += self.step_images
                     step = self.trainer.steps
                     log.advance()
                     if step % config.print_freq == 0 or step == self.total_steps:
@@ -150,13 +146,27 @@ class _Run:
             with suppress(UserError):
                 self.page.finish()
 
-    def _loader(self, epoch: int, first_batch: int = 0):
+    @property
+    def step_images(self) -> int:
+        """The number of images that all processes together take in a step."""
+        return self.config.data.batch_size * self.world_size * self.config.accumulate
+
+    def _count_steps(self) -> int:
+        """Returns the number of the run's last step: the steps done, and those that the remaining images fill."""
+        images, config = len(self.dataset), self.config
+        later = config.niter + config.niter_decay - self.epoch
+        steps = self.trainer.steps
+        if later >= 0:
+            steps += max(0, images - self.images_done) // self.step_images + later * (images // self.step_images)
+        return min(steps, config.max_steps) if config.max_steps else steps
+
+    def _loader(self, epoch: int, first_image: int = 0):
         return create_loader(
             self.dataset,
             self.config.data,
             shuffle=True,
             epoch=epoch,
-            first_batch=first_batch,
+            first_image=first_image,
             rank=self.rank,
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
@@ -166,7 +176,7 @@ class _Run:
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """Yields the batches of each remaining step of the epoch; batches that do not fill a step are dropped."""
         self.trainer.set_epoch(self.epoch)
-        loader = iter(self._loader(self.epoch, self.batches_done))
+        loader = iter(self._loader(self.epoch, self.images_done))
         while len(batches := self._next_batches(loader)) == self.config.accumulate:
             yield batches
 
@@ -186,7 +196,7 @@ class _Run:
             raise UserError(message) from error
 
     def _finish_epoch(self) -> None:
-        self.epoch, self.batches_done = self.epoch + 1, 0
+        self.epoch, self.images_done = self.epoch + 1, 0
         if self._is_kept(self.epoch - 1):
             self._save("latest", str(self.epoch - 1))
 
@@ -232,7 +242,7 @@ class _Run:
                 **self.trainer.state_dict(),
                 "config": dataclasses.asdict(self.config),
                 "epoch": self.epoch,
-                "batches_done": self.batches_done,
+                "images_done": self.images_done,
                 "random": random_states,
             }
             for name in names:
@@ -246,21 +256,32 @@ class _Run:
                 f"nothing to continue: {path} does not exist. Check --name, --checkpoints_dir and --which_epoch"
             )
         state = checkpoint.load(path)
-        missing = [name for name in ("config", "epoch", "batches_done", "random") if name not in state]
+        missing = [name for name in ("config", "epoch", "random") if name not in state]
+        if not {"images_done", "batches_done"} & state.keys():
+            missing.append("images_done")
         if missing:
             raise UserError(
                 f"{path} holds no {missing[0]}, so no run can be resumed from it; pass a file that `spade train` wrote"
             )
-        before = config_from_dict(state["config"], str(path))
-        for name, old, new in (
-            ("batch_size", before.data.batch_size, self.config.data.batch_size),
-            ("accumulate", before.accumulate, self.config.accumulate),
-        ):
-            if old != new:
-                raise UserError(f"{path} was trained with --{name} {old}, not {new}; continue with the same")
+        before, processes = config_from_dict(state["config"], str(path)), len(state["random"])
         self.trainer.load_state_dict(state, str(path))
-        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
-        if len(state["random"]) == self.world_size:
+        self.epoch = state["epoch"]
+        # Checkpoints of earlier versions count the batches of each process.
+        self.images_done = (
+            state["images_done"]
+            if "images_done" in state
+            else state["batches_done"] * before.data.batch_size * processes
+        )
+        settings = (
+            ("--batch_size", before.data.batch_size, self.config.data.batch_size),
+            ("--accumulate", before.accumulate, self.config.accumulate),
+            ("processes", processes, self.world_size),
+        )
+        changes = [f"{name} {new} instead of {old}" for name, old, new in settings if old != new]
+        if changes:
+            left = max(0, len(self.dataset) - self.images_done)
+            self.changes = f": {', '.join(changes)}; the {left} images left of the epoch are shared out anew"
+        if self.rank < processes:
             _set_random_state(state["random"][self.rank], self.device)
 
     def _prepare_folder(self) -> None:
