@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _TEMPORARY = ".partial"
 
@@ -46,6 +48,27 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> IO[str]:
+    """Opens a file, created if needed, and locks it for this process until it is closed or the process ends.
+
+    Where the file system has no locks, the file is opened only.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file cannot be opened.
+    """
+    file = path.open("a")
+    try:
+        # Unlike flock's, these locks do not pass to forked workers, which may outlive the process for a while.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        pass
+    return file
 
 
 def _flush(path: Path) -> None:

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,11 @@ from spade_model.config import TrainConfig, check_train_config, config_from_dict
 from spade_model.data import Batch, DataError, create_dataset, create_loader
 from spade_model.data.loader import count_batches
 from spade_model.errors import UserError
-from spade_model.files import remove_leftovers
+from spade_model.files import lock, remove_leftovers
 from spade_model.networks import SPADEGenerator
 from spade_model.networks.check import check_networks
 from spade_model.networks.discriminator import build_windows
+from spade_model.pace import Pace, report
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
 from spade_model.stopping import StopRequest
@@ -36,18 +39,19 @@ from spade_model.visualize import condition_image, to_image
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Trains a model, in a single process or as one of torchrun's processes, and returns the run's folder.
 
-    The state is saved every save_latest_freq steps, every save_epoch_freq epochs, at the end, and on Ctrl-C, SIGTERM,
-    SIGHUP or SIGUSR1, which end the run after the current step. With continue_train, training resumes from the saved
-    state, with results bitwise equal to an uninterrupted run.
+    The state is saved every save_latest_freq steps and save_minutes minutes, every save_epoch_freq epochs, at the end,
+    and on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, which end the run after the current step. With continue_train, training
+    resumes from the saved state, with results bitwise equal to an uninterrupted run.
 
     Raises:
-        UserError: the config, the data, or the state to continue from cannot be used; the disk is full; or the losses
-            diverged. Earlier checkpoints are kept.
+        UserError: the config, the data, or the state to continue from cannot be used; another process trains the run;
+            the disk is full; or the losses diverged. Earlier checkpoints are kept.
     """
     check_train_config(config)
     with _processes(config.device) as (rank, world_size):
         run = _Run(config, rank, world_size)
         try:
+            run.start()
             with RunLog(
                 config.run_dir,
                 total_steps=run.total_steps,
@@ -57,6 +61,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
                 quiet=rank > 0,
             ) as log:
                 run.loop(log)
+        except BaseException:
+            run.undo_start()
+            raise
         finally:
             run.close()
     return config.run_dir
@@ -69,6 +76,7 @@ class _Run:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.folder = config.run_dir
         self.device = choose_device(config.device)
+        self.latest_found = _identity(self.folder / "latest.safetensors")
         if not config.continue_train and (self.folder / "latest.safetensors").exists():
             raise UserError(
                 f"{self.folder} already holds a trained model. Go on with --continue_train, choose another --name, "
@@ -88,21 +96,43 @@ class _Run:
         if config.continue_train:
             self._resume(self.folder / f"{config.which_epoch}.safetensors")
         self.total_steps = self._count_steps()
-        if rank == 0:
-            self._prepare_folder()
-        self.page = None if config.no_html or rank else SamplePage(self.folder / "web", config.name)
-        if self.page is not None:
+        self.page: SamplePage | None = None
+        self.saved_at, self.saved_time = self.trainer.steps, time.monotonic()
+        self.new_folders: list[Path] = []
+        self.lock: IO[str] | None = None
+
+    def start(self) -> None:
+        """Prepares the run's folder and its page of samples.
+
+        Raises:
+            UserError: they cannot be written, or another process trains the run.
+        """
+        if self.rank:
+            return
+        self._prepare_folder()
+        if not self.config.no_html:
+            self.page = SamplePage(self.folder / "web", self.config.name)
             self.page.rewind(self.trainer.steps)
+
+    def undo_start(self) -> None:
+        """Removes the folders that `start` made, if the run failed before its first step."""
+        if self.trainer.steps == 0 and self.new_folders:
+            self.page = None
+            shutil.rmtree(self.folder, ignore_errors=True)
+            # Folders above it may be another run's by now.
+            with suppress(OSError):
+                for folder in self.new_folders[1:]:
+                    folder.rmdir()
 
     def loop(self, log: RunLog) -> None:
         """Trains until the last epoch, the step limit, or a signal to stop."""
-        config, saved_at = self.config, self.trainer.steps
-        if saved_at >= self.total_steps:
+        config, first_step, pace = self.config, self.trainer.steps, Pace()
+        if first_step >= self.total_steps:
             what = "all steps" if config.max_steps == self.total_steps else "all epochs"
             more = f"raise --{'max_steps' if what == 'all steps' else 'niter'} to train on"
-            log.write(f"{what} of {config.name} are done (step {saved_at} of {self.total_steps}): {more}")
-        elif saved_at:
-            log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}{self.changes}")
+            log.write(f"{what} of {config.name} are done (step {first_step} of {self.total_steps}): {more}")
+        elif first_step:
+            log.write(f"continuing {config.name} at step {first_step}, epoch {self.epoch}{self.changes}")
         stopped = False
         with StopRequest() as stop:
             while self.trainer.steps < self.total_steps and not stopped:
@@ -115,16 +145,17 @@ class _Run:
                         self._report(log, step, losses)
                     if step % config.display_freq == 0 or step == self.total_steps:
                         self._show(log, step, batches[-1], fake)
-                    if step % config.save_latest_freq == 0:
+                    seconds = pace.step()
+                    if seconds is not None and step < self.total_steps:
+                        log.write(report(config, seconds, step, self.total_steps))
+                    is_late, stopped = self._in_any_process(self._is_save_due(), stop.received)
+                    if is_late or step % config.save_latest_freq == 0:
                         self._save("latest")
-                        saved_at = step
-                    stopped = self._in_any_process(stop.received)
                     if stopped or step >= self.total_steps:
                         break
                 else:
                     self._finish_epoch()
-                    saved_at = self.trainer.steps if self._is_kept(self.epoch - 1) else saved_at
-            if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
+            if self.saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
                 self._save("latest")
         if stopped:
             log.write(
@@ -132,19 +163,25 @@ class _Run:
                 f"spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
             )
 
-    def _in_any_process(self, flag: bool) -> bool:
-        """Returns True if the flag is set in any process; the result is equal in all processes."""
+    def _is_save_due(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
+
+    def _in_any_process(self, *flags: bool) -> tuple[bool, ...]:
+        """Returns for each flag if it is set in any process; the result is equal in all processes."""
         if self.world_size == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+            return flags
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return tuple(bool(value) for value in values)
 
     def close(self) -> None:
-        """Stops the sample page from reloading itself, however the run ended."""
+        """Stops the sample page from reloading itself and unlocks the folder, however the run ended."""
         if self.page is not None:
             with suppress(UserError):
                 self.page.finish()
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def step_images(self) -> int:
@@ -249,6 +286,7 @@ class _Run:
                 checkpoint.save(self.folder / f"{name}.safetensors", state)
         if self.world_size > 1:
             dist.barrier()
+        self.saved_at, self.saved_time = self.trainer.steps, time.monotonic()
 
     def _resume(self, path: Path) -> None:
         if not path.exists():
@@ -285,10 +323,21 @@ class _Run:
             _set_random_state(state["random"][self.rank], self.device)
 
     def _prepare_folder(self) -> None:
+        new_folders = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder / ".lock")
+            # Another process may have trained between the look at the folder and the lock.
+            if _identity(self.folder / "latest.safetensors") != self.latest_found:
+                raise BlockingIOError
+            self.new_folders = new_folders
             remove_leftovers(self.folder)
             save_config(self.config, self.folder / "config.json")
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process trains in {self.folder}: wait for its end and go on with --continue_train, or choose "
+                "another --name"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; choose another --checkpoints_dir"
@@ -321,6 +370,15 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns values that differ for a file that replaced another; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def index_builder(generator: nn.Module, scales: int) -> Callable[[LabelMap], None]:

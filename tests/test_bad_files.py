@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from spade_model import checkpoint
 from spade_model.config import default_train_config, load_config, save_config
 from spade_model.errors import UserError
-from spade_model.files import remove_leftovers, replacing
+from spade_model.files import lock, remove_leftovers, replacing
 from spade_model.networks import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
 from spade_model.pages import write_results_page
 from spade_model.training import train
@@ -323,6 +324,56 @@ def test_generate_refuses(spade, trained_run, tmp_path, name):
 def test_runs_where_nothing_can_be_written(spade, tmp_path, folder):
     runs = Path("/proc/x") if folder == "/proc" else save_labels(tmp_path / "a.png") / "runs"
     assert_refused(spade("train", *TINY, "--checkpoints_dir", runs), "cannot write", str(runs), "--checkpoints_dir")
+
+
+@pytest.mark.parametrize("fault", ["tensorboard", "first label image", "size", "memory", "Ctrl-C"])
+def test_a_failed_start_leaves_no_folder(spade, tmp_path, monkeypatch, fault):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt if fault == "Ctrl-C" else torch.OutOfMemoryError("out of memory")
+
+    options: list[object] = []
+    if fault == "tensorboard":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        options = ["--tensorboard"]
+    elif fault in ("first label image", "size"):
+        for kind in ("labels", "images"):
+            for number in range(2):
+                save_labels(tmp_path / f"data/{kind}/{number}.png", 200 if fault != "size" and kind == "labels" else 1)
+        options = ["--dataset_mode", "custom", "--no_instance", "--label_dir", tmp_path / "data/labels"]
+        options += ["--image_dir", tmp_path / "data/images"]
+        options += ["--preprocess_mode", "none", "--crop_size", "64"] if fault == "size" else []
+    else:
+        monkeypatch.setattr("spade_model.trainer.Trainer.step", fail)
+    result = spade("train", *TINY, "--no_no_html", "--checkpoints_dir", tmp_path / "new/runs", *options)
+    assert result.status == (130 if fault == "Ctrl-C" else 2), result
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_start_leaves_the_folder_of_others(spade, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    arguments = [*TINY, "--tensorboard", "--checkpoints_dir", tmp_path, "--name", "run"]
+    assert spade("train", *arguments).status == 2
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_another_process_trains(spade, run_copy):
+    """The other process is of two kinds: it still trains, or it saved after this one had looked."""
+    arguments = ["train", "--name", "run", "--checkpoints_dir", run_copy.parent, "--continue_train", "--niter", "2"]
+    ready, done = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        held = lock(run_copy / ".lock")
+        os.write(ready[1], b"1")
+        os.read(done[0], 1)
+        os._exit(int(held.closed))
+    os.read(ready[0], 1)
+    before = (run_copy / "latest.safetensors").read_bytes()
+    assert_refused(spade(*arguments), "another process trains", str(run_copy), "another --name")
+    os.write(done[1], b"1")
+    os.waitpid(child, 0)
+    assert (run_copy / "latest.safetensors").read_bytes() == before
+    assert spade(*arguments).status == 0
 
 
 def disk_full(*arguments, **options):

@@ -31,8 +31,8 @@ MODEL = """
 TRAIN = """
     name checkpoints_dir continue_train which_epoch device niter niter_decay max_steps lr no_TTUR beta1 beta2
     D_steps_per_G accumulate gan_mode lambda_feat no_ganFeat_loss lambda_vgg no_vgg_loss vgg_weights lambda_kld
-    r1_gamma ema_decay ema_bn_batches precision compile print_freq display_freq save_latest_freq save_epoch_freq no_html
-    tensorboard
+    r1_gamma ema_decay ema_bn_batches precision compile print_freq display_freq save_latest_freq save_minutes
+    save_epoch_freq no_html tensorboard
 """
 GENERATE = """
     name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples results_dir how_many

@@ -134,6 +134,23 @@ def test_learning_rate_decays_to_zero_and_epochs_are_kept(tmp_path):
     assert state["optimizer_G"]["param_groups"][0]["lr"] == pytest.approx(0.0001 / 2)
 
 
+@pytest.mark.parametrize(("minutes", "saves"), [(1e-9, 4), (0.0, 1), (10.0, 1)])
+def test_saving_by_time(tmp_path, monkeypatch, minutes, saves):
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(state["steps"]))
+    train(small_config(tmp_path, max_steps=4, save_minutes=minutes))
+    # The last state is saved at the end, too, where no file is found.
+    assert sorted(set(saved)) == list(range(5 - saves, 5))
+
+
+def test_the_pace_is_said_after_four_steps(tmp_path, caplog):
+    with caplog.at_level("INFO", "spade_model"):
+        train(small_config(tmp_path, max_steps=6))
+    lines = [line.split()[0] for line in caplog.messages]
+    assert lines.index("step") == 0
+    assert [" seconds per step: the next checkpoint in " in line for line in caplog.messages].index(True) == 4
+
+
 def test_continuing_from_a_kept_epoch(tmp_path):
     run = train(small_config(tmp_path, save_epoch_freq=1, max_steps=20))
     before = losses(run)
