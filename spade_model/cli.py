@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With SPADE_DEBUG=1 in the environment, errors also show their traceback.
     """
+    # Threads of OpenMP that wait in a barrier then leave the core to others. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _printing_never_fails():
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         return _status(list(sys.argv[1:] if argv is None else argv))

@@ -124,6 +124,38 @@ def test_without_the_extra_packages(arguments, status, out, err):
     assert bool(err) == bool(done.stderr)
 
 
+OMP_IN_COMMAND = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("policy", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+sys.argv = ["spade", "doctor"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "own", "policy"),
+    [
+        ("import spade_model.cli; spade_model.cli.main()", None, "PASSIVE"),
+        ("import spade_model.cli; spade_model.cli.main()", "ACTIVE", "ACTIVE"),
+        ("import runpy; runpy.run_path('examples/toy_demo.py')", None, "PASSIVE"),
+        ("import sys; sys.path.append('tests'); import conftest", None, "PASSIVE"),
+        ("import spade_model.training", None, "None"),
+    ],
+)
+def test_waiting_threads_are_passive_before_torch_is_imported(monkeypatch, program, own, policy):
+    """In the command, the demo and the test run, unless the user says otherwise; a library changes no environment."""
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    command = [sys.executable, "-c", OMP_IN_COMMAND + program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"policy {policy}"), done.stderr
+
+
 def test_the_package_names_what_it_has():
     assert [name for name in spade_model.__all__ if not callable(getattr(spade_model, name))] == []
     with pytest.raises(AttributeError, match="'spade_model' has no attribute 'nothing'"):
