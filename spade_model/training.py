@@ -293,7 +293,14 @@ class _Run:
             raise UserError(
                 f"nothing to continue: {path} does not exist. Check --name, --checkpoints_dir and --which_epoch"
             )
-        state = checkpoint.load(path)
+        try:
+            state = checkpoint.load(path)
+        except UserError as error:
+            # Ordered by number: after the clock was set, times say nothing.
+            kept = [
+                int(file.stem) for file in self.folder.glob("*.safetensors") if file.stem.isdigit() and file != path
+            ]
+            raise UserError(f"{error}" + (f": --which_epoch {max(kept)} is the newest" if kept else "")) from error
         missing = [name for name in ("config", "epoch", "random") if name not in state]
         if not {"images_done", "batches_done"} & state.keys():
             missing.append("images_done")
