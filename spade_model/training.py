@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -272,7 +272,9 @@ class _Run:
         ema = self.trainer.ema
         if ema is not None and self.config.ema_bn_batches:
             batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
-            ema.reestimate(batch.segmap.to(self.device) for batch in batches)
+            # Data that cannot be read must not keep the state from being saved; the next step that needs them says it.
+            with suppress(UserError) if self.world_size == 1 else nullcontext():
+                ema.reestimate(batch.segmap.to(self.device) for batch in batches)
         random_states = _gather_random_states(self.device, self.world_size)
         if self.rank == 0:
             state: dict[str, Any] = {

@@ -157,14 +157,16 @@ def save_ids(path: Path, value: int) -> None:
     Image.fromarray(np.full((32, 32), value, dtype=np.uint8)).save(path)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_bad_file_in_mid_epoch_saves_first(spade, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "ema_decay"), [(0, 0), (0, 0.9), (1, 0)])
+def test_bad_file_in_mid_epoch_saves_first(spade, tmp_path, workers, ema_decay):
+    """With a moving average, too, whose statistics are taken from the same files before it is saved."""
     for number in range(6):
         save_ids(tmp_path / f"labels/{number}.png", 40 if number == 4 else 1)
         save_ids(tmp_path / f"images/{number}.png", 100)
     data = ["--label_dir", tmp_path / "labels", "--image_dir", tmp_path / "images", "--no_instance"]
     run = ["--name", "run", "--checkpoints_dir", tmp_path / "runs"]
     options = ["--dataset_mode", "custom", "--serial_batches", "--num_workers", workers, "--max_dataset_size", "6"]
+    options += ["--ema_decay", ema_decay]
     result = spade("train", *TINY, *run, *data, *options, "--no_no_html")
     fix = [
         "Set --label_nc to at least 41",
