@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With SPADE_DEBUG=1 in the environment, errors also show their traceback.
     """
-    # Threads of OpenMP that wait in a barrier then leave the core to others. It is read when torch is imported.
+    # OpenMP's threads then leave the core to others while they wait. It is read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _printing_never_fails():
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -59,11 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Unfailing(io.FileIO):
-    """A file for output that is not needed: an error, such as that of a closed pipe or terminal, drops the output."""
+    """A file that drops what it cannot write, because a pipe or terminal is closed, full or not ready."""
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            # None is returned where writing would have to wait.
+            return super().write(data) or len(data)
         except OSError:
             return len(data)
 

@@ -168,7 +168,7 @@ class _Run:
         return minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
 
     def _in_any_process(self, *flags: bool) -> tuple[bool, ...]:
-        """Returns for each flag if it is set in any process; the result is equal in all processes."""
+        """Returns for each flag True if it is set in any process; the result is equal in all processes."""
         if self.world_size == 1:
             return flags
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
