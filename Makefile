@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format bench bench-accelerate gpu-check fuzz asan wheel wheel-check clean
+.PHONY: help install demo test check format bench bench-accelerate gpu-check fuzz soak asan wheel wheel-check clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -18,6 +18,7 @@ help:
 	@echo "                (FAST=1: 3 minutes; DATAROOT=folder as for bench, by itself ../shared/data/coco_stuff or data/coco_stuff;"
 	@echo "                OUT=folder for the results)"
 	@echo "make fuzz     check 10,000 random label maps against the stock layer, and 25,000 calls with odd values, 12 minutes"
+	@echo "make soak     kill, damage and starve training runs, an hour (SHARE=0.1 for a tenth of it)"
 	@echo "make asan     run the operator tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make wheel    build a wheel with the CPU kernels, for PYTHON and every torch from 2.11 on, into dist/, and try it"
 	@echo "make wheel-check  try it beside each of TORCHES in an environment without a compiler (downloads gigabytes)"
@@ -75,6 +76,10 @@ fuzz: install
 	for backend in cpu reference; do $(BIN)/python tests/operator_fuzz.py --backend $$backend || exit 1; done
 	$(BIN)/python tests/public_fuzz.py
 	SPADE_FUZZ=10000 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py
+
+SHARE ?= 1
+soak: install
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m soak --share $(SHARE) --out benchmarks/results
 
 # Not "python -m pytest": that would find the package in the current folder before the sanitized one.
 SANITIZE := -fsanitize=address,undefined

@@ -1,11 +1,12 @@
-"""Checkpoints: each is one safetensors file, replaced atomically. Loading a file never runs code from it."""
+"""Checkpoints: each is one safetensors file with checksums, replaced atomically. Loading a file never runs its code."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import struct
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from spade_model.errors import UserError
 from spade_model.files import replacing
 
 _TENSOR = "__tensor__"
+_TREE, _CHECKSUMS, _TENSORS = "tree", "checksums", "tensors"
 
 # torch.load raises any of these exceptions for damaged files.
 _DAMAGE = (
@@ -65,17 +67,17 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _take_tensors(tree, "", tensors)
-    save_file(tensors, path, metadata={"tree": json.dumps(skeleton)})
+    save_file(tensors, path, metadata=_with_checksums(json.dumps(skeleton), tensors))
 
 
 def load(path: Path) -> dict[str, Any]:
     """Reads the nested dicts and lists that `save` wrote; tensors are on the CPU.
 
     Raises:
-        UserError: the file is missing, truncated, corrupt, or not a training checkpoint.
+        UserError: the file is missing, truncated, corrupt (a checksum differs), or not a training checkpoint.
     """
     with _open(path) as file:
-        return _put_tensors(_read_tree(file, path), file.get_tensor)
+        return _put_tensors(_read_tree(file, path), _checked_reader(file, path))
 
 
 def load_part(path: Path, *parts: str) -> dict[str, Any]:
@@ -86,7 +88,8 @@ def load_part(path: Path, *parts: str) -> dict[str, Any]:
     """
     with _open(path) as file:
         tree = _read_tree(file, path)
-        return {part: _put_tensors(tree[part], file.get_tensor) for part in parts if part in tree}
+        read = _checked_reader(file, path)
+        return {part: _put_tensors(tree[part], read) for part in parts if part in tree}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -187,15 +190,43 @@ def _open(path: Path) -> Iterator[Any]:
         ) from error
 
 
+def _with_checksums(tree: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns a file's metadata: the tree, and the checksums of the tree and of each tensor."""
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    return {_TREE: tree, _CHECKSUMS: json.dumps({_TREE: zlib.crc32(tree.encode()), _TENSORS: checksums})}
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Returns the CRC-32 of a contiguous CPU tensor's bytes, dtype and shape."""
+    kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(kind))
+
+
+def _checked_reader(file: Any, path: Path) -> Callable[[str], Tensor]:
+    """Returns a function that reads a tensor and compares it with its checksum, if the file's version has checksums."""
+    checksums = json.loads(file.metadata().get(_CHECKSUMS, "null"))
+
+    def read(name: str) -> Tensor:
+        tensor = file.get_tensor(name)
+        if checksums is not None and _checksum(tensor) != checksums[_TENSORS][name]:
+            raise UserError(f"{path} is damaged: {name} differs from its checksum; use an earlier checkpoint")
+        return tensor
+
+    return read
+
+
 def _read_tree(file: Any, path: Path) -> dict[str, Any]:
     metadata = file.metadata() or {}
-    if "tree" not in metadata:
+    if _TREE not in metadata:
         raise UserError(
             f"{path} is not a training checkpoint: it has no saved state beside its tensors; pass a file that "
             "`spade train` wrote"
         )
+    checksums = json.loads(metadata.get(_CHECKSUMS, "null"))
+    if checksums is not None and zlib.crc32(metadata[_TREE].encode()) != checksums[_TREE]:
+        raise UserError(f"{path} is damaged: its saved state differs from its checksum; use an earlier checkpoint")
     try:
-        tree = json.loads(metadata["tree"])
+        tree = json.loads(metadata[_TREE])
     except ValueError as error:
         raise UserError(
             f"{path} is damaged: its saved state is not JSON ({error}); use an earlier checkpoint"

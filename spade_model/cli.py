@@ -1,11 +1,12 @@
 """The entry point of the `spade` command; `commands.py` contains the subcommands.
 
 Only the standard library is imported at the top, so that missing packages, and Ctrl-C during imports, end in a message
-and not in a traceback.
+and not in a traceback. Printing never decides the exit status: nobody may be reading.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from spade_model.errors import UserError
@@ -46,20 +47,61 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status.
 
-    The status is 0 on success, also when Ctrl-C stopped a training run and its state was saved; 2 for unusable input
-    and for missing packages; 130 for any other interruption; and 141 when the pipe behind stdout was closed.
+    The status is 0 on success, also when a signal stopped a training run and its state was saved; 2 for unusable input
+    and for missing packages; and 130 for any other interruption.
 
     With SPADE_DEBUG=1 in the environment, errors also show their traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # OpenMP's threads then leave the core to others while they wait. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _printing_never_fails():
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        return _status(list(sys.argv[1:] if argv is None else argv))
+
+
+class _Unfailing(io.FileIO):
+    """A file that drops what it cannot write, because a pipe or terminal is closed, full or not ready."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            # None is returned where writing would have to wait.
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+@contextmanager
+def _printing_never_fails() -> Iterator[None]:
+    """Replaces stdout and stderr by streams that escape what the encoding lacks and drop what cannot be written."""
+    # A file that is opened later would otherwise get the number of a closed stream, and its output.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    own = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _unfailing(own[0], 1), _unfailing(own[1], 2)
     try:
-        status = _status(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # The reader, such as `head`, closed the pipe. Without this, Python reports an error when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = own
+
+
+def _unfailing(stream: Any, number: int) -> Any:
+    """Returns a stream that cannot fail for the standard stream with a descriptor's number, and others as they are."""
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            stream.flush()
+        try:
+            if stream.fileno() != number:
+                return stream
+        except (AttributeError, OSError, ValueError):
+            return stream
+    raw = io.BufferedWriter(_Unfailing(number, "w", closefd=False))
+    encoding = None if stream is None else stream.encoding
+    return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 def _status(arguments: list[str]) -> int:

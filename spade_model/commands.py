@@ -120,7 +120,13 @@ def _train(arguments: list[str]) -> int:
         )
         if not (run.run_dir / "config.json").exists():
             raise UserError(f"nothing to continue in {run.run_dir}: check --name and --checkpoints_dir")
-        default = replace(load_config(run.run_dir / "config.json"), name=run.name, checkpoints_dir=run.checkpoints_dir)
+        default = replace(
+            load_config(run.run_dir / "config.json"),
+            name=run.name,
+            checkpoints_dir=run.checkpoints_dir,
+            # The run may have been continued from an earlier checkpoint; what it saved since is to go on.
+            which_epoch=run.which_epoch,
+        )
     config: TrainConfig = _parse(TrainConfig, default, rest, "spade train")
     folder = train(config)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -230,6 +230,8 @@ class TrainConfig:
     """Steps between sample images."""
     save_latest_freq: int = 5000
     """Steps between saves of the latest state."""
+    save_minutes: float = 10.0
+    """Minutes between saves of the latest state, beside --save_latest_freq; 0: save by steps only."""
     save_epoch_freq: int = 10
     """Epochs between checkpoints that are kept under their epoch number."""
     no_html: _No = False
@@ -262,7 +264,7 @@ def check_train_config(config: TrainConfig) -> None:
         check_choices(part)
     least = {"niter": 0, "niter_decay": 0, "max_steps": 0, "D_steps_per_G": 1, "accumulate": 1, "ema_bn_batches": 0}
     least |= {"print_freq": 1, "display_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1}
-    _check_least(config, least | {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0, "r1_gamma": 0})
+    _check_least(config, least | {"lambda_feat": 0, "lambda_vgg": 0, "lambda_kld": 0, "r1_gamma": 0, "save_minutes": 0})
     _check_least(config.model, {"ngf": 1, "ndf": 1, "z_dim": 1, "num_D": 1, "n_layers_D": 1, "init_variance": 0})
     if not 0 < config.lr < math.inf:
         raise UserError(f"--lr {config.lr} must be a finite number greater than 0")
@@ -304,13 +306,13 @@ def check_name(name: str) -> None:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the config as JSON and replaces the file atomically. Raises OSError when the file cannot be written."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
     """Reads a config of `save_config`. Raises UserError for a missing or damaged file and for unknown options."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except ValueError as error:

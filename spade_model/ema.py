@@ -33,19 +33,27 @@ class EMA:
     def reestimate(self, segmaps: Iterable[Segmap]) -> None:
         """Re-estimates the batch-norm statistics of the averaged generator as their plain mean over the batches.
 
-        Random style vectors are drawn from a fork of the random state, so training is not affected.
+        Random style vectors are drawn from a fork of the random state, so training is not affected. If `segmaps`
+        raises, the statistics stay as they were.
         """
         norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
         if not norms:
             return
         momentum = norms[0].momentum
+        before = [buffer.clone() for buffer in self.network.buffers()]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
         self.network.train()
-        with torch.random.fork_rng():
-            for segmap in segmaps:
-                self.network(segmap)
-        self.network.eval()
-        for norm in norms:
-            norm.momentum = momentum
+        try:
+            with torch.random.fork_rng():
+                for segmap in segmaps:
+                    self.network(segmap)
+        except BaseException:
+            for buffer, value in zip(self.network.buffers(), before, strict=True):
+                buffer.copy_(value)
+            raise
+        finally:
+            self.network.eval()
+            for norm in norms:
+                norm.momentum = momentum

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class RunLog:
             _drop_after(first_step, self._path)
         if tensorboard:
             self._events = _open_tensorboard(folder / "tensorboard", first_step)
-        if progress and sys.stderr.isatty():
+        if progress and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, losses: dict[str, float], **extra: Any) -> None:
@@ -110,7 +110,9 @@ class RunLog:
     def write(self, message: str) -> None:
         """Prints a line above the progress bar, or logs it if there is no bar."""
         if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
+            # tqdm itself ignores a terminal that has gone, but not here.
+            with suppress(OSError):
+                self._bar.write(message, file=sys.stderr)
         elif not self._quiet:
             _logger.info("%s", message)
 

@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import os
 import re
-import signal
-import threading
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,15 @@ from spade_model.config import TrainConfig, check_train_config, config_from_dict
 from spade_model.data import Batch, DataError, create_dataset, create_loader
 from spade_model.data.loader import count_batches
 from spade_model.errors import UserError
-from spade_model.files import remove_leftovers
+from spade_model.files import lock, remove_leftovers
 from spade_model.legend import find_legend
 from spade_model.networks import SPADEGenerator
 from spade_model.networks.check import check_networks
 from spade_model.networks.discriminator import build_windows
+from spade_model.pace import Pace, report
 from spade_model.pages import SamplePage, plot_losses
 from spade_model.run_log import RunLog
+from spade_model.stopping import StopRequest
 from spade_model.trainer import Trainer
 from spade_model.visualize import condition_image, to_image
 
@@ -38,17 +40,19 @@ from spade_model.visualize import condition_image, to_image
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Trains a model, in a single process or as one of torchrun's processes, and returns the run's folder.
 
-    The state is saved every save_latest_freq steps, every save_epoch_freq epochs, at the end, and on Ctrl-C or SIGTERM.
-    With continue_train, training resumes from the saved state, with results bitwise equal to an uninterrupted run.
+    The state is saved every save_latest_freq steps and save_minutes minutes, every save_epoch_freq epochs, at the end,
+    and on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, which end the run after the current step. With continue_train, training
+    resumes from the saved state, with results bitwise equal to an uninterrupted run.
 
     Raises:
-        UserError: the config, the data, or the state to continue from cannot be used; the disk is full; or the losses
-            diverged. Earlier checkpoints are kept.
+        UserError: the config, the data, or the state to continue from cannot be used; another process trains the run;
+            the disk is full; or the losses diverged. Earlier checkpoints are kept.
     """
     check_train_config(config)
     with _processes(config.device) as (rank, world_size):
         run = _Run(config, rank, world_size)
         try:
+            run.start()
             with RunLog(
                 config.run_dir,
                 total_steps=run.total_steps,
@@ -58,6 +62,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
                 quiet=rank > 0,
             ) as log:
                 run.loop(log)
+        except BaseException:
+            run.undo_start()
+            raise
         finally:
             run.close()
     return config.run_dir
@@ -70,6 +77,7 @@ class _Run:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.folder = config.run_dir
         self.device = choose_device(config.device)
+        self.latest_found = _identity(self.folder / "latest.safetensors")
         if not config.continue_train and (self.folder / "latest.safetensors").exists():
             raise UserError(
                 f"{self.folder} already holds a trained model. Go on with --continue_train, choose another --name, "
@@ -78,79 +86,126 @@ class _Run:
         check_networks(config.data, config.model, config.data.batch_size * world_size)
         self.dataset = create_dataset(config.data, "train")
         self.legend = find_legend(config.data, self.dataset.first_label)
-        self.epoch, self.batches_done = 1, 0
-        self.epoch_batches = count_batches(len(self.dataset), config.data, world_size)
-        if self.epoch_batches < config.accumulate:
-            raise UserError(
-                f"--accumulate {config.accumulate} is more than the {self.epoch_batches} batches of an epoch"
-            )
+        self.epoch, self.images_done = 1, 0
+        self.changes = ""
+        epoch_batches = count_batches(len(self.dataset), config.data, world_size)
+        if epoch_batches < config.accumulate:
+            raise UserError(f"--accumulate {config.accumulate} is more than the {epoch_batches} batches of an epoch")
         torch.manual_seed(config.data.seed)
         self.trainer = Trainer(config, self.device)
         self.prepare = index_builder(self.trainer.generator, config.model.num_D)
         torch.manual_seed(config.data.seed + rank + 1)
         if config.continue_train:
             self._resume(self.folder / f"{config.which_epoch}.safetensors")
-        epochs = config.niter + config.niter_decay
-        self.total_steps = epochs * (self.epoch_batches // config.accumulate)
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        if rank == 0:
-            self._prepare_folder()
-        self.page = (
-            None if config.no_html or rank else SamplePage(self.folder / "web", config.name, self.legend.entries())
-        )
-        if self.page is not None:
+        self.total_steps = self._count_steps()
+        self.page: SamplePage | None = None
+        self.saved_at, self.saved_time = self.trainer.steps, time.monotonic()
+        self.new_folders: list[Path] = []
+        self.lock: IO[str] | None = None
+
+    def start(self) -> None:
+        """Prepares the run's folder and its page of samples.
+
+        Raises:
+            UserError: they cannot be written, or another process trains the run.
+        """
+        if self.rank:
+            return
+        self._prepare_folder()
+        if not self.config.no_html:
+            self.page = SamplePage(self.folder / "web", self.config.name, self.legend.entries())
             self.page.rewind(self.trainer.steps)
+
+    def undo_start(self) -> None:
+        """Removes the folders that `start` made, if the run failed before its first step."""
+        if self.trainer.steps == 0 and self.new_folders:
+            self.page = None
+            shutil.rmtree(self.folder, ignore_errors=True)
+            # Folders above it may be another run's by now.
+            with suppress(OSError):
+                for folder in self.new_folders[1:]:
+                    folder.rmdir()
 
     def loop(self, log: RunLog) -> None:
         """Trains until the last epoch, the step limit, or a signal to stop."""
-        config, saved_at = self.config, self.trainer.steps
-        if saved_at >= self.total_steps:
+        config, first_step, pace = self.config, self.trainer.steps, Pace()
+        if first_step >= self.total_steps:
             what = "all steps" if config.max_steps == self.total_steps else "all epochs"
             more = f"raise --{'max_steps' if what == 'all steps' else 'niter'} to train on"
-            log.write(f"{what} of {config.name} are done (step {saved_at} of {self.total_steps}): {more}")
-        elif saved_at:
-            log.write(f"continuing {config.name} at step {saved_at}, epoch {self.epoch}")
-        with _StopSignal(self.device, self.world_size) as stop:
-            while self.trainer.steps < self.total_steps and not stop.requested:
+            log.write(f"{what} of {config.name} are done (step {first_step} of {self.total_steps}): {more}")
+        elif first_step:
+            log.write(f"continuing {config.name} at step {first_step}, epoch {self.epoch}{self.changes}")
+        stopped = False
+        with StopRequest() as stop:
+            while self.trainer.steps < self.total_steps and not stopped:
                 for batches in self._steps_of_epoch():
                     losses, fake = self.trainer.step(batches)
-                    self.batches_done += len(batches)
+                    self.images_done += self.step_images
                     step = self.trainer.steps
                     log.advance()
                     if step % config.print_freq == 0 or step == self.total_steps:
                         self._report(log, step, losses)
                     if step % config.display_freq == 0 or step == self.total_steps:
                         self._show(log, step, batches[-1], fake)
-                    if step % config.save_latest_freq == 0:
+                    seconds = pace.step()
+                    if seconds is not None and step < self.total_steps:
+                        log.write(report(config, seconds, step, self.total_steps))
+                    is_late, stopped = self._in_any_process(self._is_save_due(), stop.received)
+                    if is_late or step % config.save_latest_freq == 0:
                         self._save("latest")
-                        saved_at = step
-                    if stop.check() or step >= self.total_steps:
+                    if stopped or step >= self.total_steps:
                         break
                 else:
                     self._finish_epoch()
-                    saved_at = self.trainer.steps if self._is_kept(self.epoch - 1) else saved_at
-            if saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
+            if self.saved_at != self.trainer.steps or not (self.folder / "latest.safetensors").exists():
                 self._save("latest")
-        if stop.requested:
+        if stopped:
             log.write(
                 f"stopped at step {self.trainer.steps}; everything is saved in {self.folder}. Go on with: "
                 f"spade train --name {config.name} --checkpoints_dir {config.checkpoints_dir} --continue_train"
             )
 
+    def _is_save_due(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
+
+    def _in_any_process(self, *flags: bool) -> tuple[bool, ...]:
+        """Returns for each flag True if it is set in any process; the result is equal in all processes."""
+        if self.world_size == 1:
+            return flags
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return tuple(bool(value) for value in values)
+
     def close(self) -> None:
-        """Stops the sample page from reloading itself, however the run ended."""
+        """Stops the sample page from reloading itself and unlocks the folder, however the run ended."""
         if self.page is not None:
             with suppress(UserError):
                 self.page.finish()
+        if self.lock is not None:
+            self.lock.close()
 
-    def _loader(self, epoch: int, first_batch: int = 0):
+    @property
+    def step_images(self) -> int:
+        """The number of images that all processes together take in a step."""
+        return self.config.data.batch_size * self.world_size * self.config.accumulate
+
+    def _count_steps(self) -> int:
+        """Returns the number of the run's last step: the steps done, and those that the remaining images fill."""
+        images, config = len(self.dataset), self.config
+        later = config.niter + config.niter_decay - self.epoch
+        steps = self.trainer.steps
+        if later >= 0:
+            steps += max(0, images - self.images_done) // self.step_images + later * (images // self.step_images)
+        return min(steps, config.max_steps) if config.max_steps else steps
+
+    def _loader(self, epoch: int, first_image: int = 0):
         return create_loader(
             self.dataset,
             self.config.data,
             shuffle=True,
             epoch=epoch,
-            first_batch=first_batch,
+            first_image=first_image,
             rank=self.rank,
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
@@ -160,7 +215,7 @@ class _Run:
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """Yields the batches of each remaining step of the epoch; batches that do not fill a step are dropped."""
         self.trainer.set_epoch(self.epoch)
-        loader = iter(self._loader(self.epoch, self.batches_done))
+        loader = iter(self._loader(self.epoch, self.images_done))
         while len(batches := self._next_batches(loader)) == self.config.accumulate:
             yield batches
 
@@ -180,7 +235,7 @@ class _Run:
             raise UserError(message) from error
 
     def _finish_epoch(self) -> None:
-        self.epoch, self.batches_done = self.epoch + 1, 0
+        self.epoch, self.images_done = self.epoch + 1, 0
         if self._is_kept(self.epoch - 1):
             self._save("latest", str(self.epoch - 1))
 
@@ -220,89 +275,85 @@ class _Run:
         ema = self.trainer.ema
         if ema is not None and self.config.ema_bn_batches:
             batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
-            ema.reestimate(batch.segmap.to(self.device) for batch in batches)
+            # Data that cannot be read must not keep the state from being saved; the next step that needs them says it.
+            with suppress(UserError) if self.world_size == 1 else nullcontext():
+                ema.reestimate(batch.segmap.to(self.device) for batch in batches)
         random_states = _gather_random_states(self.device, self.world_size)
         if self.rank == 0:
             state: dict[str, Any] = {
                 **self.trainer.state_dict(),
                 "config": dataclasses.asdict(self.config),
                 "epoch": self.epoch,
-                "batches_done": self.batches_done,
+                "images_done": self.images_done,
                 "random": random_states,
             }
             for name in names:
                 checkpoint.save(self.folder / f"{name}.safetensors", state)
         if self.world_size > 1:
             dist.barrier()
+        self.saved_at, self.saved_time = self.trainer.steps, time.monotonic()
 
     def _resume(self, path: Path) -> None:
         if not path.exists():
             raise UserError(
                 f"nothing to continue: {path} does not exist. Check --name, --checkpoints_dir and --which_epoch"
             )
-        state = checkpoint.load(path)
-        missing = [name for name in ("config", "epoch", "batches_done", "random") if name not in state]
+        try:
+            state = checkpoint.load(path)
+        except UserError as error:
+            # Ordered by number: after the clock was set, times say nothing.
+            kept = [
+                int(file.stem) for file in self.folder.glob("*.safetensors") if file.stem.isdigit() and file != path
+            ]
+            raise UserError(f"{error}" + (f": --which_epoch {max(kept)} is the newest" if kept else "")) from error
+        missing = [name for name in ("config", "epoch", "random") if name not in state]
+        if not {"images_done", "batches_done"} & state.keys():
+            missing.append("images_done")
         if missing:
             raise UserError(
                 f"{path} holds no {missing[0]}, so no run can be resumed from it; pass a file that `spade train` wrote"
             )
-        before = config_from_dict(state["config"], str(path))
-        for name, old, new in (
-            ("batch_size", before.data.batch_size, self.config.data.batch_size),
-            ("accumulate", before.accumulate, self.config.accumulate),
-        ):
-            if old != new:
-                raise UserError(f"{path} was trained with --{name} {old}, not {new}; continue with the same")
+        before, processes = config_from_dict(state["config"], str(path)), len(state["random"])
         self.trainer.load_state_dict(state, str(path))
-        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
-        if len(state["random"]) == self.world_size:
+        self.epoch = state["epoch"]
+        # Checkpoints of earlier versions count the batches of each process.
+        self.images_done = (
+            state["images_done"]
+            if "images_done" in state
+            else state["batches_done"] * before.data.batch_size * processes
+        )
+        settings = (
+            ("--batch_size", before.data.batch_size, self.config.data.batch_size),
+            ("--accumulate", before.accumulate, self.config.accumulate),
+            ("processes", processes, self.world_size),
+        )
+        changes = [f"{name} {new} instead of {old}" for name, old, new in settings if old != new]
+        if changes:
+            left = max(0, len(self.dataset) - self.images_done)
+            self.changes = f": {', '.join(changes)}; the {left} images left of the epoch are shared out anew"
+        if self.rank < processes:
             _set_random_state(state["random"][self.rank], self.device)
 
     def _prepare_folder(self) -> None:
+        new_folders = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder / ".lock")
+            # Another process may have trained between the look at the folder and the lock.
+            if _identity(self.folder / "latest.safetensors") != self.latest_found:
+                raise BlockingIOError
+            self.new_folders = new_folders
             remove_leftovers(self.folder)
             save_config(self.config, self.folder / "config.json")
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process trains in {self.folder}: wait for its end and go on with --continue_train, or choose "
+                "another --name"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; choose another --checkpoints_dir"
             ) from error
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second one has its usual effect.
-
-    `requested` is the result of the last `check`, so it is equal in all processes.
-    """
-
-    def __init__(self, device: torch.device, world_size: int):
-        self.requested = self._received = False
-        self._device, self._world_size = device, world_size
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignal:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Only the main thread receives signals and can set handlers.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self) -> bool:
-        """Returns True if any process was asked to stop; the result is equal in all processes."""
-        self.requested = self._received
-        if self._world_size > 1:
-            flag = torch.tensor(float(self._received), device=self._device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.requested = bool(flag)
-        return self.requested
-
-    def _request(self, number: int, frame: object) -> None:
-        self._received = True
-        signal.signal(number, self._previous[number])
 
 
 @contextmanager
@@ -331,6 +382,15 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns values that differ for a file that replaced another; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def index_builder(generator: nn.Module, scales: int) -> Callable[[LabelMap], None]:

@@ -8,6 +8,8 @@ from importlib import import_module
 
 # Before the package is imported: on a GPU, too, the tests compare the values of indices with what they index.
 os.environ.setdefault("SPADE_KERNELS_CHECK_INDICES", "1")
+# Read when torch is imported: the two test processes share their cores with each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable
 from pathlib import Path

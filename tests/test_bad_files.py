@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +24,9 @@ from safetensors.torch import save_file
 from spade_model import checkpoint
 from spade_model.config import default_train_config, load_config, save_config
 from spade_model.errors import UserError
+from spade_model.files import lock, remove_leftovers, replacing
 from spade_model.networks import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator
+from spade_model.pages import write_results_page
 from spade_model.training import train
 
 
@@ -116,8 +119,8 @@ CONTINUED: dict[str, tuple[list[str], list[str]]] = {
     "vae": (["--use_vae"], ["another architecture", "use_vae"]),
     "classes": (["--label_nc", "9"], ["another architecture", "label_nc"]),
     "grey": (["--output_nc", "1"], ["another architecture", "conv_img.weight has shape (3, ", "output_nc"]),
-    "batch_size": (["--batch_size", "4"], ["--batch_size 2, not 4", "continue with the same"]),
-    "accumulate": (["--accumulate", "2"], ["--accumulate 1, not 2"]),
+    "batch of more images than there are": (["--batch_size", "8"], ["4 images, fewer than one batch", "--batch_size"]),
+    "accumulate": (["--accumulate", "3"], ["--accumulate 3", "2 batches of an epoch"]),
     "average": (["--ema_decay", "0.9"], ["holds no G_ema", "trained with"]),
     "epoch": (["--which_epoch", "7"], ["7.safetensors", "does not exist", "--which_epoch"]),
     "without its option": ([], ["already holds a trained model", "--continue_train", "--name"]),
@@ -228,8 +231,49 @@ def test_damage_anywhere_is_a_readable_error(tmp_path, name):
         data = bytearray(whole)
         data[int(random.integers(len(data)))] = int(random.integers(256))
         file.write_bytes(data[: int(random.integers(len(data)))] if random.random() < 0.2 else data)
-        with suppress(UserError):  # a changed weight cannot be told from a right one
+        with suppress(UserError):  # files of PyTorch have no checksum that it compares
             read(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_no_flipped_bit_is_taken_for_a_weight(tmp_path, dtype):
+    file = tmp_path / "latest.safetensors"
+    tree = {"G": {"a": torch.ones(3, 2).to(dtype), "b": torch.ones(()).to(dtype)}, "steps": 7, "empty": torch.ones(0)}
+    checkpoint.save(file, tree)
+    whole, names = file.read_bytes(), sorted(tree)
+    for bit in range(0, 8 * len(whole), 7):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        try:
+            loaded = checkpoint.load(file)
+        except UserError as error:
+            assert str(file) in str(error)  # noqa: PT017 (the file may also be read, if it reads the same)
+        else:
+            assert sorted(loaded) == names
+            assert loaded["steps"] == 7
+            assert torch.equal(loaded["G"]["a"], tree["G"]["a"])
+            assert torch.equal(loaded["G"]["b"], tree["G"]["b"])
+
+
+def test_checkpoints_without_checksums_load(tmp_path):
+    """Those of earlier versions."""
+    save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", metadata={"tree": '{"G": {"__tensor__": "a"}}'})
+    assert torch.equal(checkpoint.load(tmp_path / "old.safetensors")["G"], torch.ones(2))
+
+
+def test_a_damaged_state_names_the_epoch_to_go_on_from(spade, run_copy):
+    for epoch in (2, 10):
+        shutil.copy(run_copy / "latest.safetensors", run_copy / f"{epoch}.safetensors")
+    whole = bytearray((run_copy / "latest.safetensors").read_bytes())
+    whole[-5] ^= 1
+    (run_copy / "latest.safetensors").write_bytes(whole)
+    resume = ["train", "--name", "run", "--checkpoints_dir", run_copy.parent, "--continue_train", "--niter"]
+    assert_refused(spade(*resume, 2), "latest.safetensors is damaged", "--which_epoch 10 is the newest")
+    assert spade(*resume, 2, "--which_epoch", 10).status == 0
+    # The next time the run goes on from its latest state again.
+    assert spade(*resume, 3).status == 0
+    assert checkpoint.load(run_copy / "latest.safetensors")["steps"] == 6
 
 
 VGG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -352,6 +396,56 @@ def test_runs_where_nothing_can_be_written(spade, tmp_path, folder):
     assert_refused(spade("train", *TINY, "--checkpoints_dir", runs), "cannot write", str(runs), "--checkpoints_dir")
 
 
+@pytest.mark.parametrize("fault", ["tensorboard", "first label image", "size", "memory", "Ctrl-C"])
+def test_a_failed_start_leaves_no_folder(spade, tmp_path, monkeypatch, fault):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt if fault == "Ctrl-C" else torch.OutOfMemoryError("out of memory")
+
+    options: list[object] = []
+    if fault == "tensorboard":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        options = ["--tensorboard"]
+    elif fault in ("first label image", "size"):
+        for kind in ("labels", "images"):
+            for number in range(2):
+                save_labels(tmp_path / f"data/{kind}/{number}.png", 200 if fault != "size" and kind == "labels" else 1)
+        options = ["--dataset_mode", "custom", "--no_instance", "--label_dir", tmp_path / "data/labels"]
+        options += ["--image_dir", tmp_path / "data/images"]
+        options += ["--preprocess_mode", "none", "--crop_size", "64"] if fault == "size" else []
+    else:
+        monkeypatch.setattr("spade_model.trainer.Trainer.step", fail)
+    result = spade("train", *TINY, "--no_no_html", "--checkpoints_dir", tmp_path / "new/runs", *options)
+    assert result.status == (130 if fault == "Ctrl-C" else 2), result
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_start_leaves_the_folder_of_others(spade, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    arguments = [*TINY, "--tensorboard", "--checkpoints_dir", tmp_path, "--name", "run"]
+    assert spade("train", *arguments).status == 2
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_another_process_trains(spade, run_copy):
+    """The other process is of two kinds: it still trains, or it saved after this one had looked."""
+    arguments = ["train", "--name", "run", "--checkpoints_dir", run_copy.parent, "--continue_train", "--niter", "2"]
+    ready, done = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        held = lock(run_copy / ".lock")
+        os.write(ready[1], b"1")
+        os.read(done[0], 1)
+        os._exit(int(held.closed))
+    os.read(ready[0], 1)
+    before = (run_copy / "latest.safetensors").read_bytes()
+    assert_refused(spade(*arguments), "another process trains", str(run_copy), "another --name")
+    os.write(done[1], b"1")
+    os.waitpid(child, 0)
+    assert (run_copy / "latest.safetensors").read_bytes() == before
+    assert spade(*arguments).status == 0
+
+
 def disk_full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -385,6 +479,34 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert torch.equal(checkpoint.load(file)["G"]["a"], TREE["G"]["a"])
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "latest.safetensors", TREE)
+        save_config(default_train_config("toy"), tmp_path / "config.json")
+        write_results_page(tmp_path, "page", ["picture"], [("a", [Image.new("L", (2, 2))])])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(("latest.safetensors", "config.json", "index.html", "a.png"), mode)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    """A process that dies while it writes leaves its temporary files, and those of safetensors beside them."""
+    file = tmp_path / "web" / "latest.safetensors"
+    if (child := os.fork()) == 0:
+        with replacing(file) as temporary:
+            temporary.write_bytes(b"a")
+            temporary.with_name(".tmp123").write_bytes(b"b")
+            os._exit(0)
+    os.waitpid(child, 0)
+    (tmp_path / "old.safetensors.partial").write_bytes(b"c")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "web"]
 
 
 def test_saving_below_a_file_says_so(tmp_path):

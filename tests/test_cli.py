@@ -31,8 +31,8 @@ MODEL = """
 TRAIN = """
     name checkpoints_dir continue_train which_epoch device niter niter_decay max_steps lr no_TTUR beta1 beta2
     D_steps_per_G accumulate gan_mode lambda_feat no_ganFeat_loss lambda_vgg no_vgg_loss vgg_weights lambda_kld
-    r1_gamma ema_decay ema_bn_batches precision compile print_freq display_freq save_latest_freq save_epoch_freq no_html
-    tensorboard
+    r1_gamma ema_decay ema_bn_batches precision compile print_freq display_freq save_latest_freq save_minutes
+    save_epoch_freq no_html tensorboard
 """
 GENERATE = """
     name checkpoints_dir which_epoch checkpoint last_weights label instance style_image samples size fit results_dir
@@ -132,6 +132,38 @@ def test_without_the_extra_packages(arguments, status, out, err):
     assert out in done.stdout
     assert err in done.stderr
     assert bool(err) == bool(done.stderr)
+
+
+OMP_IN_COMMAND = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("policy", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+sys.argv = ["spade", "doctor"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "own", "policy"),
+    [
+        ("import spade_model.cli; spade_model.cli.main()", None, "PASSIVE"),
+        ("import spade_model.cli; spade_model.cli.main()", "ACTIVE", "ACTIVE"),
+        ("import runpy; runpy.run_path('examples/toy_demo.py')", None, "PASSIVE"),
+        ("import sys; sys.path.append('tests'); import conftest", None, "PASSIVE"),
+        ("import spade_model.training", None, "None"),
+    ],
+)
+def test_waiting_threads_are_passive_before_torch_is_imported(monkeypatch, program, own, policy):
+    """In the command, the demo and the test run, unless the user says otherwise; a library changes no environment."""
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    command = [sys.executable, "-c", OMP_IN_COMMAND + program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"policy {policy}"), done.stderr
 
 
 def test_the_package_names_what_it_has():

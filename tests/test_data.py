@@ -361,9 +361,9 @@ class TestLoader:
         assert whole[0].segmap.num_labels == 183
         with_workers = replace(config, num_workers=2)
         assert_same(whole, batches(with_workers, dataset))
-        assert_same(whole[3:], batches(with_workers, dataset, first_batch=3))
-        assert_same(whole[3:], batches(config, dataset, first_batch=3))
-        assert len(create_loader(dataset, config, shuffle=True, epoch=5, first_batch=3)) == 2
+        assert_same(whole[3:], batches(with_workers, dataset, first_image=6))
+        assert_same(whole[3:], batches(config, dataset, first_image=6))
+        assert len(create_loader(dataset, config, shuffle=True, epoch=5, first_image=6)) == 2
 
     def test_spawned_workers(self, coco):
         config = small("coco", coco, batch_size=5)
@@ -413,6 +413,17 @@ class TestLoader:
             assert whole.names == ranks[0][step].names + ranks[1][step].names
             assert torch.equal(whole.image, torch.cat([ranks[0][step].image, ranks[1][step].image]))
         assert [len(rank) for rank in ranks] == [2, 2]
+
+    @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (1, 2), (3, 2)])
+    def test_the_rest_of_an_epoch_is_shared_out_anew(self, coco, batch_size, world_size):
+        """After four images in batches of two: every other image comes once, but those that fill no batch."""
+        config = small("coco", coco, batch_size=2)
+        dataset = create_dataset(config, "train")
+        rest = [name for batch in batches(config, dataset)[2:] for name in batch.names]
+        other = replace(config, batch_size=batch_size)
+        ranks = [batches(other, dataset, first_image=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+        found = [name for step in zip(*ranks, strict=True) for batch in step for name in batch.names]
+        assert found == rest[: len(rest) // (batch_size * world_size) * batch_size * world_size]
 
     def test_last_batch(self, coco):
         config = small("coco", coco, batch_size=4)

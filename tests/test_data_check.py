@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -83,6 +84,7 @@ BAD_FILES: dict[str, tuple[str, Damage, list[str]]] = {
     "truncated label": ("train_label/1.png", cut_in_half, ["truncated", "Copy it again"]),
     "truncated photograph": ("train_img/1.jpg", cut_in_half, ["truncated", "Copy it again"]),
     "corrupt instances": ("train_inst/1.png", overwrite_middle, ["corrupt", "Copy it again"]),
+    "pipe as photograph": ("train_img/1.jpg", lambda p: (p.unlink(), os.mkfifo(p)), ["not a file", "Check the path"]),
     "text as photograph": ("train_img/1.jpg", lambda p: p.write_text("hello"), ["not a readable", "Replace"]),
     "gif as photograph": ("train_img/1.jpg", lambda p: Image.fromarray(rgb()).save(p, "GIF"), ["not a readable"]),
     "id outside": ("train_label/1.png", lambda p: save(p, ids_with(200)), ["id 200", "x=3, y=2", "1 of 1600", "201"]),

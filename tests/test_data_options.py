@@ -48,8 +48,8 @@ class TestBadOptions:
 
     def test_resume_beyond_the_epoch(self, tmp_path):
         config = make_coco(tmp_path)
-        with pytest.raises(UserError, match="batch 9 of an epoch of 1"):
-            create_loader(create_dataset(config, "train"), config, shuffle=True, epoch=0, first_batch=9)
+        with pytest.raises(UserError, match="image 9 of an epoch of 2"):
+            create_loader(create_dataset(config, "train"), config, shuffle=True, epoch=0, first_image=9)
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_sizes_that_differ_within_a_batch(self, tmp_path, num_workers):

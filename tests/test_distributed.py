@@ -64,3 +64,7 @@ def test_torchrun_trains_and_resumes(tmp_path):
     run([*part, "--max_steps", "3"])
     run([*part, "--max_steps", "6", "--continue_train"])
     assert losses(tmp_path / "part" / "run") == losses(tmp_path / "whole" / "run")
+    alone = [sys.executable, *command[len(TORCHRUN) :], "--checkpoints_dir", str(tmp_path / "part"), "--name", "run"]
+    output = run([*alone, "--max_steps", "8", "--continue_train"])
+    assert "step 6, epoch 2: processes 1 instead of 2; the 8 images left of the epoch are shared out anew" in output
+    assert [line["epoch"] for line in losses(tmp_path / "part" / "run")] == [1, 1, 1, 1, 2, 2, 2, 2]

@@ -40,11 +40,9 @@ def flat(tree, name: str = "") -> dict[str, torch.Tensor]:
 
 def assert_same_state(one: Path, other: Path) -> None:
     first, second = (checkpoint.load(path / "latest.safetensors") for path in (one, other))
-    assert (first["epoch"], first["batches_done"], first["steps"]) == (
-        second["epoch"],
-        second["batches_done"],
-        second["steps"],
-    )
+    assert [first[k] for k in ("epoch", "images_done", "steps")] == [
+        second[k] for k in ("epoch", "images_done", "steps")
+    ]
     first, second = flat(first), flat(second)
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -83,6 +81,37 @@ def test_resumed_run_is_bitwise_the_same(tmp_path, name):
     assert losses(whole) == losses(parts)
 
 
+def test_resuming_with_another_batch_size(tmp_path, caplog):
+    """8 of 12 images are done in batches of two; the other 4 are one batch of four, as are 12 in three steps."""
+    train(small_config(tmp_path, max_steps=4))
+    other = {"niter": 2, "niter_decay": 0, "continue_train": True, "data": {"batch_size": 4}}
+    with caplog.at_level("INFO", "spade_model"):
+        run = train(small_config(tmp_path, **other))
+    assert caplog.messages[0] == (
+        "continuing run at step 4, epoch 1: --batch_size 4 instead of 2; "
+        "the 4 images left of the epoch are shared out anew"
+    )
+    assert [line["epoch"] for line in losses(run)] == [1, 1, 1, 1, 1, 2, 2, 2]
+    caplog.clear()
+    with caplog.at_level("INFO", "spade_model"):
+        train(small_config(tmp_path, accumulate=2, **{**other, "niter": 3}))
+    assert caplog.messages[0].startswith("continuing run at step 8, epoch 2: --accumulate 2 instead of 1; the 0 images")
+    assert checkpoint.load(run / "latest.safetensors")["steps"] == 9
+
+
+@pytest.mark.parametrize("position", [{"batches_done": 3}, {"images_done": 6}])
+def test_position_of_checkpoints_of_earlier_versions(tmp_path, position):
+    """They count the batches of each process."""
+    whole = train(small_config(tmp_path / "whole", max_steps=5))
+    part = train(small_config(tmp_path / "part", max_steps=3))
+    file = part / "latest.safetensors"
+    state = checkpoint.load(file)
+    assert state.pop("images_done") == 6
+    checkpoint.save(file, state | position)
+    train(small_config(tmp_path / "part", max_steps=5, continue_train=True))
+    assert_same_state(whole, part)
+
+
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
@@ -103,6 +132,23 @@ def test_learning_rate_decays_to_zero_and_epochs_are_kept(tmp_path):
     assert state["steps"] == 30
     assert sorted(p.name for p in run.glob("*.safetensors")) == ["2.safetensors", "4.safetensors", "latest.safetensors"]
     assert state["optimizer_G"]["param_groups"][0]["lr"] == pytest.approx(0.0001 / 2)
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(1e-9, 4), (0.0, 1), (10.0, 1)])
+def test_saving_by_time(tmp_path, monkeypatch, minutes, saves):
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(state["steps"]))
+    train(small_config(tmp_path, max_steps=4, save_minutes=minutes))
+    # The last state is saved at the end, too, where no file is found.
+    assert sorted(set(saved)) == list(range(5 - saves, 5))
+
+
+def test_the_pace_is_said_after_four_steps(tmp_path, caplog):
+    with caplog.at_level("INFO", "spade_model"):
+        train(small_config(tmp_path, max_steps=6))
+    lines = [line.split()[0] for line in caplog.messages]
+    assert lines.index("step") == 0
+    assert [" seconds per step: the next checkpoint in " in line for line in caplog.messages].index(True) == 4
 
 
 def test_continuing_from_a_kept_epoch(tmp_path):

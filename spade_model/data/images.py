@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +40,9 @@ def open_image(path: Path) -> Image.Image:
     or corrupt, and when it has 16 bits a channel of which Pillow would read only 8.
     """
     try:
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             raise data_error(path, "the file is empty (0 bytes)", "Copy it again or remove it")
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with _opened(path) as image:
             if min(image.size) == 0:
                 raise data_error(path, "the image has no pixels", "Copy it again or remove it")
             if image.width * image.height > MAX_PIXELS:
@@ -116,10 +119,19 @@ def read_ids(path: Path) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Opens an image file without decoding it. Raises OSError for pipes and devices, which could block for ever."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a file" if path.exists() else "No such file or directory")
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        yield image
+
+
 def orientation(path: Path) -> int:
     """Returns the EXIF orientation of an image file; it is 1 (upright) without the tag and for unreadable files."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with _opened(path) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (*_DAMAGE, *_BOMBS):
         return 1
@@ -128,7 +140,7 @@ def orientation(path: Path) -> int:
 def read_header(path: Path) -> tuple[str, tuple[int, int]] | None:
     """Returns mode and (width, height) of an image without decoding it; None if the file is not a readable image."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with _opened(path) as image:
             return (image.mode, image.size) if min(image.size) > 0 else None
     except (*_DAMAGE, *_BOMBS):
         return None

@@ -18,10 +18,11 @@ from spade_model.data.sample import Batch, Sample, collate
 from spade_model.data.seeding import EPOCH_ORDER, random_stream
 from spade_model.errors import UserError
 from spade_model.registry import DATASETS, DatasetSpec
+from spade_model.stopping import STOP_SIGNALS
 
 
 class Loader:
-    """The batches of one epoch, from `first_batch` on. `len()` is their number."""
+    """The batches of one epoch, from `first_image` on. `len()` is their number."""
 
     def __init__(self, loader: DataLoader, num_batches: int) -> None:
         self._loader = loader
@@ -44,7 +45,7 @@ def create_loader(
     *,
     shuffle: bool,
     epoch: int,
-    first_batch: int = 0,
+    first_image: int = 0,
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = True,
@@ -59,31 +60,32 @@ def create_loader(
 
     Args:
         shuffle: take items in the random order of (config.seed, epoch), unless config.serial_batches.
-        first_batch: number of batches to skip when a run is resumed.
+        first_image: number of images, over all ranks, that the epoch has had when a run is resumed. The other images
+            are shared out from there, also if the batch size or the number of processes was another before.
         prepare: function that is called with the label map of each batch, in the process that loads the batch, to build
             indexes ahead of the training step. It must be picklable for spawned workers.
 
     Raises:
-        UserError: there are fewer items than one batch with drop_last, or first_batch is beyond the end of the epoch.
+        UserError: there are fewer items than one batch with drop_last, or first_image is beyond the end of the epoch.
     """
+    if first_image > len(dataset):
+        raise UserError(
+            f"cannot resume after image {first_image} of an epoch of {len(dataset)} images: the data set or "
+            "--max_dataset_size changed since the state was saved. Restore it or start anew."
+        )
     batches = batch_keys(
         len(dataset),
         config,
         shuffle=shuffle and not config.serial_batches,
         epoch=epoch,
+        first_image=first_image,
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,
     )
-    if first_batch > len(batches):
-        raise UserError(
-            f"cannot resume at batch {first_batch} of an epoch of {len(batches)} batches: the data set, --batch_size "
-            "or the number of processes changed since the state was saved. Restore them or start anew."
-        )
-    remaining = batches[first_batch:]
     loader: DataLoader = DataLoader(
         cast(Dataset, _ReportingDataset(dataset)),
-        batch_sampler=remaining,
+        batch_sampler=batches,
         collate_fn=partial(_collate_or_report, num_labels=config.num_labels, prepare=prepare),
         num_workers=config.num_workers,
         worker_init_fn=partial(_start_worker, datasets=DATASETS),
@@ -91,20 +93,31 @@ def create_loader(
         # With its own generator, DataLoader does not draw its workers' seeds from the global one.
         generator=torch.Generator(),
     )
-    return Loader(loader, len(remaining))
+    return Loader(loader, len(batches))
 
 
 def batch_keys(
-    num_items: int, config: DataConfig, *, shuffle: bool, epoch: int, rank: int, world_size: int, drop_last: bool
+    num_items: int,
+    config: DataConfig,
+    *,
+    shuffle: bool,
+    epoch: int,
+    first_image: int,
+    rank: int,
+    world_size: int,
+    drop_last: bool,
 ) -> list[list[tuple[int, int]]]:
-    """Returns the (epoch, index) pairs of every batch of one rank."""
+    """Returns the (epoch, index) pairs of every batch of one rank, from `first_image` of the epoch on."""
     global_batch = config.batch_size * world_size
-    end = count_batches(num_items, config, world_size) * global_batch if drop_last else num_items
     order = np.arange(num_items)
     if shuffle:
         order = random_stream(config.seed, EPOCH_ORDER, epoch).permutation(num_items)
+    order = order[first_image:]
+    if drop_last:
+        count_batches(num_items, config, world_size)
+        order = order[: len(order) // global_batch * global_batch]
     batches = []
-    for start in range(rank * config.batch_size, end, global_batch):
+    for start in range(rank * config.batch_size, len(order), global_batch):
         batches.append([(epoch, int(index)) for index in order[start : start + config.batch_size]])
     return batches
 
@@ -155,5 +168,5 @@ def _start_worker(worker: int, datasets: dict[str, DatasetSpec]) -> None:
     DATASETS.update(datasets)
     torch.set_num_threads(1)
     # A stop signal can reach the whole process group. Workers ignore it, because the training process ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
