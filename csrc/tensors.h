@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "dtype.h"
 
@@ -49,6 +50,18 @@ inline MaybeTensor dense(const MaybeTensor& t, ScalarType dtype) {
 
 inline const void* data(const MaybeTensor& t) {
   return t ? t->const_data_ptr() : nullptr;
+}
+
+// The text of a string argument, which is deleted. An operator that takes std::string leaks one in each call, because
+// torch's conversion to it does (torch 2.10 to 2.13).
+inline std::string taken(StringHandle argument) {
+  size_t length = 0;
+  const char* text = nullptr;
+  torch_string_length(argument, &length);
+  torch_string_c_str(argument, &text);
+  std::string result(text, length);
+  torch_delete_string(argument);
+  return result;
 }
 
 }  // namespace spade

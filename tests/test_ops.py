@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 
@@ -116,6 +117,31 @@ CASES = [(op, "contiguous") for op in OPS] + [(op, "channels_last") for op in RE
 def test_opcheck(op, layout, requires_grad):
     operator = getattr(torch.ops.spade_kernels, op.split()[0]).default
     torch.library.opcheck(operator, Problem(LAYOUTS[layout], requires_grad).arguments(op))
+
+
+class _MallInfo(ctypes.Structure):
+    """The result of glibc's mallinfo2."""
+
+    # The eighth value is the number of bytes in use.
+    _fields_ = tuple((f"value_{i}", ctypes.c_size_t) for i in range(10))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_calls_leave_no_memory_behind(op):
+    try:
+        mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        pytest.skip("needs glibc 2.33 or later, which says how many bytes are in use")
+    mallinfo.restype = _MallInfo
+    operator = getattr(torch.ops.spade_kernels, op.split()[0])
+    calls, arguments = 2000, Problem().arguments(op)
+    with torch.no_grad():
+        for _ in range(100):
+            operator(*arguments)
+        before = mallinfo().value_7
+        for _ in range(calls):
+            operator(*arguments)
+    assert mallinfo().value_7 - before < 8 * calls
 
 
 def check_derivatives(run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:

@@ -188,7 +188,8 @@ class ModulateCall {
 
 Tensor modulate_op(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& table,
                    const MaybeTensor& pixel_row, const MaybeTensor& image_offsets, const MaybeTensor& indices,
-                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, std::string stats_scope) {
+                   const MaybeTensor& offsets, double negative_slope, int64_t upsample, StringHandle scope) {
+  const std::string stats_scope = taken(scope);
   check_modulate(x, mean, rstd, table, pixel_row, image_offsets, indices, offsets, upsample, stats_scope);
   ModulateCall call(x, mean, rstd, table, pixel_row, negative_slope, upsample);
   const Tensor y = empty_channels_last(x, upsample);
