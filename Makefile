@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format bench bench-accelerate gpu-check fuzz soak asan wheel wheel-check clean
+.PHONY: help install demo test check format bench bench-accelerate bench-busy gpu-check fuzz soak asan wheel wheel-check clean
 
 help:
 	@echo "make demo     train on toy landscapes (CPU, under 5 minutes) and print the page to look at"
@@ -14,6 +14,7 @@ help:
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make bench    time everything, 20 minutes (DATAROOT=folder in the coco layout for real masks; MASKS=8 REPEATS=3)"
 	@echo "make bench-accelerate  time other people's models before and after accelerate, 10 minutes (DATAROOT as for bench)"
+	@echo "make bench-busy  time training steps beside busy processes, 5 minutes"
 	@echo "make gpu-check  build, test, sanitize and time on a GPU, 8 minutes, with any PYTHON that has a CUDA torch, and nvcc"
 	@echo "                (FAST=1: 3 minutes; DATAROOT=folder as for bench, by itself ../shared/data/coco_stuff or data/coco_stuff;"
 	@echo "                OUT=folder for the results)"
@@ -67,6 +68,9 @@ bench: install
 
 bench-accelerate: install
 	$(BIN)/python -m benchmarks.accelerate "--dataroot=$(DATAROOT)" --out benchmarks/results
+
+bench-busy: install
+	$(BIN)/python -m benchmarks.busy --out benchmarks/results
 
 # Not in $(VENV): with the Python that has the CUDA torch.
 gpu-check:

@@ -16,6 +16,7 @@ from command import assert_refused
 from PIL import Image
 from torch import nn
 
+from benchmarks import busy
 from spade_kernels import LabelMap
 from spade_kernels.testing import random_label_map, relative_error
 from spade_model.benchmark import results
@@ -263,3 +264,16 @@ def test_suites_can_be_collected_and_the_operators_run(tmp_path):
     done = subprocess.run(ops, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
     assert "window indexes, one thread, toy: ours" in _report(file).stdout
+
+
+def test_steps_beside_busy_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(busy, "BUSY", (1,))
+    busy.main(["--size", "64", "--ngf", "4", "--steps", "1", "--repeats", "1", "--out", str(tmp_path)])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[:2]] == [
+        "| 1 busy processes, active waiting",
+        "| 1 busy processes, passive waiting",
+    ]
+    (file,) = tmp_path.iterdir()
+    (run,) = load_runs(file)
+    assert {result.provider for result in run.results} == {"eager", "ours"}
