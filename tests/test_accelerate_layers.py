@@ -247,7 +247,7 @@ def test_little_work_takes_the_own_forward(monkeypatch):
     sk.accelerate(layer)
     monkeypatch.setattr(Original, "forward", lambda *args: "own")
     assert layer(torch.randn(X), planes()) == "own"
-    assert isinstance(layer(torch.randn(2, CHANNELS, 256, 256), planes()), Tensor)
+    assert isinstance(layer(torch.randn(2, CHANNELS, 256, 512), planes()), Tensor)
 
 
 def test_conditions_that_are_left_out():

@@ -25,7 +25,7 @@ from spade_kernels.accelerate.speed import speedup
 from spade_kernels.layers import SPADE
 
 # Multiplications of a call from which on the kernels are faster than the layer's own forward, by experiment.
-_LEAST_WORK = 20_000_000
+_LEAST_WORK = 100_000_000
 
 
 def replace_layers(model: nn.Module, *, strict: bool, measure: bool) -> Report:
