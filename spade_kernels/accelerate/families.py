@@ -155,7 +155,7 @@ class Clade(Family):
         if gamma is None or beta is None or gamma.dim() != 2 or gamma.shape != beta.shape:
             raise Unsupported("its tables do not have the shape (classes, channels)")
         classes, features = gamma.shape
-        # Looking up two rows for every pixel takes as long as about eight times the multiplications of 1 x 1 convolutions.
+        # Looking up two rows for each pixel takes about as long as 8 times the multiplications of 1 x 1 convolutions.
         work = 16 * classes * features
         projection = Projection(features, classes + _has_boundary(module), work, partial(_table_rows, gamma, beta))
         return formulas(norm, projection)
