@@ -1,4 +1,4 @@
-"""`accelerate`: the SPADE layers of other people's models, made fast in place.
+"""Accelerates the SPADE layers of other people's models, in place.
 
     report = sk.accelerate(model)
     print(report)
@@ -41,7 +41,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Modules are imported at first use, because `import spade_kernels` imports this package, and few programs use it.
+    # Modules are imported at first use: `import spade_kernels` imports this package, but few programs need them.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
@@ -53,22 +53,23 @@ def __dir__() -> list[str]:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False) -> Report:
-    """Replaces the forward of the SPADE layers in a model, in place, by one of the same results that is faster.
+    """Replaces the forward of each SPADE layer in a model, in place, by a faster one that gives equal results.
 
-    Parameters, buffers, state_dict, hooks and the identity of every module stay. Results and gradients differ by
-    rounding. `freeze` makes the layers faster still where weights do not change; `restore` undoes it.
+    Every module stays the same object, with its parameters, buffers, state_dict keys and hooks. Results and gradients
+    differ from those of the original forward by rounding only. `freeze` makes the layers faster still for inference;
+    `restore` undoes `accelerate`.
 
     Args:
         model: any module, on any device, before or after `.to()`, `.half()`, DDP or `torch.compile`.
-        strict: raise if a layer that looks like a SPADE layer is left alone; then nothing is replaced.
-        measure: time every replaced layer before and after, on the CPU, at 64 x 64.
+        strict: if True, raise when a layer that looks like a SPADE layer cannot be replaced, and change nothing.
+        measure: if True, the report also has the speed-up of every replaced layer, timed on the CPU on a 64 x 64 mask.
 
     Returns:
-        A report: `print` it.
+        A report of the replaced layers, and of those left alone with the reasons; `print` shows it as a table.
 
     Raises:
-        TypeError: not a module.
-        ValueError: strict, and a layer was left alone; the message names it and the reason.
+        TypeError: `model` is not an nn.Module.
+        ValueError: `strict` is True and a layer cannot be replaced; the message names it and the reason.
     """
     from spade_kernels.accelerate.replace import replace_layers
 
@@ -76,7 +77,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, measure: bool = False)
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives all accelerated modules of a model their own forward back. Returns the model."""
+    """Undoes `accelerate`: every accelerated module gets its former class and forward back. Returns the model."""
     from spade_kernels.accelerate.replace import restore_layers
 
     return restore_layers(model)

@@ -1,4 +1,4 @@
-"""Residual blocks around accelerated layers: statistics and conditions once, and fused or faster convolutions.
+"""Accelerates residual blocks: their layers share statistics and condition, their convolutions are fused or faster.
 
     y = shortcut + conv_1(act(norm_1(conv_0(act(norm_0(x, condition))), condition)))
 
@@ -26,7 +26,7 @@ SLOPES = (0.2, 0.0)
 
 
 class ResidualBlock(Family):
-    """The arguments of a block; it has no parts of a layer."""
+    """Takes x and the condition from the arguments of a block. It has no candidates, since a block has no `Parts`."""
 
     name = "residual block"
 
@@ -35,7 +35,7 @@ _ARGUMENTS = ResidualBlock()
 
 
 def is_block(module: nn.Module) -> bool:
-    """True if the module has the convolutions of a residual block, and accelerated layers as its norms."""
+    """Returns True if the module has the convolutions of a residual block, and accelerated layers as its norms."""
     norms = [getattr(module, name, None) for name in ("norm_0", "norm_1")]
     convolutions = [getattr(module, name, None) for name in ("conv_0", "conv_1")]
     if not all(isinstance(norm, AcceleratedLayer) for norm in norms):
@@ -64,7 +64,7 @@ class AcceleratedBlock(Accelerated):
         parts = self.norm_0.parts() if is_block(self) else None
         if parts is None or condition is None or not self.norm_0.is_worth(parts, x) or len(condition) != len(x):
             return self._stock.forward(self, *args, **kwargs)
-        # Layers whose families change the condition take it as it came.
+        # Families that are not plain change the condition themselves, so they get it unchanged.
         is_plain = self.norm_0._spade_family.is_plain
         segmap = as_condition(condition, parts.channels[1], like=x) if is_plain else condition
         pixels, packed, slope = channels_last(x), self.packed() or {}, SLOPES[self._spade_choice]
@@ -77,7 +77,7 @@ class AcceleratedBlock(Accelerated):
         return in_layout_of(x, y)
 
     def _moments(self, x: Tensor) -> Moments | None:
-        """The moments of x that norm_0 and norm_s share."""
+        """Returns the moments of x that norm_0 and norm_s share; None if they cannot share any."""
         layers = [getattr(self, name) for name in ("norm_0", "norm_s") if hasattr(self, name)]
         parts = [layer.parts() for layer in layers if layer._spade_family.is_plain]
         if len(parts) < len(layers) or not all(part is not None and is_fusable(part.norm) for part in parts):
@@ -104,7 +104,7 @@ class _PackedBlock(dict):
 def _modulated(
     norm: AcceleratedLayer, x: Tensor, segmap: Segmap, negative_slope: float, taken: Moments | None
 ) -> Tensor | DeferredModulation:
-    """leaky_relu(norm(x, segmap), negative_slope), deferred where the norm can do that."""
+    """Returns leaky_relu(norm(x, segmap), negative_slope), deferred if the norm supports it."""
     if not has_hooks(norm):
         deferred = norm.defer(x, segmap, negative_slope, taken)
         if deferred is not None:
@@ -125,5 +125,5 @@ def _convolve(
 
 
 def _is_readable(conv: nn.Conv2d) -> bool:
-    """True if `convolve` can do the convolution."""
+    """Returns True if `convolve_channels_last` can compute the convolution."""
     return can_read_weight(conv) and has_stride_1_and_zero_padding(conv)

@@ -1,4 +1,4 @@
-"""The families of SPADE layers that `accelerate` knows, the more special ones first."""
+"""The families of SPADE layers that `accelerate` knows, from the most special to the most general."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NORMS = ("param_free_norm", "first_norm", "norm", "norm_layer")
 
 
 class Original(Family):
-    """NVlabs/SPADE (Park et al. 2019) and layers with its attributes.
+    """The layer of NVlabs/SPADE (Park et al. 2019), and layers with the same attribute names.
 
     OASIS has `first_norm`; semantic-diffusion-model has a group norm; LivePortrait, face-vid2vid, SadTalker and DaGAN
     have an instance norm and a dense condition; MONAI has its own convolution modules; CoCosNet has reflection padding
-    and a function as its norm; BasicSR has no biases and no 1; TSIT has no hidden layer.
+    and a function as its norm; BasicSR has no biases and scales by gamma, not 1 + gamma; TSIT has no hidden layer.
     """
 
     name = "SPADE"
@@ -35,7 +35,10 @@ class Original(Family):
 
 
 class StableSR(Original):
-    """StableSR's layer: forward(x_dic, segmap_dic, size=None) finds the condition in a dict; with a size, x too."""
+    """StableSR's layer: its forward(x_dic, segmap_dic, size=None) looks up the condition in a dict by its width.
+
+    If `size` is given, it is the key, and x is looked up in a dict, too.
+    """
 
     name = "StableSR SPADE"
 
@@ -53,7 +56,7 @@ class StableSR(Original):
 
 
 class VirtualTryOn(Family):
-    """VITON-HD's and HR-VITON's layer, which adds noise to x. With a mask for its norm, its own forward runs."""
+    """VITON-HD's and HR-VITON's layer, which adds noise to x. Calls with a misalign_mask run the original forward."""
 
     name = "VITON SPADE"
 
@@ -65,13 +68,16 @@ class VirtualTryOn(Family):
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
         x, conditions = super().inputs(module, *args, **kwargs)
         n, _, h, w = x.shape
-        # The layer draws on the CPU, one number for each pixel.
+        # The original forward draws one number per pixel on the CPU; equal seeds have to give equal noise.
         noise = torch.randn(n, w, h, 1).to(x.device) * module.get_parameter("noise_scale")
         return x + noise.transpose(1, 3), conditions
 
 
 class SpatialNorm(Family):
-    """SpatialNorm of MoVQ, in diffusers and Kandinsky 2: 1 x 1 convolutions of a latent, perhaps after one more."""
+    """MoVQ's SpatialNorm, as in diffusers and Kandinsky 2.
+
+    Gamma and beta are 1 x 1 convolutions of a latent, optionally after one more convolution.
+    """
 
     name = "SpatialNorm"
 
@@ -80,7 +86,10 @@ class SpatialNorm(Family):
 
 
 class Imaginaire(Family):
-    """imaginaire's SpatiallyAdaptiveNorm: for each condition `mlps`, and `gammas` and `betas` or a joint projection."""
+    """imaginaire's SpatiallyAdaptiveNorm, whose lists `mlps`, `gammas` and `betas` have an entry for each condition.
+
+    Where `gammas` has none, the last convolution in `mlps` computes gamma and beta jointly.
+    """
 
     name = "imaginaire SPADE"
 
@@ -92,7 +101,7 @@ class Imaginaire(Family):
             raise Unsupported("it predicts the weights of its convolutions for each image")
         scales = not getattr(module, "bias_only", False)
         projections = [self._projection(module, i, scales) for i in range(len(mlps))]
-        # A layer without a norm has None, which is no submodule.
+        # In a layer without a norm, the attribute `norm` is None, which is no submodule.
         return formulas(module._modules.get("norm") or nn.Identity(), *projections)
 
     def _projection(self, module: nn.Module, i: int, scales: bool) -> Projection:
@@ -111,7 +120,10 @@ class Imaginaire(Family):
 
 
 class FewShotVid2vid(Family):
-    """few-shot-vid2vid's layer: forward(x, maps, weights=None) with a list of conditions, and no hidden layers."""
+    """few-shot-vid2vid's layer: its forward(x, maps, weights=None) takes a list of conditions.
+
+    It has no hidden layers.
+    """
 
     name = "few-shot-vid2vid SPADE"
 
@@ -138,9 +150,10 @@ class FewShotVid2vid(Family):
 
 
 class Clade(Family):
-    """CLADE's layer (Tan et al. 2020): gamma and beta are rows of a table, chosen by the class with the largest plane.
+    """CLADE's layer (Tan et al. 2020): a table has one row of gamma and beta for each class.
 
-    With instances, the last plane of the condition is the boundary, and its convolution is one more channel of y.
+    A pixel takes the row of the class whose plane is largest there. With instances, the last plane of the condition is
+    their boundary, and the layer appends a convolution of it to y as one more channel.
     """
 
     name = "CLADE"
@@ -180,13 +193,13 @@ def _has_boundary(module: nn.Module) -> bool:
 
 
 def _table_rows(gamma: Tensor, beta: Tensor) -> Weights:
-    """A table of classes as 1 x 1 convolutions of one-hot planes."""
+    """Returns 1 x 1 convolutions of one-hot planes that look up the rows of a table."""
     of_gamma, of_beta = ((rows.t()[:, :, None, None], rows.new_zeros(rows.shape[1])) for rows in (gamma, beta))
     return Weights(None, of_gamma, of_beta)
 
 
 def _classes(condition: Segmap, size: Sequence[int], has_boundary: bool) -> LabelMap:
-    """The label map of the classes with the largest planes, but for the plane of the boundary."""
+    """Returns the label map in which a pixel has the class with the largest plane; the boundary's does not count."""
     if isinstance(condition, LabelMap):
         channels = condition.channels - has_boundary
 
@@ -200,7 +213,10 @@ def _classes(condition: Segmap, size: Sequence[int], has_boundary: bool) -> Labe
 
 
 class Refused(Family):
-    """A layer that is known, and that the kernels cannot do."""
+    """Recognizes layers that the kernels do not support, so that the report gives the reason.
+
+    A module is recognized if it has all of `attributes`: names of submodules, parameters or other attributes.
+    """
 
     def __init__(self, name: str, attributes: set[str], reason: str):
         self.name, self.attributes, self.reason = name, attributes, reason
@@ -212,7 +228,10 @@ class Refused(Family):
 
 
 def _formulas(module: nn.Module, shared: str, gamma: str, beta: str) -> list[Parts]:
-    """Candidates of a layer whose parts have these names, of which the first may be missing; empty if it has none."""
+    """Returns the candidates of a layer whose convolutions have these names.
+
+    The convolution `shared` may be missing; without gamma, beta or a norm the list is empty.
+    """
     norms = (module._modules.get(name) or module.__dict__.get(name) for name in NORMS)
     norm = next((one for one in norms if callable(one)), None)
     if norm is None or module._modules.get(gamma) is None or module._modules.get(beta) is None:
@@ -222,7 +241,7 @@ def _formulas(module: nn.Module, shared: str, gamma: str, beta: str) -> list[Par
 
 
 def _takes(module: nn.Module, argument: str) -> bool:
-    """True if the module's own forward has a parameter of this name."""
+    """Returns True if the module's original forward has a parameter of this name."""
     return argument in _parameters(stock_class(module))  # type: ignore[arg-type]
 
 
@@ -252,4 +271,7 @@ FAMILIES: list[Family] = [
     SpatialNorm(),
     Original(),
 ]
-"""The first family with candidates for a module is its. Append to it, or insert before, to add one."""
+"""All families, in the order in which they are tried: a module belongs to the first that has candidates for it.
+
+Append a family of your own, or insert it before a more general one.
+"""

@@ -29,7 +29,9 @@ class Parts:
 
     Attributes:
         norm: the norm of x, a module or a function.
-        projections: the ways from each condition, which is resized (nearest) to x, to its gamma and beta.
+        projections: for each condition the convolutions that compute gamma and beta from it, after it was resized
+            (nearest) to the size of x.
+        scale_offset: 1, or 0 for layers that scale by gamma alone.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -38,27 +40,34 @@ class Parts:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of x and of the conditions."""
+        """Channels of x, then of each condition."""
         return self.projections[0].features, *(one.channels for one in self.projections)
 
     def table_weights(self, projection: Projection) -> Weights:
-        """The weights for a modulation table. An instance norm of gamma precedes the scale's offset."""
+        """Returns the weights for a modulation table.
+
+        If gamma has an instance norm, the weights have no scale offset, because it is added after that norm.
+        """
         offset = self.scale_offset if projection.table_eps is None else 0.0
         return projection.weights()._replace(scale_offset=offset)
 
 
 def formulas(norm: Callable[[Tensor], Tensor], *projections: Projection) -> list[Parts]:
-    """The two formulas that are in use: with a scale of 1 + gamma, and of gamma."""
+    """Returns a candidate for each of the two formulas in use, which scale by 1 + gamma and by gamma.
+
+    Raises:
+        Unsupported: the projections compute different numbers of channels.
+    """
     if len({one.features for one in projections}) > 1:
         raise Unsupported("its conditions make gamma and beta of different numbers of channels")
     return [Parts(norm, projections, offset) for offset in (1.0, 0.0)]
 
 
 class Family:
-    """Recognizes the layers of a kind by their structure and says where their parts are.
+    """Describes a kind of SPADE layer: how its modules are recognized, and where their parts are.
 
-    A subclass sets `name` and defines `candidates`; it overrides `inputs` and `example` if the layer's forward takes
-    other arguments than (x, condition).
+    A subclass sets `name`, which the report shows, and defines `candidates`. It overrides `inputs` and `example` if the
+    layer's forward takes other arguments than (x, condition), and `output` if it changes the modulated x further.
     """
 
     name = ""
@@ -67,20 +76,20 @@ class Family:
         """Returns the formulas that the module may have; a probe finds the one that equals its forward.
 
         The list is empty if the module is not of this family. The method is called in every forward, with the module as
-        it is then, so it must be quick, and its order must not change.
+        it is then, so it must be quick, and always return the candidates in the same order.
 
         Raises:
-            Unsupported: it is of this family, but a part of it is not supported.
+            Unsupported: the module is of this family, but a part of it is not supported.
         """
         raise NotImplementedError
 
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
         """Returns x and one condition for each projection, taken from the arguments of the module's forward.
 
-        A condition that is None is left out.
+        A projection whose condition is None is skipped.
 
         Raises:
-            Unsupported: there are others; the module's own forward then takes the call.
+            Unsupported: there are further arguments, for which the module's original forward has to run.
         """
         arguments = bound_arguments(module, args, kwargs)
         if len(arguments) < 2 or any(other is not None for other in arguments[2:]):
@@ -88,16 +97,16 @@ class Family:
         return arguments[0], arguments[1:2]
 
     def example(self, module: nn.Module, x: Tensor, *conditions: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """Returns the arguments (args, kwargs) with which the module's forward takes this x and these conditions."""
+        """Returns the arguments (args, kwargs) that pass x and the conditions to the module's forward."""
         return (x, *conditions), {}
 
     def output(self, module: nn.Module, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the result of the module's forward, made of the modulated y and the arguments of the call."""
+        """Returns the result of the module's forward; y is the modulated x, args and kwargs are those of the call."""
         return y
 
     @property
     def is_plain(self) -> bool:
-        """True if layers take x and the condition as they are, and return the modulated x."""
+        """True if the layers use x and the condition as they are given, and return the modulated x."""
         return (type(self).inputs, type(self).output) == (Family.inputs, Family.output)
 
     # One object serves all copies of a layer.
@@ -106,22 +115,23 @@ class Family:
 
 
 def bound_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """Returns the arguments of a call of the module's own forward, in the order of its parameters."""
+    """Returns the arguments of a call of the module's original forward, in the order of its parameters."""
     if not kwargs:
         return list(args)
     return list(inspect.signature(stock_class(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that an accelerated module had before, and the class of any other module."""
+    """Returns the class that the module had before it was accelerated; its present class if it was not."""
     return type(module)._stock if isinstance(module, Accelerated) else type(module)
 
 
 class Accelerated(Freezable):
-    """Base of the classes of accelerated modules; their second base is the class that the module had before.
+    """First base of the classes of accelerated modules; the second one is the class that the module had before.
 
-    Only `forward` changes; parameters, buffers, hooks and state_dict do not. Calls that kernels do not support go to
-    the forward that the module had. Copies are accelerated, too; a pickled module is loaded with its former class.
+    Only `forward` changes; parameters, buffers, hooks and state_dict do not. Calls that the kernels do not support run
+    the original forward, that of the former class. Copies are accelerated, too; an unpickled module has its former
+    class.
     """
 
     _stock: type[nn.Module]
@@ -143,7 +153,7 @@ def _new(stock: type[nn.Module]) -> nn.Module:
 
 
 def swap_class(module: nn.Module, base: type[Accelerated], **attributes: Any) -> None:
-    """Gives the module a class derived from `base` and its own; its attributes and its identity stay."""
+    """Gives the module a class derived from `base` and its present class, and sets `attributes` beside its own."""
     stock = type(module)
     module.__dict__.update(attributes)
     module.__class__ = type(f"Accelerated{stock.__name__}", (base, stock), {"_stock": stock, "__module__": __name__})
@@ -157,14 +167,18 @@ def restore_class(module: nn.Module) -> None:
 
 
 class AcceleratedLayer(Accelerated):
-    """A SPADE layer whose forward runs the stages of `functional`, except for so little work that its own is faster."""
+    """A SPADE layer whose forward runs the stages of `functional`.
+
+    Calls with less work than `_spade_least_work`, for which the original forward is faster, run that one.
+    `_spade_choice` is the index of the layer's formula among the candidates of its family.
+    """
 
     _spade_family: Family
     _spade_choice: int
     _spade_least_work = 0
 
     def parts(self) -> Parts | None:
-        """The layer's parts as they are now; None if they have become something that only its own forward can do."""
+        """Returns the layer's present parts; None if they were replaced by some that the kernels do not support."""
         try:
             candidates = self._spade_family.candidates(self)
         except Unsupported:
@@ -181,19 +195,22 @@ class AcceleratedLayer(Accelerated):
     def defer(
         self, x: Tensor, condition: Segmap, negative_slope: float = 1.0, moments: Moments | None = None
     ) -> DeferredModulation | None:
-        """`forward` without its last pass over x, followed by a leaky ReLU; None if only the own forward can do it."""
+        """Computes `forward` and then a leaky ReLU, but defers the last pass over x.
+
+        Returns None if the layer needs its original forward.
+        """
         parts = self.parts() if self._spade_family.is_plain else None
         return None if parts is None else self._defer(parts, x, [condition], negative_slope, moments)
 
     def is_worth(self, parts: Parts, x: Tensor) -> bool:
-        """True if x is a batch of maps, and large enough for the kernels to pay."""
+        """Returns True if x is a non-empty (N, C, h, w), with enough work for the kernels to be faster."""
         if x.dim() != 4 or x.numel() == 0:
             return False
         pixels = len(x) * x.shape[2] * x.shape[3]
         return pixels * sum(one.work for one in parts.projections) >= self._spade_least_work
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Parts, Tensor, Sequence[Segmap | None]] | None:
-        """Returns the parts, x and the conditions of a call; None if it goes to the own forward."""
+        """Returns the parts, x and the conditions of a call; None if the original forward has to run."""
         parts = self.parts()
         if parts is None:
             return None
@@ -255,5 +272,5 @@ def _table(
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in the memory format of x, which the code around the layer may rely on."""
+    """Returns y in the memory format of x, because the code around the layer may rely on it."""
     return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()

@@ -1,4 +1,4 @@
-"""The probe: a layer's own forward and the accelerated one with random inputs."""
+"""Compares the original forward of a module with the accelerated one, on random inputs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 
 from spade_kernels.accelerate.layer import Accelerated, Family, restore_class
 
-# In float64, in which the two differ by rounding only; and in float32, for layers that compute in it.
+# The largest relative differences that count as rounding. float32 is for layers that compute in it for any input.
 _LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4}
 # Sizes of x and of the condition.
 _SIZES = [((6, 8), (12, 16)), ((6, 8), (6, 8)), ((8, 8), (4, 4))]
 
 
 class Differs(Exception):
-    """The accelerated layer does not give what its own forward gives."""
+    """Raised if the results of the accelerated module differ from those of its original forward."""
 
 
 def probe(module: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: Sequence[int]) -> float:
-    """The largest relative difference of results, gradients and running statistics, in evaluation and training.
+    """Returns the largest relative difference of results, gradients and buffers, in evaluation and training.
 
-    The module is copied and its values are replaced by random ones, so that the result depends on its structure only.
+    A copy of the module with random parameters is called, so the difference depends on the module's structure only.
 
     Args:
         accelerate: accelerates the copy in place.
-        channels: of x and of each condition.
+        channels: numbers of channels of x and of each condition.
 
     Raises:
         Differs: the difference is more than rounding, or the module cannot be called.
     """
-    # Whatever mode the caller is in.
+    # The caller's modes, default device and random state must not change the result, and must stay as they are.
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with contextlib.ExitStack() as stack:
         for mode in (*modes, torch.random.fork_rng(devices=[]), torch.device("cpu")):
@@ -54,7 +54,10 @@ def probe(module: nn.Module, accelerate: Callable[[nn.Module], None], family: Fa
 
 
 def copied_module(module: nn.Module) -> nn.Module:
-    """A copy, also of a module that has called spectral or weight norm with gradients, which `deepcopy` refuses."""
+    """Returns a deep copy, also of modules that hold tensors with a gradient history, which `deepcopy` refuses.
+
+    Spectral norm and weight norm leave such tensors in a module that was called.
+    """
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in part.__dict__.values():
@@ -78,7 +81,7 @@ def _randomize(module: nn.Module) -> None:
 def _difference(
     stock: nn.Module, accelerate: Callable[[nn.Module], None], family: Family, channels: Sequence[int]
 ) -> float | None:
-    """The largest relative difference; None if the module's own forward refuses all inputs."""
+    """Returns the largest relative difference; None if the module's original forward refuses all inputs."""
     ours = copy.deepcopy(stock)
     accelerate(ours)
     dtype, errors = next(stock.parameters()).dtype, []
@@ -88,14 +91,14 @@ def _difference(
                 x = torch.randn(2, channels[0], *size, dtype=dtype)
                 try:
                     expected = _results(stock.train(training), family, x, conditions)
-                except Exception:  # any that the module's own forward raises
+                except Exception:  # any that the original forward raises
                     continue
                 errors.append(_error(_results(ours.train(training), family, x, conditions), expected))
     return max(errors, default=None)
 
 
 def _conditions(channels: Sequence[int], size: tuple[int, int], dtype: torch.dtype) -> list[list[Tensor]]:
-    """Conditions that are one-hot but for pixels without a class, and dense ones."""
+    """Returns one-hot conditions, in which some pixels have no class, and dense ones."""
     shown = (torch.rand(2, 1, *size) < 0.9).to(dtype)
     labels = [torch.randint(count, (2, *size)) for count in channels]
     one_hot = [F.one_hot(ids, count).permute(0, 3, 1, 2) * shown for ids, count in zip(labels, channels, strict=True)]
@@ -123,7 +126,7 @@ def _results(module: nn.Module, family: Family, x: Tensor, conditions: Sequence[
 
 def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     largest = 0.0
-    # The gradient of a bias before a norm is rounding only.
+    # Tensors of tiny values are not compared on their own scale: the gradient of a bias before a norm is rounding only.
     least = 1e-3 * max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
         if name not in found or found[name].shape != value.shape:

@@ -18,18 +18,18 @@ from spade_kernels.normalization import has_hooks
 
 
 class Unsupported(Exception):
-    """A module looks like a layer of the family and cannot be accelerated; the message is the reason."""
+    """Raised for a module that looks like a layer of a family but cannot be accelerated; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The way from one condition to gamma and beta.
+    """Description of the convolutions that compute gamma and beta from one condition.
 
     Attributes:
         features, channels: channels of x and of the condition.
-        work: multiplications for each pixel of x, if the convolutions are evaluated at every pixel.
-        weights: returns the weights, as they are now. A forward calls it once, since spectral norm may change them in
-            every call.
+        work: multiplications for each pixel of x if the convolutions are evaluated at every pixel.
+        weights: function that returns the present weights. It has to be called once in each forward, because spectral
+            norm in training changes them in each call.
         table_eps: eps of an instance norm of gamma and beta; None if there is none.
     """
 
@@ -53,12 +53,12 @@ class Projection:
 
         Args:
             shared: name of a convolution and its activation; None if there is no hidden layer.
-            gamma: None if the convolution `beta` has 2C channels, gamma first.
+            gamma: name of gamma's convolution; None if that of `beta` has 2C channels, first those of gamma.
             pad: a module that is applied to the hidden layer before gamma and beta.
-            scales: False if gamma is not used.
+            scales: False if the layer only adds beta.
 
         Raises:
-            Unsupported: a submodule is something else than convolutions that the kernels can do.
+            Unsupported: a submodule is something else than a convolution that the kernels support.
         """
         find = module.get_submodule
         first = None if shared is None else hidden_layer(shared, find(shared))
@@ -70,7 +70,7 @@ class Projection:
     def joined(
         cls, shared: HiddenLayer | None, gamma: OutputLayer | None, beta: OutputLayer, scales: bool = True
     ) -> Projection:
-        """`of`, with the layers themselves."""
+        """Returns the projection of the given layers; see `of`."""
         outputs = [beta] if gamma is None else [gamma, beta]
         if len({one.eps for one in outputs}) > 1:
             raise Unsupported("gamma and beta are normalized differently")
@@ -82,7 +82,7 @@ class Projection:
             raise Unsupported("its convolutions have reflection padding and kernels of different sizes")
         inputs, features = {one.module.in_channels for one in layers[-len(outputs) :]}, beta.convolution.features
         if shared and inputs != {shared.convolution.features}:
-            raise Unsupported("gamma and beta do not take the channels that the hidden layer has")
+            raise Unsupported("gamma and beta do not take the number of channels that the hidden layer has")
         if gamma is None and features % 2:
             raise Unsupported("the convolution for gamma and beta has an odd number of channels")
         if len({one.convolution.features for one in outputs}) > 1 or len(inputs) > 1:
@@ -106,7 +106,7 @@ class Projection:
 
 
 class Convolution(NamedTuple):
-    """A convolution with stride 1 that keeps height and width: by zeros, or by reflection at the border."""
+    """A convolution with stride 1 that keeps height and width, with padding by zeros or by reflection."""
 
     module: nn.Conv2d
     padding_mode: str
@@ -125,7 +125,7 @@ class Convolution(NamedTuple):
         return self.kernel_size**2 * self.module.in_channels * self.features
 
     def weight_and_bias(self, side: int) -> tuple[Tensor, Tensor]:
-        """The weight, with zeros around it if its kernel is smaller than side x side, and the bias, zeros if none."""
+        """Returns the weight, padded with zeros to a side x side kernel, and the bias, zeros if there is none."""
         weight = weight_of(self.module)
         if self.kernel_size < side:
             weight = F.pad(weight, [(side - self.kernel_size) // 2] * 4)
@@ -134,21 +134,21 @@ class Convolution(NamedTuple):
 
 
 class HiddenLayer(NamedTuple):
-    """A convolution and its leaky ReLU; the slope is 0 for a ReLU and 1 for none."""
+    """A convolution and its leaky ReLU; the slope is 0 for a ReLU, and 1 if there is no activation."""
 
     convolution: Convolution
     negative_slope: float
 
 
 class OutputLayer(NamedTuple):
-    """The convolution of gamma or beta, and eps of an instance norm after it or None."""
+    """The convolution of gamma or beta, and eps of the instance norm after it; None if there is no norm."""
 
     convolution: Convolution
     eps: float | None
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside a module, in order, that do something in evaluation and training, and have no parts."""
+    """Yields the modules without children inside a module, in order, except identities. A Conv2d is never split."""
     children = [] if isinstance(module, nn.Conv2d) else list(module.children())
     if not children and not isinstance(module, nn.Identity):
         yield module
@@ -157,10 +157,14 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def hidden_layer(name: str, module: nn.Module) -> HiddenLayer:
-    """The hidden layer that a module consists of.
+    """Returns the hidden layer that a module consists of.
+
+    Args:
+        name: the module's name, for messages.
 
     Raises:
-        Unsupported: it is not a convolution, perhaps with reflection padding before and a ReLU or leaky ReLU after it.
+        Unsupported: the module is not a convolution, optionally with reflection padding before it and a ReLU or leaky
+            ReLU after it.
     """
     *before, last = list(leaves(module)) or [module]
     if isinstance(last, nn.Conv2d):
@@ -175,13 +179,14 @@ def hidden_layer(name: str, module: nn.Module) -> HiddenLayer:
 
 
 def output_layer(name: str, module: nn.Module, pad: nn.Module | None = None) -> OutputLayer:
-    """The convolution that a module consists of, perhaps with an instance norm after it.
+    """Returns the convolution that a module consists of, optionally with an instance norm after it.
 
     Args:
+        name: the module's name, for messages.
         pad: a module that is applied before it.
 
     Raises:
-        Unsupported: it is something else.
+        Unsupported: the module is something else.
     """
     found = ([] if pad is None else list(leaves(pad))) + list(leaves(module))
     norm = found[-1] if found else None
@@ -193,7 +198,11 @@ def output_layer(name: str, module: nn.Module, pad: nn.Module | None = None) -> 
 
 
 def _convolution(name: str, module: nn.Module, found: list[nn.Module]) -> Convolution:
-    """The convolution among the found parts of the module, which are it and perhaps the padding before it."""
+    """Returns the convolution in `found`, the leaves of the module: a convolution, optionally after its padding.
+
+    Raises:
+        Unsupported: they are something else, or the kernels do not support the convolution.
+    """
     *before, conv = found or [module]
     if not isinstance(conv, nn.Conv2d) or len(before) > 1:
         raise Unsupported(f"{name} is not one 2-d convolution")
@@ -209,12 +218,13 @@ def _convolution(name: str, module: nn.Module, found: list[nn.Module]) -> Convol
         if keeps_size and mode in ("zeros", "reflect"):
             return Convolution(conv, mode if side > 1 else "zeros")
     raise Unsupported(
-        f"{name} is a convolution of another kind than k x k with stride 1 and k // 2 rows and columns of padding"
+        f"{name} is a convolution of another kind: it must have an odd square kernel, stride 1, no groups, no "
+        "dilation, and zero or reflection padding that keeps height and width"
     )
 
 
 def can_read_weight(conv: nn.Conv2d) -> bool:
-    """True if a call of the module is `F.conv2d` with the weight that `weight_of` returns, and nothing else."""
+    """Returns True if a call of the module does nothing but `F.conv2d` with the weight that `weight_of` returns."""
     is_parametrized = parametrize.is_parametrized(conv)
     if type(conv) is not nn.Conv2d and not (is_parametrized and type(conv).__bases__ == (nn.Conv2d,)):
         return False
@@ -225,9 +235,10 @@ def can_read_weight(conv: nn.Conv2d) -> bool:
 
 
 def weight_of(conv: nn.Conv2d) -> Tensor:
-    """The weight of a convolution that `can_read_weight`, with one power iteration if it has spectral norm and trains.
+    """Returns the weight of a convolution for which `can_read_weight` is True.
 
-    `torch.nn.utils.spectral_norm` and `weight_norm` compute the weight in a hook, which stores it in the module.
+    `torch.nn.utils.spectral_norm` and `weight_norm` compute the weight in a hook, which is called here and stores it in
+    the module. In training, spectral norm makes one power iteration.
     """
     for hook in conv._forward_pre_hooks.values():
         hook(conv, ())

@@ -24,12 +24,12 @@ from spade_kernels.accelerate.report import Replaced, Report
 from spade_kernels.accelerate.speed import speedup
 from spade_kernels.layers import SPADE
 
-# Multiplications of a call from which on the kernels are faster than the layer's own forward, by experiment.
+# From this number of multiplications in a call on, measurements found the kernels faster than the original forward.
 _LEAST_WORK = 100_000_000
 
 
 def replace_layers(model: nn.Module, *, strict: bool, measure: bool) -> Report:
-    """Does `accelerate`."""
+    """Implements `accelerate`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, got {type(model).__name__}")
     report = Report()
@@ -70,7 +70,7 @@ def replace_layers(model: nn.Module, *, strict: bool, measure: bool) -> Report:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields names and modules of a model, but for the wrappers of torch.compile, which look like what they wrap."""
+    """Yields names and modules of a model. Wrappers of torch.compile, which imitate their module, are left out."""
     return ((name, module) for name, module in model.named_modules() if "_orig_mod" not in module._modules)
 
 
@@ -89,7 +89,7 @@ def _accelerate_blocks(model: nn.Module, report: Report) -> None:
 
 
 def _probed_block(block: nn.Module) -> tuple[int, float] | None:
-    """The activation of a block that equals its own forward, and the probe's error; None if there is none."""
+    """Returns the index in SLOPES of the block's activation, and the probe's error; None if no slope fits."""
     layers = {name: part for name, part in block.named_modules() if isinstance(part, AcceleratedLayer)}
 
     def change(copied: nn.Module, choice: int) -> None:
@@ -110,7 +110,7 @@ def _probed_block(block: nn.Module) -> tuple[int, float] | None:
 
 
 def restore_layers(model: nn.Module) -> nn.Module:
-    """Does `restore`."""
+    """Implements `restore`."""
     for module in model.modules():
         if isinstance(module, Accelerated):
             restore_class(module)
@@ -138,7 +138,7 @@ _INTERNAL = frozenset(nn.Module().__dict__)
 
 
 def _structure(module: nn.Module) -> str:
-    """A text that is equal for modules that differ only in the values of their parameters, and so have one probe."""
+    """Returns a text that is equal for modules that differ only in parameter values, for which one probe is enough."""
     own = [
         (name, {k: v for k, v in part.__dict__.items() if k not in _INTERNAL}) for name, part in module.named_modules()
     ]
@@ -165,7 +165,7 @@ def _swap_layer(module: nn.Module, family: Family, choice: int) -> None:
 
 
 def _probed(module: nn.Module, family: Family, candidates: list[Parts]) -> tuple[int, float] | str:
-    """The candidate that equals the module, and the probe's error; or the reason why there is none."""
+    """Returns the index of the candidate that equals the module, and the probe's error; or why there is none."""
     reasons = []
     for choice, parts in enumerate(candidates):
         change = partial(_swap_layer, family=family, choice=choice)

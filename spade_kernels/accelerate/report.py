@@ -10,9 +10,10 @@ class Replaced:
     """One accelerated layer or block.
 
     Attributes:
-        name: where it is in the model; empty for the model itself. layer: its class. family: see `Family`.
+        name: the module's name in the model; empty for the model itself. layer: name of its class.
+        family: name of its family; "residual block" for a block.
         error: the largest relative difference that the probe found.
-        speedup: time of its own forward over that of the accelerated one; None unless measured.
+        speedup: time of the original forward divided by that of the accelerated one; None unless measured.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Report:
 
     Attributes:
         replaced: the layers and blocks that are accelerated now.
-        left: (name, class, reason) of those that look like a family's and were left alone.
+        left: (name, class, reason) of each module that looks like a SPADE layer but was left alone.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
