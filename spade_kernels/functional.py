@@ -1,4 +1,4 @@
-"""SPADE in stages, for layers of any model: statistics of x, a modulation table of the condition, and the modulation.
+"""Computes SPADE in stages, for layers of any model: statistics of x, a table for the condition, and the modulation.
 
     stats = statistics(norm, x)
     table = modulation_table(segmap, x.shape[2:], weights, x_dtype=x.dtype)
@@ -50,19 +50,19 @@ Gain = float | Tensor
 
 _path = "auto"
 
-# The dense path is faster from these values on, by benchmarks/crossover.py: hidden windows per pixel, and pixels of a
-# feature map.
+# Distinct hidden windows per pixel, and pixels of a feature map, from which on it is faster to evaluate every pixel.
+# benchmarks/crossover.py measures them.
 _DENSE_FROM, _DENSE_FROM_TRAINING = 0.6, 0.5
 _DENSE_PIXELS, _DENSE_PIXELS_FROZEN = 32 * 32, 16 * 16
 
 
 @contextlib.contextmanager
 def use_path(name: str) -> Iterator[None]:
-    """Context manager in which `spade` evaluates label maps on the given path, for measurements.
+    """Makes `spade` evaluate label maps on the given path inside the context, for measurements.
 
     Args:
-        name: "windows": once per distinct window; "dense": at every pixel; "auto": windows unless nearly every pixel
-            has a window of its own and dense is faster.
+        name: "windows" evaluates the convolutions once per distinct window, and "dense" at every pixel. "auto" takes
+            "windows", unless nearly every pixel has a window of its own and "dense" is faster.
     """
     global _path
     if name not in ("auto", "windows", "dense"):
@@ -99,7 +99,7 @@ def modulation_table(
         packed: packed weights, made from the same `weights`; only where no gradient is needed.
 
     Returns:
-        A table. Its rows have derivatives for all weights and biases, gain, and a float segmap.
+        A table whose rows are differentiable with respect to all weights and biases, gain, and a float segmap.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which.
@@ -122,7 +122,9 @@ def spade(
     moments: Moments | None = None,
     packed: PackedWeights | None = None,
 ) -> Tensor:
-    """Spatially-adaptive normalization (Park et al. 2019, eq. 1), evaluated once per distinct window of a label map.
+    """Computes spatially-adaptive normalization (Park et al. 2019, eq. 1).
+
+    Gamma and beta are evaluated once per distinct window of a label map:
 
         y = leaky_relu((norm(x) * (1 + gamma) + beta) * gain, negative_slope)
         gamma, beta = conv(relu(conv(resize(segmap))))
@@ -130,8 +132,8 @@ def spade(
     Args:
         x: (N, C, h, w) float. Sums are in float32, or in float64 if x is; the result is in x's dtype, channels-last.
         segmap: LabelMap, integer label map or float (N, channels, H, W); resized (nearest) to (h, w) * upsample.
-        norm: batch, synchronized batch, instance or group norm, which is fused, with its affine map, and updates its
-            running statistics in training; or another module, which is called with x; or the statistics of x.
+        norm: a module or the `Statistics` of x. Batch, synchronized batch, instance and group norm are fused, including
+            their affine map, and update their running statistics in training; other modules are called with x.
         weights: weight and bias of the three convolutions; see `modulation_table` for the dtypes of products.
         negative_slope: slope of a leaky ReLU that is applied to the result; 1 for none.
         gain: factor of norm(x) * (1 + gamma) + beta: a positive number, or a tensor with one element, whose value is
@@ -171,7 +173,7 @@ def defer_spade(
     moments: Moments | None = None,
     packed: PackedWeights | None = None,
 ) -> DeferredModulation:
-    """`spade` without its last pass over x, the modulation, which a convolution can fuse."""
+    """Computes `spade` up to its last pass over x, the modulation, which a convolution can fuse."""
     gain = as_gain(gain)
     check_input(x, weights.gamma[0].shape[0])
     check_weights(weights)
@@ -204,7 +206,7 @@ def as_gain(gain: Gain | None) -> Gain | None:
 
 
 def times(values: Tensor, gain: Gain | None) -> Tensor:
-    """values * gain, in the dtype of the values."""
+    """Returns values * gain, in the dtype of the values."""
     if gain is None:
         return values
     return values * (gain.to(values.dtype) if isinstance(gain, Tensor) else gain)
@@ -217,7 +219,7 @@ def check_upsample(upsample: int) -> None:
 
 
 def deferred(normalized: Normalized, table: ModulationTable, negative_slope: float) -> DeferredModulation:
-    """The modulation of a normalized x; the norm's affine map goes into the table, which is smaller."""
+    """Returns the deferred modulation of a normalized x. The norm's affine map is folded into the smaller table."""
     x, stats, upsample, weight, bias = normalized
     if weight is not None or bias is not None:
         table = table.with_rows(_with_affine(table.rows, weight, bias))
@@ -225,7 +227,7 @@ def deferred(normalized: Normalized, table: ModulationTable, negative_slope: flo
 
 
 def _with_affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Rows for a normalized x instead of weight * x + bias."""
+    """Returns rows into which the norm's affine map, weight * x + bias, is folded."""
     acc_dtype = torch.promote_types(rows.dtype, torch.float32)
     scale, shift = rows.to(acc_dtype).chunk(2, 1)
     if bias is not None:
@@ -288,7 +290,7 @@ def _window_table(
     gain: Gain | None,
     packed: PackedWeights | None,
 ) -> Tensor:
-    """(rows, 2C): scale and shift of every distinct window, times gain."""
+    """Returns scale and shift of every distinct window, times gain, as (rows, 2C)."""
     acc_dtype = torch.promote_types(dtype, torch.float32)
     if packed:
         responses, hidden_bias, bias = packed.tap_responses(segmap), packed.hidden_bias, packed.bias
@@ -311,7 +313,7 @@ def _window_table(
 def _class_table(
     segmap: LabelMap, size: tuple[int, ...], weights: Weights, gain: Gain | None, packed: PackedWeights | None
 ) -> ModulationTable:
-    """The table of a layer without a hidden layer: one row for each distinct k x k window of labels."""
+    """Returns the table of a layer without a hidden layer: one row for each distinct k x k window of labels."""
     k = weights.kernel_size
     seen = segmap.windows(size, k, 1, k // 2)
     uses: Segments = (None, None)
@@ -328,7 +330,7 @@ def _class_table(
 def _dense_table(
     segmap: Segmap, size: Sequence[int], weights: Weights, gain: Gain | None, packed: PackedWeights | None
 ) -> ModulationTable:
-    """The table with a row for every pixel, by one joint convolution for gamma and beta; all times gain.
+    """Returns the table with a row for every pixel, times gain, from one joint convolution for gamma and beta.
 
     A 1 x 1 convolution of a smaller condition has a row for every pixel of that condition.
     """
@@ -350,7 +352,7 @@ def _dense_table(
 
 
 def _dense_hidden(segmap: Segmap, size: Sequence[int], weights: Weights, packed: PackedConv2d | None) -> Tensor:
-    """(N, hidden, h, w): the hidden layer at every pixel."""
+    """Returns the hidden layer at every pixel, (N, hidden, h, w)."""
     assert weights.shared is not None
     if isinstance(segmap, LabelMap) and weights.padding_mode == "zeros":
         hidden = conv2d(segmap, *weights.shared, padding=weights.kernel_size // 2, size=size)
@@ -371,7 +373,10 @@ def _reflected(maps: Tensor, weights: Weights) -> Tensor:
 
 
 def _nearest(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The last four attributes of a table whose rows are the pixels of maps (N, C, H, W), resized (nearest) to size."""
+    """Returns the last four attributes of a table whose rows are the pixels of smaller maps.
+
+    The maps (N, C, H, W) are resized (nearest) to `size`.
+    """
     n, _, height, width = maps.shape
     pixels = torch.arange(n * height * width, device=maps.device).view(n, height, width)
     rows, columns = (

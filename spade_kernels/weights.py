@@ -22,11 +22,12 @@ class Weights(NamedTuple):
     Attributes:
         shared: (hidden, channels, k, k) and (hidden,); None for layers without a hidden layer, whose gamma and beta are
             convolutions of the condition.
-        gamma, beta: (C, hidden, k, k) and (C,), or (C, channels, k, k) without a hidden layer. All have one odd k.
+        gamma, beta: (C, hidden, k, k) and (C,), or (C, channels, k, k) without a hidden layer. All have the
+            same odd k.
         hidden_slope: negative slope of the leaky ReLU after the shared convolution; 0 is the paper's ReLU.
         scale_offset: the scale is scale_offset + gamma; 1 in the paper.
-        padding_mode: "zeros" as in the paper, or "reflect": all convolutions see their input reflected at its border,
-            and are evaluated at every pixel.
+        padding_mode: "zeros" as in the paper, or "reflect": the input of every convolution is reflected at its border,
+            and the convolutions are evaluated at every pixel.
     """
 
     shared: tuple[Tensor, Tensor] | None
@@ -51,9 +52,10 @@ class Weights(NamedTuple):
 
 
 class PackedWeights:
-    """Packed weights of a frozen SPADE layer, reused across calls. Not differentiable.
+    """Packed weights of a frozen SPADE layer, reused across calls. They are not differentiable.
 
-    Tensors that depend on the kind of condition are computed at its first use and cached, except in compiled code.
+    Tensors that depend on the kind of condition are computed when that kind is first used, and cached, except in
+    compiled code.
     """
 
     def __init__(self, weights: Weights):
@@ -75,7 +77,10 @@ class PackedWeights:
         return not is_packable(self.weights.gamma[0])
 
     def tap_responses(self, segmap: LabelMap) -> Tensor:
-        """The tap responses of the first convolution, equal for all label maps with the same classes and edges."""
+        """Returns the tap responses of the first convolution.
+
+        They are equal for all label maps that have the same number of classes and either all have edges or none.
+        """
         weight = first_weight(self.weights)
         if segmap.is_pooled:
             return tap_responses(segmap, weight)
@@ -83,9 +88,10 @@ class PackedWeights:
         return self._cache.get(kind, lambda: tap_responses(segmap, weight), weight)
 
     def table(self, segmap: LabelMap, size: Sequence[int], build: Callable[[], Tensor]) -> Tensor:
-        """The rows for a label map; from the third call in a row with the same one and size on, those of the second.
+        """Returns the table's rows for a label map, made by `build` unless they are kept.
 
-        Samplers of diffusion models make hundreds of such calls.
+        The second of consecutive calls with the same label map and size keeps its rows for those that follow. Samplers
+        of diffusion models make hundreds of such calls.
         """
         codes = segmap.codes
         if torch.compiler.is_compiling() or backends.is_captured(codes) or codes.is_inference():
@@ -101,7 +107,10 @@ class PackedWeights:
         return self._rows
 
     def dense(self) -> tuple[PackedConv2d | None, PackedConv2d]:
-        """The shared convolution, with its ReLU if it has one, and the joint one for gamma and beta, both packed."""
+        """Returns the packed shared convolution, with its ReLU if any, and the packed joint one of gamma and beta.
+
+        The first is None if there is no hidden layer.
+        """
         return self._cache.get("dense", self._pack_dense, self.bias)
 
     def _pack_dense(self) -> tuple[PackedConv2d | None, PackedConv2d]:
@@ -134,20 +143,20 @@ def check_weights(weights: Weights) -> None:
 
 
 def first_weight(weights: Weights) -> Tensor:
-    """The weight of the convolution of the condition: the shared one, or the joint one without a hidden layer."""
+    """Returns the weight of the condition's convolution: the shared one, or the joint one without a hidden layer."""
     return joint_weight(weights) if weights.shared is None else weights.shared[0]
 
 
 def zero_padding(weights: Weights) -> list[int]:
-    """Rows and columns of zeros on each side of the convolutions' inputs."""
+    """Returns the rows and columns of zeros on each side of the convolutions' inputs."""
     return [weights.kernel_size // 2 if weights.padding_mode == "zeros" else 0] * 2
 
 
 def joint_weight(weights: Weights) -> Tensor:
-    """(2C, hidden, k, k): the weights of gamma and beta as one convolution."""
+    """Returns the weights of gamma and beta as those of one convolution, (2C, hidden, k, k)."""
     return torch.cat((weights.gamma[0], weights.beta[0]))
 
 
 def joint_bias(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """(2C,): the bias of the joint convolution, which makes it give scale_offset + gamma and beta."""
+    """Returns the bias (2C,) with which the joint convolution computes scale_offset + gamma, and beta."""
     return torch.cat((weights.gamma[1].to(dtype) + weights.scale_offset, weights.beta[1].to(dtype)))
