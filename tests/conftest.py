@@ -99,6 +99,6 @@ def spade(capsys) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def whatever_the_work(monkeypatch):
-    """Accelerated layers run the kernels even where their own forward would be faster."""
+def kernels_for_any_work(monkeypatch):
+    """Makes accelerated layers run the kernels even in calls for which their original forward is faster."""
     monkeypatch.setattr(import_module("spade_kernels.accelerate.replace"), "_LEAST_WORK", 0)

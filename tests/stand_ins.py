@@ -35,7 +35,7 @@ def conv(fin: int, fout: int, k: int = 3, **kwargs: Any) -> nn.Conv2d:
 
 
 class Original(StandIn):
-    """NVlabs/SPADE's layer, and those with its attributes."""
+    """The layer of NVlabs/SPADE, and the base of those that have its attribute names."""
 
     norm_name = "param_free_norm"
 
@@ -64,7 +64,7 @@ class Diffusion(Original):
 
 
 class WithoutOne(Original):
-    """BasicSR's."""
+    """BasicSR's layer, which scales by gamma instead of 1 + gamma."""
 
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
         normalized, gamma, beta = self.maps(x, segmap)
@@ -84,7 +84,7 @@ def positional_norm(x: Tensor) -> Tensor:
 
 
 class CoCosNet(Original):
-    """Reflection padding in modules of its own, and a similarity map, which may be missing."""
+    """CoCosNet's layer: it pads in modules of their own, and takes an optional similarity map."""
 
     def __init__(self, norm: Any):
         super().__init__(norm)
@@ -115,7 +115,7 @@ class StableSR(Original):
 
 
 class VirtualTryOn(StandIn):
-    """HR-VITON's. VITON-HD's moves its noise to a GPU always."""
+    """HR-VITON's layer. VITON-HD's always moves its noise to a GPU, so it cannot be tried on a CPU."""
 
     resizes = False
 
@@ -135,7 +135,7 @@ class VirtualTryOn(StandIn):
 
 
 class Normed(Original):
-    """MONAI's: a leaky ReLU, and instance norms of gamma and beta, all in modules within modules."""
+    """MONAI's layer: a leaky ReLU, and instance norms of gamma and beta, all in nested modules."""
 
     def __init__(self, norm: nn.Module):
         super().__init__(norm)
@@ -145,7 +145,7 @@ class Normed(Original):
 
 
 class Tsit(StandIn):
-    """No hidden layer, and a feature map of the size of x as the condition."""
+    """TSIT's layer: it has no hidden layer, and its condition is a feature map of the size of x."""
 
     resizes = False
 
@@ -159,7 +159,7 @@ class Tsit(StandIn):
 
 
 class FewShot(StandIn):
-    """few-shot-vid2vid's: a list of conditions, whose weights may come from the caller."""
+    """few-shot-vid2vid's layer: it takes a list of conditions and, optionally, the weights for them."""
 
     condition_channels = (CLASSES, 3)
 
@@ -184,7 +184,7 @@ class FewShot(StandIn):
 
 
 class SpatialNorm(StandIn):
-    """diffusers' and Kandinsky's: 1 x 1 convolutions of a latent, perhaps after a 3 x 3 one."""
+    """The layer of diffusers and Kandinsky: 1 x 1 convolutions of a latent, optionally after a 3 x 3 one."""
 
     def __init__(self, add_conv: bool = False):
         super().__init__()
@@ -289,7 +289,7 @@ def batch_norm(channels: int = CHANNELS) -> nn.BatchNorm2d:
 
 
 def wrapped(layer: Original, wrap: Callable[[nn.Module], nn.Module]) -> Original:
-    """The layer with a wrapper of its convolutions."""
+    """Wraps two of the layer's convolutions, for spectral norm and the like, and returns the layer."""
     with torch.no_grad():  # A weight that is computed with a gradient cannot be copied.
         layer.mlp_shared[0], layer.mlp_gamma = wrap(layer.mlp_shared[0]), wrap(layer.mlp_gamma)
     return layer
@@ -347,7 +347,10 @@ def planes(
 
 
 def conditions(layer: StandIn) -> dict[str, list[Tensor]]:
-    """One-hot, dense and zero conditions of a layer, one-hot ones at twice the size of x if it resizes them."""
+    """Returns conditions by kind.
+
+    If the layer resizes them, small ones have half the size of x, and others twice its size.
+    """
     size, small = (SIZE, (3, 4)) if layer.resizes else (X[2:], X[2:])
     torch.manual_seed(1)
     return {
@@ -359,7 +362,7 @@ def conditions(layer: StandIn) -> dict[str, list[Tensor]]:
 
 
 def results(layer: nn.Module, given: list[Tensor] | Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The result of a layer, its gradients, and its buffers after the call."""
+    """Returns the result of a layer, its gradients, and its buffers after the call, by name."""
     torch.manual_seed(2)
     given = [given] if isinstance(given, Tensor) else given
     x, given = torch.randn(X, dtype=dtype, requires_grad=True), [one.to(dtype) for one in given]

@@ -13,7 +13,7 @@ import spade_kernels as sk
 from spade_kernels.accelerate.block import AcceleratedBlock
 from spade_kernels.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("whatever_the_work")
+pytestmark = pytest.mark.usefixtures("kernels_for_any_work")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("whatever_the_work")
     [{}, {"wrap": plain}, {"slope": 0.0}, {"norm": batch_norm}],
     ids=["spectral", "plain", "ReLU", "batch norm"],
 )
-def test_residual_blocks(options, channels, training):
+def test_residual_blocks_equal_the_original_ones(options, channels, training):
     torch.manual_seed(0)
     stock = Block(*channels, **options).double().train(training)
     fast = copy.deepcopy(stock)
@@ -59,7 +59,7 @@ def test_hooks_of_layers_in_blocks_run():
     assert relative_error(block(x, planes(dtype=x.dtype)), stock(x, planes(dtype=x.dtype))) < 1e-10
 
 
-def test_blocks_of_layers_that_change_their_arguments():
+def test_layers_that_change_their_arguments_share_nothing_in_a_block():
     """CLADE reads classes from the condition, and HR-VITON adds noise to x, which norm_0 and norm_s cannot share."""
 
     def clade(norm: nn.Module, channels: int) -> nn.Module:
@@ -85,7 +85,7 @@ def test_blocks_of_layers_that_change_their_arguments():
             assert relative_error(found[key], value) < 1e-9 or value.abs().max() < 1e-9, key
 
 
-def test_a_block_after_a_step_with_spectral_norm():
+def test_a_block_is_accelerated_after_a_step_with_spectral_norm():
     """The hook leaves a weight with a gradient in the module, which `copy.deepcopy` refuses."""
     block = Block(8, 4)
     block(torch.randn(X), planes()).sum().backward()

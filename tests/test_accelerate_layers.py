@@ -34,12 +34,12 @@ from spade_kernels.accelerate.layer import AcceleratedLayer
 from spade_kernels.condition import as_condition
 from spade_kernels.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("whatever_the_work")
+pytestmark = pytest.mark.usefixtures("kernels_for_any_work")
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_results_and_gradients(name, training):
+def test_results_and_gradients_equal_the_original_ones(name, training):
     torch.manual_seed(0)
     stock = LAYERS[name]().double().train(training)
     fast = copy.deepcopy(stock)
@@ -51,7 +51,7 @@ def test_results_and_gradients(name, training):
     for given in conditions(stock).values():
         expected = results(stock, given, torch.float64)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(stock), "forward", None)  # The kernels take the call.
+            patch.setattr(type(stock), "forward", None)  # The original forward cannot run.
             found = results(fast, given, torch.float64)
         assert list(found) == list(expected)
         largest = max(t.abs().max() for t in expected.values() if t.is_floating_point())
@@ -68,7 +68,7 @@ def test_errors_are_within_twice_the_stock_layers(name, dtype):
     sk.accelerate(fast)
     for given in conditions(layer).values():
         exact = results(copy.deepcopy(layer).double(), given, torch.float64)
-        # Rounded weights belong to the layer, not to its error.
+        # The exact layer has the same rounded weights: only errors of the computation count.
         stock, ours = (results(copy.deepcopy(one).to(dtype), given, dtype) for one in (layer, fast))
         if dtype == torch.bfloat16:
             exact = results(copy.deepcopy(layer).to(dtype).double(), [one.to(dtype) for one in given], torch.float64)
@@ -77,7 +77,7 @@ def test_errors_are_within_twice_the_stock_layers(name, dtype):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_frozen(name):
+def test_frozen_layers_equal_the_original_ones(name):
     torch.manual_seed(0)
     stock = LAYERS[name]().double().eval()
     fast = copy.deepcopy(stock)
@@ -94,14 +94,14 @@ def test_frozen(name):
 
     with torch.no_grad():
         for given in conditions(stock).values():
-            for _ in range(3):  # The third call of a sampler takes the table of the second.
+            for _ in range(3):  # The third call in a row takes the table of the second.
                 assert error([one.double() for one in given]) < 1e-10
         for layer in (fast, stock):
             next(layer.parameters()).mul_(2)
         assert error([one.double() for one in given]) < 1e-10
 
 
-def test_noise_before_the_labels_is_a_code_book_of_each_image():
+def test_noise_planes_before_one_hot_planes_make_a_label_map():
     """OASIS concatenates a noise vector of each image and one-hot planes."""
     noise = torch.randn(2, 3, 1, 1).expand(2, 3, *SIZE)
     dense = torch.cat((noise, planes()), 1)
@@ -115,7 +115,7 @@ def test_noise_before_the_labels_is_a_code_book_of_each_image():
     assert all(relative_error(found[key], value) < 1e-10 for key, value in expected.items())
     edges = torch.cat((noise, planes(), (torch.rand(2, 1, *SIZE) < 0.2).float()), 1)
     assert torch.equal(as_condition(edges, 4 + CLASSES).one_hot(), edges)
-    # Noise that differs from pixel to pixel is dense.
+    # A condition whose noise differs from pixel to pixel is dense.
     assert isinstance(as_condition(torch.cat((torch.randn(2, 3, *SIZE), planes()), 1), 3 + CLASSES), Tensor)
 
 
@@ -152,7 +152,7 @@ def test_layout_follows_the_input():
     assert layer(channels_last, planes()).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_condition_for_one_of_many_images_takes_the_own_forward():
+def test_one_condition_for_many_images_runs_the_original_forward():
     layer = Original(nn.InstanceNorm2d(CHANNELS)).double()
     stock = copy.deepcopy(layer)
     sk.accelerate(layer)
@@ -160,7 +160,7 @@ def test_a_condition_for_one_of_many_images_takes_the_own_forward():
     assert torch.equal(layer(x, condition), stock(x, condition))
 
 
-def test_parts_that_are_replaced_later():
+def test_parts_can_be_replaced_later():
     layer = Original(nn.InstanceNorm2d(CHANNELS)).double()
     sk.accelerate(layer)
     stock = copy.deepcopy(layer)
@@ -184,7 +184,7 @@ class WithMap(Original):
         return y if similarity_map is None else y * similarity_map
 
 
-def test_further_arguments_take_the_own_forward():
+def test_further_arguments_run_the_original_forward():
     layer = WithMap(nn.InstanceNorm2d(CHANNELS)).double()
     stock = copy.deepcopy(layer)
     assert sk.accelerate(layer).replaced
@@ -194,7 +194,7 @@ def test_further_arguments_take_the_own_forward():
     assert relative_error(layer(x, segmap=condition, similarity_map=None), stock(x, condition)) < 1e-12
 
 
-def test_stable_sr_with_a_size():
+def test_stable_sr_takes_a_size():
     layer = StableSR(nn.GroupNorm(4, CHANNELS)).double()
     stock = copy.deepcopy(layer)
     sk.accelerate(layer)
@@ -202,8 +202,8 @@ def test_stable_sr_with_a_size():
     assert relative_error(layer({"9": x}, {"9": condition}, 9), stock({"9": x}, {"9": condition}, size=9)) < 1e-12
 
 
-def test_a_family_from_outside():
-    """Names of its own, and the condition before x."""
+def test_users_can_add_a_family():
+    """The layer has attribute names of its own, and takes the condition before x."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -241,7 +241,7 @@ def test_a_family_from_outside():
         FAMILIES.pop()
 
 
-def test_little_work_takes_the_own_forward(monkeypatch):
+def test_little_work_runs_the_original_forward(monkeypatch):
     monkeypatch.undo()
     layer = Original(instance())
     sk.accelerate(layer)
@@ -250,7 +250,7 @@ def test_little_work_takes_the_own_forward(monkeypatch):
     assert isinstance(layer(torch.randn(2, CHANNELS, 256, 512), planes()), Tensor)
 
 
-def test_conditions_that_are_left_out():
+def test_conditions_can_be_left_out():
     layer = Imaginaire(conditions=(CLASSES, 3)).double()
     stock = copy.deepcopy(layer)
     assert sk.accelerate(layer).replaced

@@ -1,4 +1,4 @@
-"""Whole models through `accelerate`: what is replaced, left alone, copied, saved, compiled and measured."""
+"""`accelerate` on models: replaced and refused layers, strict mode, copies, files, compilation and the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from spade_kernels.accelerate.layer import AcceleratedLayer
 from spade_kernels.testing import random_label_map, relative_error
 from spade_model.benchmark.results import Result
 
-pytestmark = pytest.mark.usefixtures("whatever_the_work")
+pytestmark = pytest.mark.usefixtures("kernels_for_any_work")
 
 
 class Bilinear(Original):
@@ -170,7 +170,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_layers_that_are_left_alone(name):
+def test_unsupported_layers_are_left_alone(name):
     build, reason = LEFT[name]
     model = build()
     before = [type(m) for m in model.modules()]
@@ -194,7 +194,7 @@ def test_strict_replaces_all_or_nothing():
 @pytest.mark.parametrize(
     "model", [nn.Linear(2, 2), nn.Sequential(), sk.SPADE("spadebatch3x3", 4, 3)], ids=lambda model: type(model).__name__
 )
-def test_models_without_other_layers(model):
+def test_models_without_layers_to_replace(model):
     assert str(sk.accelerate(model)) == "accelerate: there is no SPADE layer in this model"
     assert str(sk.accelerate(model, strict=True)).startswith("accelerate: there is no")
 
@@ -204,7 +204,7 @@ def test_models_without_other_layers(model):
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
     ids=["no grad", "inference", "autocast", "default device"],
 )
-def test_whatever_mode_the_caller_is_in(mode):
+def test_the_modes_of_the_caller_do_not_matter(mode):
     layer = Block(8, 4)
     before = torch.get_rng_state()
     with mode():
@@ -212,12 +212,12 @@ def test_whatever_mode_the_caller_is_in(mode):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_no_module():
+def test_only_modules_are_taken():
     with pytest.raises(TypeError, match=r"takes an nn\.Module, got str"):
         sk.accelerate("model")
 
 
-def test_twice_and_shared():
+def test_a_shared_layer_is_replaced_once():
     layer = Original(instance())
     model = nn.ModuleList([layer, layer])
     assert len(sk.accelerate(model).replaced) == 1
@@ -234,7 +234,7 @@ def test_the_report_is_a_table():
     assert third.startswith("left alone: b (Original): SPADE: mlp_gamma has hooks")
 
 
-def test_restore_and_state():
+def test_restore_and_state_dict():
     stock = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), Block(8, 4))
     model = copy.deepcopy(stock)
     parameters, keys = list(model.parameters()), list(model.state_dict())
@@ -270,7 +270,7 @@ def test_copies_train_apart():
     assert relative_error(average(x, planes(dtype=x.dtype)), layer(x, planes(dtype=x.dtype))) > 1e-3
 
 
-def test_gradient_checkpointing():
+def test_gradient_checkpointing_gives_equal_gradients():
     layer = Diffusion(nn.GroupNorm(4, CHANNELS, affine=False)).double()
     sk.accelerate(layer)
     x, condition = torch.randn(X, dtype=torch.float64, requires_grad=True), planes(dtype=torch.float64).requires_grad_()
@@ -280,7 +280,7 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(found, value)
 
 
-def test_compiled():
+def test_accelerated_layers_can_be_compiled():
     layer = Original(instance()).eval()
     sk.accelerate(layer)
     x = torch.randn(X)
@@ -289,7 +289,7 @@ def test_compiled():
         torch.testing.assert_close(got, layer(x, planes()))
 
 
-def test_a_compiled_model_is_accelerated_later():
+def test_a_compiled_model_can_be_accelerated():
     torch.manual_seed(0)
     stock = Block(8, 4, wrap=plain).eval()
     model = torch.compile(copy.deepcopy(stock), backend="aot_eager")
@@ -302,7 +302,7 @@ def test_a_compiled_model_is_accelerated_later():
     assert not torch.equal(after, before), "the compiled code is still the stock layers'"
 
 
-def test_distributed_data_parallel(tmp_path):
+def test_a_distributed_model_can_be_accelerated(tmp_path):
     torch.manual_seed(0)
     stock = Block(8, 4).double()
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)

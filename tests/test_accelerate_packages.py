@@ -13,7 +13,7 @@ import spade_kernels as sk
 from spade_kernels.testing import relative_error
 
 REASON = 'is not installed; pip install "spade-kernels[others]" installs it'
-pytestmark = pytest.mark.usefixtures("whatever_the_work")
+pytestmark = pytest.mark.usefixtures("kernels_for_any_work")
 
 
 def monai_layer(norm: str, **norm_params: object) -> nn.Module:
