@@ -1,4 +1,4 @@
-"""Runs all trials and writes their counts, an hour at full size.
+"""Runs all trials and writes their counts to soak.json. At full size this takes an hour.
 
     python -m soak [--share 1.0] [--out benchmarks/results]
 
@@ -30,7 +30,7 @@ from soak.places import full_disk, jumping_clock, two_at_once, vanished_data
 
 
 def trials(share: float) -> dict[str, Callable[[Path], dict[str, Any]]]:
-    """Returns the trials by name, each with a share of its full number of trials."""
+    """Returns the trials by name; `share` scales the number of repetitions or steps of each."""
 
     def size(full: int) -> int:
         return max(1, round(share * full))

@@ -30,9 +30,10 @@ from spade_model.training import train
 
 
 def checkpoints(folder: Path, count: int) -> dict[str, int]:
-    """Damages a state `count` times: it is refused with its name, or reads the same.
+    """Damages a saved state `count` times: the file is refused with a message that names it, or read unchanged.
 
-    Every 25th is continued, too: it is refused with the epoch to go on from, and the run goes on from there.
+    With every 25th file, if it is refused, training is continued: the message names the newest epoch that is intact,
+    and the run goes on from there.
     """
     chance, counts = random.Random(0), {"truncated": 0, "bit-flipped": 0, "refused": 0, "read the same": 0, "healed": 0}
     run = train(small_config(folder, max_steps=8, save_epoch_freq=1))
@@ -44,7 +45,7 @@ def checkpoints(folder: Path, count: int) -> dict[str, int]:
             del data[chance.randrange(len(data)) :]
             counts["truncated"] += 1
         else:
-            # The header is a small part of the file, and the one with a structure.
+            # Half of the flips are in the header, which is a small part of the file, but the only one with a structure.
             end = 10_000 if number % 4 else len(data)
             data[chance.randrange(end)] ^= 1 << chance.randrange(8)
             counts["bit-flipped"] += 1
@@ -84,7 +85,7 @@ def _heal(folder: Path, file: Path) -> None:
 
 
 class _Calls:
-    """Unpickling it calls a function."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -135,7 +136,7 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
 
 
 def pickles(folder: Path, count: int = len(PICKLES)) -> dict[str, int]:
-    """Reads hostile pickles as weights and as a run's state: each is refused with its name, and nothing of it runs."""
+    """Reads hostile pickles as weights and as a run's state: messages that name the file refuse them, no code runs."""
     run = train(small_config(folder, max_steps=1))
     canary = folder / "canary"
     warnings.filterwarnings("ignore", "Detected pickle protocol")

@@ -1,4 +1,4 @@
-"""Data sets with one fault each."""
+"""Data sets with one fault each; `spade doctor` and `spade train` have to name it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_data_check import BAD_FILES, ids, make_coco, rgb, save
 
 from spade_model.cli import main
 
-# By fault: the damage to a data set's folder, and text that the messages hold.
+# For each fault, a function that damages the folder of a data set, and a text that the messages must contain.
 _FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, "no such folder"),
     "no labels": (lambda r: shutil.rmtree(r / "train_label"), "train_label"),
@@ -47,7 +47,7 @@ FAULTS = _FOLDERS | {f"file: {name}": _file_fault(name) for name in BAD_FILES}
 
 
 def data_sets(folder: Path, count: int = len(FAULTS)) -> dict[str, int]:
-    """Checks data sets with one fault each, and trains on them: both name it, and no started run is left."""
+    """Runs doctor and train on data sets with one fault each: both name the fault, and train leaves no folder."""
     for number, (name, (damage, text)) in enumerate(list(FAULTS.items())[:count]):
         root = folder / str(number)
         make_coco(root)

@@ -1,4 +1,4 @@
-"""Many steps with flat memory."""
+"""Memory and open files of a training run with many steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def memory(folder: Path, steps: int, *, compare: bool = True) -> dict[str, Any]:
     """Trains with 0 and with 2 workers; resident memory and open files do not grow from the second quarter to the last.
 
     Args:
-        compare: False for runs too short to tell growth from the first steps' allocations.
+        compare: False skips the comparison, for runs so short that the first steps' allocations look like growth.
     """
     found: dict[str, Any] = {"steps": steps}
     for workers in (0, 2):

@@ -72,7 +72,7 @@ def vanished_data(folder: Path, count: int) -> dict[str, int]:
 
 
 def jumping_clock(folder: Path, steps: int) -> dict[str, int]:
-    """Trains while the system's time jumps by years, to and fro: results and log lines are those of any other run."""
+    """Trains while the system's time jumps by years, to and fro. Results and losses equal those without jumps."""
     chance, jumps, clock = random.Random(0), 0, time.time
 
     def jump() -> float:
@@ -104,7 +104,7 @@ def two_at_once(folder: Path, count: int) -> dict[str, int]:
         for steps in (_STEPS, 2 * _STEPS):
             pair = [begin(folder / str(number), steps) for _ in range(2)]
             errors = [process.communicate(timeout=600)[1] for process in pair]
-            # The slower one may find the other's end, where there is nothing left to do.
+            # The slower process may start after the end of the other one, when no steps are left.
             assert min(process.returncode for process in pair) == 0, errors
             for process, err in zip(pair, errors, strict=True):
                 assert process.returncode in (0, 2), err

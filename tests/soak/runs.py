@@ -1,4 +1,4 @@
-"""The runs that are tried: 32 x 32 landscapes and networks of a few channels, as processes of their own."""
+"""Training runs for the trials, in processes of their own: 32 x 32 landscapes and networks of a few channels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _OPTIONS = [
 
 
 def begin(folder: Path, steps: int, *options: object, **streams) -> subprocess.Popen:
-    """Starts the run folder/run, or continues it from its checkpoint; later options win. stderr is a pipe."""
+    """Starts the run folder/run, or continues it from its checkpoint; `options` come last and win.
+
+    stderr is a pipe, and stdout is discarded, unless `streams` says otherwise.
+    """
     goes_on = ["--continue_train"] if (folder / "run/latest.safetensors").exists() else _OPTIONS
     run = ["--name", "run", "--checkpoints_dir", folder, "--max_steps", steps]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **streams}
@@ -39,6 +42,6 @@ def whole_run(folder: Path, steps: int, *options: object) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Compares bits of weights, optimizers and random state, the position, and all logged losses."""
+    """Asserts that weights, optimizers, random state, position and all logged losses of two runs are bitwise equal."""
     assert_same_state(one, other)
     assert losses(one) == losses(other)
