@@ -56,7 +56,7 @@ def infer_generator(
 
 
 def _refuse_contradictions(given: Any, found: Any, usual: Any, source: str) -> None:
-    """Raises UserError for an option that was given, because it is not the usual one, and that the shapes exclude."""
+    """Raises UserError for an option that the shapes contradict. An option with its usual value counts as not given."""
     for part in fields(given):
         value, shown = getattr(given, part.name), getattr(found, part.name)
         # Batch norm and synchronized batch norm have the same parameters, and the same results in eval mode.
@@ -145,7 +145,7 @@ def _fit_image(data: DataConfig, channels: int, source: str) -> DataConfig:
 def _fit_channels(data: DataConfig, channels: int, usual: DataConfig, source: str) -> DataConfig:
     """Returns the config with `channels` condition channels.
 
-    It flips no_instance or contain_dontcare_label if needed, preferably one with the usual value.
+    If needed, no_instance or contain_dontcare_label is flipped, preferably one that has its usual value.
     """
     flips = [(), ("no_instance",), ("contain_dontcare_label",), ("no_instance", "contain_dontcare_label")]
     fitting: list[tuple[int, int, DataConfig]] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: each is one safetensors file with checksums, replaced atomically. Loading a file never runs its code."""
+"""Checkpoints: each is one safetensors file with checksums, replaced atomically. Loading never runs a file's code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DAMAGE = (
 )
 
 
-# Checkpoints with the old name can still be loaded.
+# Maps the names that entries have in old checkpoints, which can still be loaded, to their present names.
 _RENAMED = {"G_average": "G_ema"}
 
 
@@ -60,7 +60,7 @@ def save(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def write(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes what `save` writes, but into `path` itself.
+    """Writes nested dicts and lists as `save` does, but directly into `path`.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
@@ -102,7 +102,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> Any:
-    """Reads what `read_state_dict` reads, but returns the content of a PyTorch file as it is, nested dicts for example.
+    """Reads a file like `read_state_dict`, but returns any content of a PyTorch file, such as nested dicts.
 
     Raises:
         UserError: the file is missing, corrupt, or holds code.

@@ -28,7 +28,7 @@ NETWORKS = {"G": "generator", "E": "encoder", "D": "discriminator"}
 
 @dataclass(frozen=True)
 class Keys:
-    """A pattern of names in a layout, and its counterpart here. Each `*` stands for any text, equal in all patterns.
+    """A pattern of names in a layout, and its counterpart here. A `*` stands for any text, equal on both sides.
 
     With several patterns in `ours`, their tensor is the concatenation of ours, in this order, along the first
     dimension: a joint convolution for gamma and beta, for example.
@@ -51,8 +51,8 @@ class CheckpointLayout:
     differs: str = ""
     """Reason why no file of this layout can be converted; empty if the architectures coincide."""
     limits: Callable[[DataConfig, ModelConfig, Collection[str]], str] = lambda data, model, networks: ""
-    """`limits(data, model, networks)` returns why these networks, letters of `NETWORKS`, cannot be written in this
-    layout; empty if they can."""
+    """Function that returns the reason why a model cannot be written in this layout, or "". Its third argument holds
+    the letters of the networks to write; see `NETWORKS`."""
 
 
 def _nvlabs_limits(data: DataConfig, model: ModelConfig, networks: Collection[str]) -> str:
@@ -74,8 +74,8 @@ LAYOUTS: dict[str, CheckpointLayout] = {
     "oasis": CheckpointLayout(
         "boschresearch/OASIS",
         marker=r"^body\.\d+\.|^body_(up|down)\.",
-        differs="OASIS's generator has 6 residual blocks (body.0 to body.5), two of them with the full number of "
-        "channels, this one has 7 and three, and its SPADE layers take 64 noise channels before the labels; its "
+        differs="OASIS's generator has 6 residual blocks (body.0 to body.5), 2 of them with the full number of "
+        "channels, where this one has 7 and 3. Its SPADE layers take 64 noise channels before the labels, and its "
         f"discriminator is a segmentation U-Net. {_ACCELERATE}",
     ),
     "imaginaire": CheckpointLayout(
@@ -83,7 +83,7 @@ LAYOUTS: dict[str, CheckpointLayout] = {
         marker=r"(^|\.)spade_generator\.",
         differs="imaginaire's generator has plain or style-modulated convolutions between its residual blocks, 5 x 5 "
         "output convolutions and spectral norm on the convolutions of its SPADE layers, whose normalization has "
-        f"parameters; this one has none of them. {_ACCELERATE}",
+        f"parameters; this one has none of these. {_ACCELERATE}",
     ),
     "clade": CheckpointLayout(
         "tzt101/CLADE in its CLADE mode",
@@ -120,7 +120,7 @@ LAYOUTS: dict[str, CheckpointLayout] = {
 
 
 def find_layout(name: str, source: str) -> CheckpointLayout:
-    """Returns the layout of a name. Raises UserError for unknown names and layouts that cannot be converted."""
+    """Returns the layout with this name. Raises UserError for unknown names and layouts that cannot be converted."""
     if name not in LAYOUTS:
         raise UserError(f"{name!r} is not a checkpoint layout; there are {OURS}, {', '.join(LAYOUTS)}")
     if LAYOUTS[name].differs:
@@ -151,7 +151,7 @@ def read(path: Path, layout: str = "") -> dict[str, Tensor]:
 
 
 def read_beside(path: Path, networks: Collection[str], layout: str = "") -> dict[str, dict[str, Tensor]]:
-    """Reads the files of other networks beside a generator's, those that exist; see `beside` and `read`.
+    """Reads those files of other networks that exist beside a generator's file; see `beside` and `read`.
 
     Args:
         networks: letters of the networks to read, by which the result is keyed.
@@ -160,7 +160,7 @@ def read_beside(path: Path, networks: Collection[str], layout: str = "") -> dict
 
 
 def beside(path: Path) -> dict[str, Path]:
-    """Returns the files of encoder and discriminator beside a generator's; none if its name lacks _net_G."""
+    """Returns the paths of encoder and discriminator beside a generator's file; none if its name lacks _net_G."""
     if "_net_G" not in path.name:
         return {}
     return {n: path.with_name(path.name.replace("_net_G", f"_net_{n}")) for n in NETWORKS if n != "G"}

@@ -78,7 +78,8 @@ def read_source(path: Path, layout: str = "") -> Source:
     """Reads a checkpoint of any layout that can be converted.
 
     Args:
-        layout: its name; by default, a .safetensors is this project's, and others are recognized by their names.
+        layout: name of its layout. By default a .safetensors file has this project's layout, and other layouts are
+            recognized by the parameter names.
 
     Raises:
         UserError: the file is missing, damaged, of a layout that cannot be converted, or holds no SPADE generator.
@@ -122,10 +123,10 @@ def convert(
         last_weights: convert the last weights even if there are averaged ones. overwrite: replace existing files.
 
     Returns:
-        The files, and the configs with what was inferred from the weights.
+        The written files, and the configs, with the options that were inferred from the weights.
 
     Raises:
-        UserError: the weights fit no architecture of this project, or not the options; the layout has no place for
+        UserError: the weights fit no architecture of this project, or contradict the options; the layout cannot hold
             such a model; a file exists or cannot be written.
     """
     to = to or (OURS if source.config is None else NVLABS)
@@ -148,7 +149,7 @@ def convert(
 
 
 def describe(source: Source, data: DataConfig, model: ModelConfig) -> str:
-    """Returns a text that says what the networks are, and which options their weights did not determine."""
+    """Returns a text that names the networks, their sizes, and the options that their weights did not determine."""
     condition = [f"label_nc {data.label_nc}", *["unknown class"] * data.contain_dontcare_label]
     condition += ["instance edges"] * (not data.no_instance)
     networks = ", ".join(NETWORKS[n] for n in source.states)
@@ -178,7 +179,7 @@ def _fitted(
     # A batch of two skips a check for training: in eval mode batch norm accepts one value per channel.
     check_generator(data, model, batch=2)
     fitted = {}
-    # The shapes are all that is needed, and sizes in a damaged file cannot fill the memory.
+    # Only shapes are needed, and on the meta device enormous ones from a damaged file take no memory.
     with torch.device("meta"):
         built = {
             "G": build_generator(data, model),

@@ -47,13 +47,13 @@ from spade_model.pages import PageRow, write_results_page
 from spade_model.training import choose_device
 from spade_model.visualize import condition_image, overlay, to_image
 
-_OF_THE_MODEL = (
+_MODEL_OPTIONS = (
     *("label_nc", "contain_dontcare_label", "no_instance", "ade20k_shift", "output_nc", "image_bits"),
     *(option.name for option in fields(ModelConfig)),
 )
-"""Options that say what a model is. A checkpoint of this project decides them."""
+"""Options that define a model. A checkpoint of this project determines them."""
 
-_OF_THE_STYLE_LAYER = ("crop_size", "aspect_ratio")
+_STYLE_LAYER_OPTIONS = ("crop_size", "aspect_ratio")
 """Options that decide the size of the first layer of a model with a VAE."""
 
 _logger = logging.getLogger("spade_model")
@@ -92,8 +92,8 @@ class GenerateConfig:
     """With --label: size in pixels of the images, 640x480, or one number for the longer side; default: the mask's own.
     Models with a VAE have one size."""
     fit: Fit = "pad"
-    """How a mask of other proportions fits --size, or a VAE model's one size: `pad` scales it into it whole, `crop`
-    fills it with the middle, `stretch` distorts."""
+    """For masks with other proportions than --size, or than a VAE model's one size: `pad` scales the whole mask into
+    it, `crop` fills it with the mask's middle, `stretch` distorts the mask."""
     results_dir: str = "./results"
     """Folder for images and their page. They go into a new subfolder: <run>/<epoch>, then <run>/<epoch>_2 and so on."""
     how_many: int = 2**31 - 1
@@ -206,7 +206,7 @@ def load_model(
     For VAE models of the original, the *_net_E.pth in the same folder is loaded too.
 
     Args:
-        data, model: configs that replace those of the checkpoint, but for options that say what the model is; for the
+        data, model: configs that replace those of the checkpoint, except for options that define the model; for the
             original's files, the options that their weights do not determine.
         last_weights: use the last weights even if the checkpoint also holds averaged (EMA) weights.
 
@@ -253,7 +253,7 @@ def _refuse_contradictions(saved: TrainConfig, data: DataConfig, model: ModelCon
     """Raises UserError for options that contradict those that the checkpoint's model was trained with."""
     given = vars(data) | vars(model)
     for name, trained in (vars(saved.data) | vars(saved.model)).items():
-        decided = name in _OF_THE_MODEL or (saved.model.use_vae and name in _OF_THE_STYLE_LAYER)
+        decided = name in _MODEL_OPTIONS or (saved.model.use_vae and name in _STYLE_LAYER_OPTIONS)
         if decided and given[name] != trained:
             raise contradiction(path, name, trained, given[name])
 
@@ -264,7 +264,7 @@ class Generated:
 
     page: Path
     masks: int
-    """Number of masks of which images were made."""
+    """Number of masks from which images were made."""
     problems: list[Problem]
     """The masks that could not be read."""
 
@@ -321,7 +321,7 @@ def _rows(
     colours: np.ndarray,
     problems: list[Problem],
 ) -> Iterator[PageRow]:
-    """Yields the page's rows, one per mask; adds those of masks that cannot be read to `problems`."""
+    """Yields the page's rows, one per mask, and adds the problems of unreadable masks to `problems`."""
     data = models[0][0].data
     for read in masks:
         try:
@@ -426,7 +426,7 @@ def _check_size(loaded: LoadedModel, size: tuple[int, int] | None) -> None:
 
 
 def _size_note(loaded: LoadedModel, size: tuple[int, int] | None, fit: Fit, files: Sequence[LabelFile]) -> str:
-    """Returns a line about the sizes of images whose masks differ from those of training, or from what can be made."""
+    """Returns a line about images whose size differs from that of training, or cannot be made exactly; "" if none."""
     sizes = [header[1] for label, _ in files if (header := read_header(label)) is not None]
     trained = loaded.data.image_size[::-1]
     if loaded.only_size is not None:
@@ -434,7 +434,7 @@ def _size_note(loaded: LoadedModel, size: tuple[int, int] | None, fit: Fit, file
         if all(mask == only for mask in sizes):
             return ""
         how = {
-            "pad": "scaled into that whole (--fit crop fills it, --fit stretch distorts)",
+            "pad": "scaled to fit in that size as a whole (--fit crop fills it, --fit stretch distorts)",
             "crop": "scaled to fill it, and cropped",
             "stretch": "stretched to it",
         }
@@ -466,7 +466,7 @@ def _text(size: tuple[int, int]) -> str:
 
 @contextmanager
 def _naming_known_ids(data: DataConfig) -> Iterator[None]:
-    """Makes the error of an unknown id say which ids the model knows: a trained model cannot get more classes."""
+    """Adds the ids that the model knows to the error of an unknown id: a trained model cannot get more classes."""
     try:
         yield
     except WrongIds as error:

@@ -1,4 +1,4 @@
-"""Names and colours of a model's classes, for the pages."""
+"""Finds the names and colours of a model's classes, for its HTML pages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Legend:
     """The names and colours of all classes; both are empty if the condition is an RGB image."""
 
     names: tuple[str, ...]
-    """A class without a name has its id instead."""
+    """Names of the classes, in order; for a class without a name, its id."""
     colours: np.ndarray
-    """uint8 (num_labels, 3)."""
+    """RGB colours of the classes, uint8 (num_labels, 3)."""
 
     def entries(self) -> list[LegendEntry]:
+        """Returns name and colour of each class, in order."""
         colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in self.colours.tolist())
         return list(zip(self.names, colours, strict=True))
 

@@ -9,7 +9,7 @@ from spade_model.config import TrainConfig
 
 _DAY = 24 * 3600.0
 _LONG = 2 * _DAY
-# Smaller networks and images than these learn little.
+# Runs with smaller images or networks than these learn little.
 _LEAST_CROP, _LEAST_WIDTH = 128, 32
 
 
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def _smaller(config: TrainConfig, seconds: float, step: int, total_steps: int) -> list[str]:
-    """Returns options for a smaller run: half the size and width where that is enough to learn from, fewer epochs."""
+    """Returns options for a faster run: half the size and width, unless too little is learned then; fewer epochs."""
     data, model, options = config.data, config.model, []
     if data.crop_size >= 2 * _LEAST_CROP:
         options.append(f"--crop_size {data.crop_size // 2} --load_size {data.load_size // 2} (a quarter of the pixels)")

@@ -11,7 +11,7 @@ _INTERACTIVE = (signal.SIGINT, signal.SIGTERM)
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
-"""Ctrl-C, an end of the job, a closed terminal, and the warning that SLURM sends before the time limit."""
+"""Signals of Ctrl-C, of a job's end, of a closed terminal, and of SLURM before its time limit."""
 
 
 class StopRequest:

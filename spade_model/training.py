@@ -275,7 +275,7 @@ class _Run:
         ema = self.trainer.ema
         if ema is not None and self.config.ema_bn_batches:
             batches = itertools.islice(iter(self._loader(epoch=0)), self.config.ema_bn_batches)
-            # Data that cannot be read must not keep the state from being saved; the next step that needs them says it.
+            # Unreadable data must not keep the state from being saved; the next step that needs them reports the error.
             with suppress(UserError) if self.world_size == 1 else nullcontext():
                 ema.reestimate(batch.segmap.to(self.device) for batch in batches)
         random_states = _gather_random_states(self.device, self.world_size)
@@ -301,7 +301,7 @@ class _Run:
         try:
             state = checkpoint.load(path)
         except UserError as error:
-            # Ordered by number: after the clock was set, times say nothing.
+            # The newest file has the largest number: file times are wrong if the clock was set.
             kept = [
                 int(file.stem) for file in self.folder.glob("*.safetensors") if file.stem.isdigit() and file != path
             ]
@@ -339,7 +339,7 @@ class _Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock")
-            # Another process may have trained between the look at the folder and the lock.
+            # Another process may have trained after `latest_found` was read and before the lock was taken.
             if _identity(self.folder / "latest.safetensors") != self.latest_found:
                 raise BlockingIOError
             self.new_folders = new_folders
@@ -385,7 +385,7 @@ def _processes(device: str) -> Iterator[tuple[int, int]]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Returns values that differ for a file that replaced another; None if there is no file."""
+    """Returns values that change when another file replaces this one; None if there is no file."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Signs that label files hold something else than the ids their author means, although they can be read."""
+"""Detects label files that can be read, but whose ids their author hardly means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNKNOWN_ID = 255
 
 NOT_ANTIALIASED = "Export it without anti-aliasing, or resize it with nearest-neighbour sampling"
 
-# Crisp masks of photographs have no such pixels, interpolated ones 0.25 to 0.5 of the pixels at borders.
+# In interpolated masks 0.25 to 0.5 of the pixels at borders have interpolated ids, in crisp masks of photographs none.
 _INTERPOLATED_SHARE = 0.05
 _FEWEST_INTERPOLATED_IDS = 3
 
@@ -29,7 +29,7 @@ def repair(ids: np.ndarray) -> str:
 
 
 def is_antialiased(ids: np.ndarray) -> bool:
-    """True if borders in an id image (H, W) have ids between those on either side that fill no area anywhere."""
+    """Returns True if ids at borders of an id image (H, W) lie between those on either side and fill no area."""
     low, high = _extremes(ids)
     is_border = low != high
     areas = np.unique(ids[~is_border])
@@ -54,8 +54,8 @@ def _extremes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def common_factor(ids: Collection[int]) -> int:
     """Returns the constant that ids seem to have been multiplied with, or 1.
 
-    Without it, at least half of the ids up to the largest occur. A single id has no constant, unless it comes from the
-    conversion of 8 bits to 16.
+    Ids count as multiplied only if, after the division, at least half of the ids from 0 to the largest occur. A single
+    id counts only if its factor is that of a conversion from 8 bits to 16.
     """
     wanted = set(ids) - {UNKNOWN_ID}
     factor = int(np.gcd.reduce(list(wanted))) if wanted else 0
@@ -69,12 +69,12 @@ def common_factor(ids: Collection[int]) -> int:
 
 
 def is_black_and_white(ids: Collection[int]) -> bool:
-    """True if the ids are 0 and 255, as in a mask of one class that was saved for viewing."""
+    """Returns True if the ids are 0 and 255, as in a mask of one class that was saved for viewing."""
     return set(ids) == {0, UNKNOWN_ID}
 
 
 def closing_map(ids: Collection[int]) -> str:
-    """Describes the mapping of ids to 0, 1, 2, ... in their order, such as "0 -> 0, 7..9 -> 1..3"."""
+    """Returns a text that maps the sorted ids to 0, 1, 2, ..., such as "0 -> 0, 7..9 -> 1..3"."""
     runs: list[list[tuple[int, int]]] = []
     for new, old in enumerate(sorted(ids)):
         if not runs or old != runs[-1][-1][0] + 1:
@@ -88,7 +88,7 @@ def _span(first: int, last: int) -> str:
 
 
 def doubt(ids: Collection[int], config: DataConfig) -> Problem | None:
-    """Returns a warning about all ids that the label images of a data set hold together, or None."""
+    """Returns a warning about the set of ids that occur in a data set's label images, or None."""
     if is_black_and_white(ids):
         what = "the label images hold the ids 0 and 255 only, like black-and-white masks"
         return Problem(None, what, "If white is a class, save it as 1 and pass --label_nc 2", True)
