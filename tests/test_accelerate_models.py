@@ -50,6 +50,13 @@ class Absolute(Original):
         return super().forward(x, segmap).abs()
 
 
+class Root(Original):
+    """A layer whose results and gradients are NaN."""
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        return (super().forward(x, segmap) - 100).sqrt()
+
+
 def meta() -> nn.Module:
     return Original(instance()).to("meta")
 
@@ -141,6 +148,7 @@ class WithScale(Original):
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another formula": (lambda: Absolute(instance()), "results differ by"),
+    "NaN": (lambda: Root(instance()), "results differ by inf"),
     "a subclass": (lambda: WithScale(instance()), "results differ by"),
     "another resize": (lambda: Bilinear(instance()), "results differ by"),
     "meta": (meta, "meta device"),

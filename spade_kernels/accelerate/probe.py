@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,5 +133,7 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         if name not in found or found[name].shape != value.shape:
             raise Differs(f"{name} is not of shape {tuple(value.shape)}")
         scale = max(value.abs().max().item(), least)
-        largest = max(largest, (found[name] - value).abs().max().item() / scale)
+        difference = (found[name] - value).abs().max().item() / scale
+        # `max` would skip a NaN.
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
     return largest
