@@ -184,7 +184,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is truncated or not a safetensors file ({error}); use an earlier checkpoint"
         ) from error

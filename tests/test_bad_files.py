@@ -69,6 +69,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "damaged tree": (lambda p: save_tree(p, '{"G": '), ["damaged", "not JSON", "earlier checkpoint"]),
     "tree of another kind": (lambda p: save_tree(p, "[1, 2]"), ["not a training checkpoint", "list"]),
+    "deep tree": (lambda p: save_tree(p, "[" * 100_000), ["truncated or not a safetensors file", "recursion"]),
     "tree without its tensor": (lambda p: save_tree(p, '{"config": {"__tensor__": "b"}}'), ["latest.safetensors", "b"]),
 }
 
