@@ -9,7 +9,6 @@ import io
 import logging
 import operator
 import os
-import pathlib
 import pickle
 import random
 import runpy
@@ -120,7 +119,7 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
     "attribute": lambda c: pickle.dumps(_Calls(operator.attrgetter("a.b"), c)),
     "process": lambda c: pickle.dumps(_Calls(subprocess.Popen, ["mkdir", c])),
     "partial": lambda c: pickle.dumps(_Calls(functools.partial(os.mkdir, c))),
-    "methodcaller": lambda c: pickle.dumps(_Calls(operator.methodcaller("mkdir"), pathlib.PurePath(c))),
+    "methodcaller": lambda c: pickle.dumps(_Calls(operator.methodcaller("mkdir"), Path(c))),
     "path": lambda c: pickle.dumps(_Calls(Path.touch, Path(c))),
     "copy": lambda c: pickle.dumps(_Calls(shutil.copytree, os.path.dirname(c), c)),
     "log file": lambda c: pickle.dumps(_Calls(logging.FileHandler, c)),
