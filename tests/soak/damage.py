@@ -135,7 +135,7 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
 
 
 def pickles(folder: Path, count: int = len(PICKLES)) -> dict[str, int]:
-    """Reads hostile pickles as weights and as a run's state: messages that name the file refuse them, no code runs."""
+    """Reads hostile pickles as weights and as a state: each file is refused by its name, and none of its code runs."""
     run = train(small_config(folder, max_steps=1))
     canary = folder / "canary"
     warnings.filterwarnings("ignore", "Detected pickle protocol")
