@@ -133,7 +133,7 @@ def check_weights(weights: Weights) -> None:
         shapes = ", ".join(f"{name} {tuple(weight.shape)}" for name, (weight, _) in pairs.items())
         raise ValueError(
             f"the weights have shapes {shapes}; they must be (hidden, channels, k, k), (C, hidden, k, k) and "
-            "(C, hidden, k, k) with the same odd k"
+            "(C, hidden, k, k) with the same odd k, or without a hidden layer (C, channels, k, k) twice"
         )
     for name, (weight, bias) in pairs.items():
         if bias.shape != weight.shape[:1]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ImageColor
@@ -87,13 +89,14 @@ def _read_classes(path: Path, config: DataConfig) -> Iterator[tuple[int, str, tu
     lines = text.splitlines()
     delimiter = ";" if lines and ";" in lines[0] and "," not in lines[0] else ","
     seen: set[int] = set()
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
-        cells = [cell.strip() for cell in row]
+    reader = csv.reader(lines, delimiter=delimiter)
+    for row in _rows(reader, path):
+        number, cells = reader.line_num, [cell.strip() for cell in row]
         if not any(cells) or (number == 1 and cells[0].lower() == "id"):
             continue
         where = f"--classes {path}, line {number}"
-        if not cells[0].isdecimal() or len(cells) < 2 or not cells[1]:
-            raise UserError(f"{where}: {text.splitlines()[number - 1]!r} is not id,name or id,name,colour")
+        if not re.fullmatch("[0-9]{1,9}", cells[0]) or len(cells) < 2 or not cells[1]:
+            raise UserError(f"{where}: {lines[number - 1][:100]!r} is not id,name or id,name,colour")
         label = int(cells[0])
         if label not in class_ids(config):
             raise UserError(f"{where}: id {label} is not a class; the classes are {known_ids(config)}")
@@ -101,6 +104,14 @@ def _read_classes(path: Path, config: DataConfig) -> Iterator[tuple[int, str, tu
             raise UserError(f"{where}: id {label} has a name already; remove one of the two lines")
         seen.add(label)
         yield label, cells[1], _colour(cells[2], where) if len(cells) > 2 and cells[2] else None
+
+
+def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    """Yields the rows of a CSV reader; a row that it cannot parse is a UserError."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"--classes {path}, line {reader.line_num}: {error}; correct the line") from error
 
 
 def _colour(text: str, where: str) -> tuple[int, ...]:

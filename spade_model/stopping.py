@@ -30,7 +30,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self  # Only the main thread receives signals and can set handlers.
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # A handler that was installed from C is None here, and could not be restored.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

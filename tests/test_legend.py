@@ -165,3 +165,11 @@ def test_doctor_names_the_ids(tmp_path, spade):
     options = ["--dataset_mode", "custom", "--no_instance", "--label_nc", 3, "--load_size", 36, "--crop_size", 32]
     lines = spade("doctor", *options, *folders).out.splitlines()
     assert [line.split("image")[-1].strip() for line in lines[1:4]] == ["sky", "", "sea"]
+
+
+@pytest.mark.parametrize("text", ["0," + "x" * 200_000, "9" * 5000 + ",sky", '0,"two\nlines"\nx,sea'])
+def test_class_files_that_csv_or_int_refuse(text, tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"--classes {path}, line"):
+        find_legend(replace(CONFIG, classes=str(path)))
