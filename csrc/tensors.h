@@ -53,7 +53,7 @@ inline const void* data(const MaybeTensor& t) {
 }
 
 // The text of a string argument, which is deleted. An operator that takes std::string leaks one in each call, because
-// torch's conversion to it does (torch 2.10 to 2.13).
+// torch's conversion to it does (seen in torch 2.13).
 inline std::string taken(StringHandle argument) {
   size_t length = 0;
   const char* text = nullptr;

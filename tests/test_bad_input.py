@@ -337,8 +337,8 @@ def test_cuda_without_cuda(spade, tmp_path):
 
 
 BAD_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "unknown command": (["trian"], ["'trian'", "train, generate, bench, doctor"]),
-    "option for a command": (["--lr"], ["'--lr'", "train, generate, bench, doctor"]),
+    "unknown command": (["trian"], ["'trian'", "train, generate, convert, bench, doctor"]),
+    "option for a command": (["--lr"], ["'--lr'", "train, generate, convert, bench, doctor"]),
     "doctor: no data": (
         ["doctor", "--dataroot", "nowhere"],
         ["nowhere/train_label: no such folder", "nowhere/val_img: no such folder", "--dataroot", "train: 3 problems"],

@@ -105,7 +105,12 @@ def test_toy_demo_ends_when_it_is_interrupted(stages, monkeypatch):
         return step(trainer, batches)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)
-    result = stages([0.5, 0.6], stage_seconds=1000, most_steps=50)
+    # Workers of pytest-xdist ignore SIGINT, and training respects that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = stages([0.5, 0.6], stage_seconds=1000, most_steps=50)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result["steps"] == 4
     assert result["training ended by"] == "an interruption, before 0.9 agreement"
     assert result["agreement after training"] == 0.6
