@@ -133,8 +133,7 @@ class FewShotVid2vid(Family):
             return []
         if "mlp_gamma" not in module._modules:
             raise Unsupported("it takes the weights of its first convolution from its caller")
-        count = sum(name.startswith("mlp_gamma") for name in module._modules)
-        suffixes = ["", *map(str, range(2, count + 1))]
+        suffixes = ["", *map(str, range(2, _conditions(module) + 1))]
         return formulas(norm, *(Projection.of(module, None, f"mlp_gamma{s}", f"mlp_beta{s}") for s in suffixes))
 
     def inputs(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Sequence[Segmap | None]]:
@@ -142,11 +141,15 @@ class FewShotVid2vid(Family):
         if any(one is not None for one in weights):
             raise Unsupported("it was called with weights")
         maps = maps if isinstance(maps, list) else [maps]
-        count = sum(name.startswith("mlp_gamma") for name in module._modules)
-        return x, maps + [None] * (count - len(maps))
+        return x, maps + [None] * (_conditions(module) - len(maps))
 
     def example(self, module: nn.Module, x: Tensor, *conditions: Tensor) -> tuple[tuple, dict[str, Any]]:
         return (x, list(conditions)), {}
+
+
+def _conditions(module: nn.Module) -> int:
+    """Returns the number of conditions of a few-shot-vid2vid layer."""
+    return sum(name.startswith("mlp_gamma") for name in module._modules)
 
 
 class Clade(Family):

@@ -47,7 +47,7 @@ class FoundId:
 
 @dataclass
 class Findings:
-    """What is in a split of a data set."""
+    """The problems and the ids that `inspect_dataset` found in a split of a data set."""
 
     problems: list[Problem] = field(default_factory=list)
     """All problems, warnings last."""
